@@ -282,7 +282,8 @@ def _square(
     axes = np.column_stack([across, _quarter_turn(across)]) * (2.0 / size_px)
     middle = (size_px - 1) / 2
     to_photo = np.column_stack([axes, centre - axes @ np.array([middle, middle])])
-    return Alignment(cv2.invertAffineTransform(to_photo), size_px, (int(photo_size[0]), int(photo_size[1])))
+    matrix = np.asarray(cv2.invertAffineTransform(to_photo), dtype=np.float64)
+    return Alignment(matrix, size_px, (int(photo_size[0]), int(photo_size[1])))
 
 
 def _five(landmarks: ArrayLike, function: str) -> NDArray[np.float64]:
