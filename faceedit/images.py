@@ -140,9 +140,9 @@ def write_image(
     """Write pixels (H,W,3) uint8 RGB to path, in the format of its suffix (png, jpg, jpeg, webp, tif, tiff).
 
     The file appears whole or not at all: it is written beside the target under another name, then moved over it.
-    JPEG is written at quality 95 without chroma subsampling; PNG and TIFF are lossless. Of `photo` the file keeps
-    alpha (JPEG cannot: transparent parts go white), resolution, an sRGB profile if it had one, and the EXIF fields on
-    camera, exposure, date and authorship. GPS position, maker notes, serial numbers, thumbnails and old XMP are
+    JPEG is written at quality 95 without chroma subsampling; PNG and TIFF are lossless (TIFF uncompressed, because
+    Pillow's libtiff path fails on EXIF). Of `photo` the file keeps alpha (JPEG cannot: transparent parts go white),
+    resolution, an sRGB profile if it had one, and the EXIF fields on camera, exposure, date and authorship. GPS position, maker notes, serial numbers, thumbnails and old XMP are
     deliberately not copied. With `provenance` an XMP packet says that a trained model made part of the picture.
     Raises: ImageWriteError when the target cannot be written; ValueError for another shape or dtype.
     """
@@ -173,8 +173,6 @@ def write_image(
         arguments |= {"quality": 95, "subsampling": 0}
     elif image_format == "WEBP":
         arguments |= {"quality": 95}
-    elif image_format == "TIFF":
-        arguments |= {"compression": "tiff_adobe_deflate"}
     if provenance:
         arguments |= save_arguments(image_format, arguments.get("exif"))
     _replace(path, image, image_format, arguments)
