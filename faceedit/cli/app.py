@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The typer application and its entry point: environment, error lines and exit codes.
+
+Exit codes: 0 done, 1 could not be done, 2 asked wrongly, 130 interrupted. Every failure is one line on stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from faceedit.cli import batch, doctor, editing, faces, synthesis, train, weights
+from faceedit.cli.output import print_error
+from faceedit.errors import FaceEditError
+
+INTERRUPTED = 130
+
+# typer may carry its own copy of click, so the base of its usage errors is taken from a public subclass.
+_ClickException: type[Exception] = next(
+    base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    name="faceedit",
+    help="Edit portraits under the guidance of a semantic face mask.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("edit")(editing.edit)
+app.command("batch")(batch.batch)
+app.command("parse")(faces.parse)
+app.command("align")(faces.align)
+app.command("sample")(synthesis.sample)
+app.command("synth")(synthesis.synth)
+app.command("train")(train.train)
+app.add_typer(weights.app, name="weights")
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
+        typer.echo(f"faceedit {version('faceedit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def configure_environment() -> None:
+    """Settings that torch reads once, while it is imported. Values already in the environment win.
+
+    Transparent huge pages halve the time of large activations (page faults dominate otherwise); passive OpenMP waits
+    keep two busy cores from stalling each parallel region for a scheduler quantum.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; the installed script passes it to `sys.exit`."""
+    configure_environment()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        outcome = app(args=arguments, prog_name="faceedit", standalone_mode=False)
+    except FaceEditError as error:
+        print_error(error)
+        return error.exit_code
+    except _ClickException as error:
+        if getattr(error, "ctx", None) is not None and type(error).__name__ == "NoArgsIsHelpError":
+            return 2
+        print_error(getattr(error, "format_message", error.__str__)())
+        return int(getattr(error, "exit_code", 2))
+    except (typer.Abort, KeyboardInterrupt):
+        print_error("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away; leave quietly and keep the interpreter from flushing into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        print_error("out of memory; use a smaller photo or close other programs")
+        return 1
+    return outcome if isinstance(outcome, int) else 0

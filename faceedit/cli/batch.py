@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`faceedit batch`: the same edit over a folder. Resumable; one photo's failure does not stop the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json as json_format
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from faceedit.cli import options
+from faceedit.cli.output import print_json, progress_bar
+from faceedit.errors import FaceEditError, ImageReadError, ImageWriteError, UsageError
+
+MANIFEST = ".faceedit-batch.jsonl"
+READABLE = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".avif"})
+WRITABLE = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What happened to one photo: a line of the manifest."""
+
+    photo: str
+    size: int
+    modified_ns: int
+    options: str
+    output: str
+    output_size: int
+    status: str
+    reason: str = ""
+    message: str = ""
+
+
+class Manifest:
+    """The outcomes of earlier runs in an output folder, one JSON line a photo; the last line of a photo wins.
+
+    Lines are appended as photos finish, so an interruption at any moment loses at most the photo in hand.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / MANIFEST
+        self.entries: dict[str, Entry] = {}
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                entry = Entry(**json_format.loads(line))
+            except (ValueError, TypeError):
+                continue  # a line torn by a crash, or another version's: that photo is simply done again
+            self.entries[entry.photo] = entry
+
+    def is_done(self, name: str, source: Path, digest: str) -> bool:
+        """Was this very photo already edited with these very options, and is the result still there?"""
+        entry = self.entries.get(name)
+        if entry is None or entry.status != "edited" or entry.options != digest:
+            return False
+        state = source.stat()
+        output = self.folder / entry.output
+        return (
+            (entry.size, entry.modified_ns) == (state.st_size, state.st_mtime_ns)
+            and output.is_file()
+            and output.stat().st_size == entry.output_size
+        )
+
+    def add(self, entry: Entry) -> None:
+        """Append one outcome."""
+        self.entries[entry.photo] = entry
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json_format.dumps(asdict(entry)) + "\n")
+
+
+def find_photos(in_dir: Path, out_dir: Path) -> list[Path]:
+    """Every file below `in_dir` with a photo's suffix, sorted, leaving out `out_dir` when it lies inside."""
+    inside = out_dir.resolve()
+    return sorted(
+        path
+        for path in in_dir.rglob("*")
+        if path.suffix.lower() in READABLE and path.is_file() and inside not in path.resolve().parents
+    )
+
+
+def output_name(name: Path) -> Path:
+    """The output's name below OUT_DIR: the photo's own; formats that are read but not written become PNG."""
+    return name if name.suffix.lower() in WRITABLE else name.with_name(name.name + ".png")
+
+
+def batch(
+    in_dir: Annotated[Path, typer.Argument(help="Folder of photos, searched with its subfolders.", show_default=False)],
+    out_dir: Annotated[Path, typer.Argument(help="Folder of results, made when missing.", show_default=False)],
+    settings: options.Settings = [],  # noqa: B006 - typer reads the default; it is never mutated
+    editor: options.Editor = "maggan",
+    weights: options.Weights = "starter",
+    face: options.Face = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Also write NAME_compare: before | mask | after.")] = False,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    json: options.Json = False,
+) -> None:
+    """Edit every photo of a folder. Run it again to continue: finished photos are skipped unless an option changed.
+
+    Example: faceedit batch photos/ edited/ --set Blond_Hair=1
+    """
+    values = options.parse_settings(settings)
+    if not in_dir.is_dir():
+        raise UsageError(f"batch: IN_DIR must be a folder, got {in_dir}; name a folder of photos")
+    if in_dir.resolve() == out_dir.resolve():
+        raise UsageError("batch: OUT_DIR must differ from IN_DIR, got the same folder; originals are never overwritten")
+
+    from faceedit.editors import AttributeEdit, load_editor
+    from faceedit.editors.base import check_request, editor_spec
+    from faceedit.parsing import load_parser
+
+    check_request(editor_spec(editor), AttributeEdit(values))
+    photos = find_photos(in_dir, out_dir)
+    if not photos:
+        raise ImageReadError(
+            f"batch: IN_DIR must contain photos, got none in {in_dir}; supported: {', '.join(sorted(READABLE))}"
+        )
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        manifest = Manifest(out_dir)
+        manifest.path.touch()
+    except OSError as error:
+        raise ImageWriteError(
+            f"batch: OUT_DIR must be writable, got {out_dir} ({error.strerror}); choose another"
+        ) from error
+
+    loaded = load_editor(editor, weights, device)
+    parser = load_parser(device)
+    digest = hashlib.sha256(
+        json_format.dumps(
+            [editor, loaded.weights, parser.weights, sorted(values.items()), face, compare, seed]
+        ).encode()
+    ).hexdigest()[:16]
+    counts: Counter[str] = Counter()
+    failures: list[Entry] = []
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("editing", total=len(photos))
+            for source in photos:
+                name = source.relative_to(in_dir)
+                if manifest.is_done(name.as_posix(), source, digest):
+                    counts["skipped"] += 1
+                else:
+                    entry = _edit_one(source, name, out_dir, digest, values, loaded, parser, face, compare, seed)
+                    manifest.add(entry)
+                    counts[entry.status] += 1
+                    if entry.status == "failed":
+                        failures.append(entry)
+                        progress.console.print(
+                            f"failed: {entry.photo}: {entry.reason}: {entry.message}",
+                            style=None,
+                            markup=False,
+                            highlight=False,
+                            soft_wrap=True,
+                        )
+                progress.advance(task)
+    except KeyboardInterrupt:
+        done = sum(counts.values())
+        typer.echo(
+            f"error: interrupted after {done} of {len(photos)} photos; run the same command to continue", err=True
+        )
+        raise typer.Exit(INTERRUPTED) from None
+    _summarise(counts, failures, len(photos), json)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _edit_one(
+    source: Path,
+    name: Path,
+    out_dir: Path,
+    digest: str,
+    values: dict[str, float],
+    editor: object,
+    parser: object,
+    face: int,
+    compare: bool,
+    seed: int,
+) -> Entry:
+    """Edit one photo and say what happened, whatever happened."""
+    from faceedit.cli.editing import write_outputs
+    from faceedit.pipeline import edit as edit_photo
+
+    state = source.stat()
+    target = output_name(name)
+    output = out_dir / target
+    status, reason, message = "edited", "", ""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = edit_photo(source, attributes=values, editor=editor, parser=parser, face=face, seed=seed)
+        write_outputs(result, output, compare)
+    except FaceEditError as error:
+        status, reason, message = "failed", type(error).__name__, str(error)
+    except Exception as error:  # a fault of this one photo must not lose the folder; its type is reported
+        status, reason, message = "failed", type(error).__name__, " ".join(str(error).split()) or "no message"
+    output_size = output.stat().st_size if status == "edited" else 0
+    return Entry(
+        name.as_posix(),
+        state.st_size,
+        state.st_mtime_ns,
+        digest,
+        target.as_posix(),
+        output_size,
+        status,
+        reason,
+        message,
+    )
+
+
+def _summarise(counts: Counter[str], failures: list[Entry], total: int, as_json: bool) -> None:
+    reasons = Counter(entry.reason for entry in failures)
+    if as_json:
+        print_json(
+            {
+                "photos": total,
+                "edited": counts["edited"],
+                "skipped": counts["skipped"],
+                "failed": counts["failed"],
+                "reasons": dict(reasons.most_common()),
+                "failures": [{"photo": e.photo, "reason": e.reason, "message": e.message} for e in failures],
+            }
+        )
+        return
+    line = f"{counts['edited']} edited, {counts['skipped']} skipped, {counts['failed']} failed of {total} photos"
+    if reasons:
+        line += f" ({', '.join(f'{reason} {count}' for reason, count in reasons.most_common())})"
+    typer.echo(line)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a photo to parsed, aligned faces: detection proposals, then the parser's own masks decide.
+
+    detect → rough crop → parse → landmarks from the mask → align → parse again → verify
+
+A cascade is fast but imprecise, so its boxes only frame a first parse. Landmarks read off that parse give the
+alignment, and a face counts only when the second, aligned parse shows a plausible one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from faceedit.alignment import Alignment, portrait_alignment, rough_alignment
+from faceedit.detection import FaceBox, detect_faces
+from faceedit.devices import resolve_device
+from faceedit.errors import FaceCutOffError, FaceError, FaceTooSmallError, NoFaceError, OutOfRangeError
+from faceedit.labels import CELEBAMASK_HQ, flip_soft
+from faceedit.landmarks import landmarks_from_mask
+
+CROP_PX = 256
+"""Side of the aligned crop that is parsed and edited."""
+
+MIN_EYE_DISTANCE_PX = 8.0
+"""Eyes nearer than this in the photo leave brows and lids less than two pixels; nothing useful can be parsed."""
+
+MIN_VISIBLE = 0.85
+"""Least share of the face (skin, eyes, brows, nose, mouth) that must lie inside the photo."""
+
+FACE_PARTS = ("skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "mouth", "u_lip", "l_lip")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FaceRecord:
+    """One face of a photo, aligned and parsed.
+
+    box:        the detection that led here, photo pixels.
+    landmarks:  (5,2) float64, photo pixels: image-left eye, image-right eye, nose tip, left and right mouth corner.
+    alignment:  photo -> 256×256 crop (FFHQ's square enlarged 1.25 times).
+    crop:       1×3×256×256 in [-1, 1].
+    mask:       1×19×256×256 in [0, 1], sum 1 over classes, CelebAMask-HQ scheme.
+    """
+
+    box: FaceBox
+    landmarks: NDArray[np.float64]
+    alignment: Alignment
+    crop: Tensor
+    mask: Tensor
+
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        """The crop's label map, uint8 256×256."""
+        return label_map(self.mask)
+
+    def photo_labels(self) -> NDArray[np.uint8]:
+        """The label map at the photo's own size, uint8 H×W; 0 outside the crop. The masks move, not the arg-max."""
+        return self.alignment.unwarp_classes(self.mask[0].cpu().numpy()).full()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AlignedFace:
+    """A face whose landmarks are known and whose crop is still to be parsed."""
+
+    box: FaceBox
+    landmarks: NDArray[np.float64]
+    alignment: Alignment
+
+
+def image_tensor(pixels: NDArray[np.uint8]) -> Tensor:
+    """uint8 H×W×3 to float32 1×3×H×W in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float().div(127.5).sub(1.0)
+
+
+def label_map(mask: Tensor) -> NDArray[np.uint8]:
+    """The most likely class a pixel: soft mask 1×C×S×S to uint8 S×S."""
+    return np.asarray(mask[0].argmax(0).to(torch.uint8).cpu())
+
+
+class FaceParser:
+    """A parsing network with the steps around it.
+
+    Args: network maps N×3×256×256 in [-1, 1] to logits N×19×256×256; weights is its name for reports; flip_average
+          also parses the mirrored crop and averages (costs one more forward, steadies boundaries and left/right).
+    """
+
+    def __init__(self, network: nn.Module, weights: str = "custom", flip_average: bool = True) -> None:
+        self.network = network.eval()
+        self.weights = weights
+        self.flip_average = flip_average
+        self.device = next((p.device for p in network.parameters()), torch.device("cpu"))
+
+    @torch.no_grad()
+    def parse_crop(self, crop: Tensor) -> Tensor:
+        """Soft mask N×19×S×S of crops N×3×S×S in [-1, 1], on the crop's device."""
+        images = crop.to(self.device)
+        if not self.flip_average:
+            return self.network(images).float().softmax(1).to(crop.device)
+        both = self.network(torch.cat([images, images.flip(-1)])).float().softmax(1)
+        direct, mirrored = both.chunk(2)
+        return ((direct + flip_soft(mirrored, CELEBAMASK_HQ)) / 2).to(crop.device)
+
+    def find_face(self, pixels: NDArray[np.uint8], index: int = 0) -> FaceRecord:
+        """Face number `index` of a photo H×W×3: 0 is the largest, 1 the next.
+
+        Raises: OutOfRangeError for a negative index; NoFaceError, FaceTooSmallError or FaceCutOffError.
+        """
+        return self.parse(pixels, self.find(pixels, index))
+
+    def find(self, pixels: NDArray[np.uint8], index: int = 0) -> AlignedFace:
+        """Locate and align face number `index`; the same errors as `find_face`."""
+        if index < 0:
+            raise OutOfRangeError(f"find_face: face must be 0 or more, got {index}; 0 is the largest face")
+        found: list[AlignedFace] = []
+        refusals: list[FaceError] = []
+        for box in proposals(pixels):
+            try:
+                face = self._align(pixels, box)
+            except FaceError as refusal:
+                refusals.append(refusal)
+                continue
+            if any(_same_face(face, other) for other in found):
+                continue
+            found.append(face)
+            if len(found) > index:
+                return face
+        if found:
+            raise NoFaceError(
+                f"find_face: face must be below the number of faces, got {index} with {len(found)} found; 0 is the largest"
+            )
+        # The most specific refusal explains more than "no face": a face was there, but too small or cut off.
+        for refusal in refusals:
+            if not isinstance(refusal, NoFaceError):
+                raise refusal
+        raise NoFaceError(
+            "find_face: photo must show a frontal face, got none; use a photo where eyes and mouth are visible"
+        )
+
+    def parse(self, pixels: NDArray[np.uint8], face: AlignedFace) -> FaceRecord:
+        """Parse an aligned face. Raises FaceCutOffError when too much of it lies outside the photo."""
+        crop = image_tensor(face.alignment.warp_image(pixels))
+        mask = self.parse_crop(crop)
+        visible = face.alignment.in_photo_fraction(face_probability(mask).cpu().numpy())
+        if visible < MIN_VISIBLE:
+            raise FaceCutOffError(
+                f"find_face: face must lie inside the photo, got {visible:.0%} of it visible; use a photo that shows it whole"
+            )
+        return FaceRecord(face.box, face.landmarks, face.alignment, crop, mask)
+
+    def _align(self, pixels: NDArray[np.uint8], box: FaceBox) -> AlignedFace:
+        size: tuple[int, int] = (pixels.shape[0], pixels.shape[1])
+        alignment = rough_alignment((box.x, box.y, box.w, box.h), size, CROP_PX)
+        landmarks: NDArray[np.float64] | None = None
+        for _ in range(2):
+            mask = self.parse_crop(image_tensor(alignment.warp_image(pixels)))
+            check_plausible(mask)
+            points = landmarks_from_mask(mask[0])
+            if points is None:
+                raise NoFaceError("find_face: proposal must show eyes, nose and mouth, got none; it is no face")
+            landmarks = alignment.to_photo(np.asarray(points))
+            alignment = portrait_alignment(landmarks, size, CROP_PX)
+        assert landmarks is not None
+        distance = float(np.linalg.norm(landmarks[1] - landmarks[0]))
+        if distance < MIN_EYE_DISTANCE_PX:
+            raise FaceTooSmallError(
+                f"find_face: eyes must be at least {MIN_EYE_DISTANCE_PX:g} px apart, got {distance:.1f}; use a larger photo"
+            )
+        height, width = size
+        if ((landmarks < -0.5) | (landmarks > np.array([width, height]) - 0.5)).any():
+            raise FaceCutOffError(
+                "find_face: eyes, nose and mouth must lie inside the photo, got some outside; use the whole photo"
+            )
+        return AlignedFace(box, landmarks, alignment)
+
+
+def proposals(pixels: NDArray[np.uint8]) -> Iterator[FaceBox]:
+    """Boxes to try: the detector's, largest first, then guesses for a portrait that it missed.
+
+    The guesses suppose what portraits have in common: one face, near the middle, above the centre. They are offered
+    only when the detector found nothing, so they never outrank a detection.
+    """
+    boxes = detect_faces(pixels)
+    yield from boxes
+    if boxes:
+        return
+    height, width = pixels.shape[:2]
+    for share in (0.5, 0.36, 0.7):
+        side = share * min(height, width)
+        for centre in (0.45, 0.35):
+            yield FaceBox(width / 2 - side / 2, centre * height - side / 2, side, side, 0.0)
+
+
+def face_probability(mask: Tensor) -> Tensor:
+    """Probability of belonging to the face itself (no hair, ears, neck): N×C×H×W to H×W of the first sample."""
+    return mask[0, [CELEBAMASK_HQ.id(part) for part in FACE_PARTS]].sum(0)
+
+
+def check_plausible(mask: Tensor) -> None:
+    """Raise NoFaceError unless the soft mask 1×19×S×S has enough skin, and something for eyes and mouth."""
+    share: dict[str, float] = dict(zip(CELEBAMASK_HQ.classes, mask[0].mean((1, 2)).tolist(), strict=True))
+    face = float(face_probability(mask).mean())
+    eyes = share["l_eye"] + share["r_eye"] + share["eye_g"]
+    mouth = share["mouth"] + share["u_lip"] + share["l_lip"]
+    if face < 0.06 or eyes < 5e-4 or mouth < 1e-3:
+        raise NoFaceError(
+            "find_face: proposal must look like a face, got too little skin, eyes or mouth; it is no face"
+        )
+
+
+def _same_face(face: AlignedFace, other: AlignedFace) -> bool:
+    """Two proposals that lead to the same landmarks: eye centres nearer than half an eye distance."""
+    centre, other_centre = face.landmarks[:2].mean(0), other.landmarks[:2].mean(0)
+    reach = 0.5 * float(np.linalg.norm(other.landmarks[1] - other.landmarks[0]))
+    return float(np.linalg.norm(centre - other_centre)) < max(reach, 1.0)
+
+
+@lru_cache(maxsize=4)
+def load_parser(device: str = "cpu", weights: str = "parser-starter") -> FaceParser:
+    """The parser with registry weights on a device; loaded once a process. Raises WeightsError, DeviceError."""
+    from faceedit.registry import load_network
+
+    network: Any = load_network(weights)
+    return FaceParser(network.to(resolve_device(device)), weights)
