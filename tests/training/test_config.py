@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from faceedit import training
+from faceedit.errors import OutOfRangeError, UnknownNameError, UsageError
+from faceedit.training.config import AdamConfig, build, read_recipe, to_yaml
+from faceedit.training.task import derive_seed
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("trainer.step=3", UnknownNameError, "trainer.step; did you mean steps"),
+        ("withd=3", UnknownNameError, "withd; did you mean width"),
+        ("adam.Rate=0.1", UnknownNameError, "adam.Rate; did you mean rate"),
+        ("width=3.5", UsageError, "width must be int, got 3.5"),
+        ("width=true", UsageError, "width must be int, got True"),
+        ("trainer.precision=bf16", UsageError, "trainer.precision must be one of 32-true"),
+        ("trainer.steps=0", OutOfRangeError, "trainer.steps must be positive, got 0"),
+        ("trainer.progress_by=time", OutOfRangeError, "when max_minutes is not set"),
+        ("trainer.steps", UsageError, "override must be key=value"),
+        ("task=toi", UnknownNameError, "got 'toi'; did you mean toy"),
+    ],
+)
+def test_wrong_overrides_are_refused(toy_recipe: Path, override: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        training.resolve(toy_recipe, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipe_names_the_closest() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean maggan-starter"):
+        training.resolve("magan-starter")
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "trainer: {steps: 1}\n", "task: [\n", "task: toy\n"])
+def test_malformed_recipe_is_one_line(toy_recipe: Path, text: str) -> None:
+    toy_recipe.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        training.resolve(toy_recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_replace_and_defaults_fill(toy_recipe: Path) -> None:
+    recipe = training.resolve(toy_recipe, ["adam.rate=1", "trainer.max_minutes=2"])
+    assert recipe.adam == AdamConfig(rate=1.0)
+    assert isinstance(recipe.adam.rate, float)
+    assert (recipe.trainer.steps, recipe.trainer.max_minutes, recipe.width) == (12, 2.0, 8)
+
+
+def test_dry_run_prints_what_resolves_to_the_same_recipe(toy_recipe: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    out = tmp_path / "never"
+    assert training.run(toy_recipe, ["width=5"], dry_run=True, output_dir=out, report=lines.append) is None
+    again = tmp_path / "again.yaml"
+    again.write_text("\n".join(lines))
+    assert training.resolve(again) == training.resolve(toy_recipe, ["width=5"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", training.list_recipes())
+def test_shipped_recipes_resolve_and_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = training.resolve(name)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    assert build(type(recipe), read_recipe(path)) == recipe
+
+
+def test_adam_schedule() -> None:
+    adam = AdamConfig(rate=1.0, warmup_steps=3, decay_from=0.5, final_rate_share=0.2)
+    assert [adam.rate_at(step, 0.0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert adam.rate_at(100, 0.5) == 1.0
+    assert adam.rate_at(100, 0.75) == pytest.approx(0.6)
+    assert adam.rate_at(100, 1.0) == pytest.approx(0.2)
+
+
+def test_derived_seeds_depend_on_every_part() -> None:
+    seeds = {derive_seed(*parts) for parts in [(0, "a", 1), (1, "a", 1), (0, "b", 1), (0, "a", 2), ("0", "a", 11)]}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)

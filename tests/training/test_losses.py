@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each loss against the formula written out in loops or in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from faceedit.training import losses
+
+
+def images(seed: int, count: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, 4, 5, generator=generator, dtype=torch.float64) * 2 - 1
+
+
+def test_masked_means() -> None:
+    x, y, mask = images(0), images(1), (images(2)[:, :1] + 1) / 2
+    one = two = 0.0
+    for n in range(3):
+        for c in range(3):
+            for h in range(4):
+                for w in range(5):
+                    difference = (x[n, c, h, w] - y[n, c, h, w]).item()
+                    one += mask[n, 0, h, w].item() * abs(difference)
+                    two += mask[n, 0, h, w].item() * difference**2
+    assert losses.masked_l1(x, y, mask).item() == pytest.approx(one / x.numel())
+    assert losses.masked_l2(x, y, mask).item() == pytest.approx(two / x.numel())
+
+
+def test_region_means_weigh_samples_alike_and_skip_empty_regions() -> None:
+    x, y = images(0), images(1)
+    region = torch.zeros(3, 1, 4, 5, dtype=torch.float64)
+    region[0] = 1
+    region[1, 0, 2, 3] = 1
+    region[2, 0, 0, 0] = 0.01  # less than a pixel: no region
+    difference = x - y
+    one = (difference[0].abs().mean() + difference[1, :, 2, 3].abs().mean()) / 2
+    two = (difference[0].pow(2).mean() + difference[1, :, 2, 3].pow(2).mean()) / 2
+    assert losses.region_l1(x, y, region).item() == pytest.approx(one.item())
+    assert losses.region_l2(x, y, region).item() == pytest.approx(two.item())
+    assert losses.region_l1(x, y, torch.zeros_like(region)).item() == 0
+
+
+def test_attribute_bce() -> None:
+    logits = torch.tensor([[0.3, -2.0], [1.5, 40.0]], dtype=torch.float64)
+    target = torch.tensor([[1.0, 0.0], [0.25, 1.0]], dtype=torch.float64)
+
+    def one(logit: float, wanted: float) -> float:
+        p = 1 / (1 + math.exp(-logit))
+        return -(wanted * math.log(p) + ((1 - wanted) * math.log1p(-p) if wanted < 1 else 0))
+
+    values = [[one(logits[i, j].item(), target[i, j].item()) for j in range(2)] for i in range(2)]
+    assert losses.attribute_bce(logits, target).item() == pytest.approx(sum(map(sum, values)) / 4)
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    assert losses.attribute_bce(logits, target, weight).item() == pytest.approx(sum(values[0]) / 2)
+    assert losses.attribute_bce(logits, target, weight * 0).item() == 0
+
+
+def test_wgan_terms_have_opposite_pulls() -> None:
+    real, made = torch.tensor([1.0, 3.0]), torch.tensor([-1.0, 0.0, 4.0])
+    assert losses.wgan_critic_loss(real, made).item() == pytest.approx(1.0 - 2.0)
+    assert losses.wgan_generator_loss(made).item() == pytest.approx(-1.0)
+
+
+def test_gradient_penalty_of_a_linear_critic_is_closed_form() -> None:
+    weight = nn.Parameter(torch.randn(3 * 4 * 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    penalty = losses.gradient_penalty(lambda x: x.flatten(1) @ weight, images(0), images(1))
+    norm = weight.detach().norm()
+    assert penalty.item() == pytest.approx((norm.item() - 1) ** 2)
+    penalty.backward()
+    expected = 2 * (norm - 1) * weight.detach() / norm
+    assert weight.grad is not None
+    assert torch.allclose(weight.grad, expected)
+
+
+def test_gradient_penalty_of_a_quadratic_critic_is_taken_between_the_images() -> None:
+    real, made = images(0), images(1).requires_grad_(True)
+    alpha = torch.rand(3, generator=torch.Generator().manual_seed(5)).double().view(3, 1, 1, 1)
+    between = real + alpha * (made.detach() - real)
+    expected = ((between.flatten(1).norm(dim=1) - 1) ** 2).mean()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    penalty = losses.gradient_penalty(
+        lambda x: scale * 0.5 * x.square().flatten(1).sum(1), real, made, torch.Generator().manual_seed(5)
+    )
+    assert penalty.item() == pytest.approx(expected.item())
+    penalty.backward()
+    assert made.grad is None
+    assert scale.grad is not None

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from faceedit import training
+from faceedit.errors import UsageError, WeightsError
+from faceedit.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from faceedit.training.trainer import TrainingDivergedError
+
+
+def quiet(line: str) -> None:
+    """A report that keeps test output readable."""
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Equality of nested checkpoints, tensors bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_resume_equals_the_uninterrupted_run(toy_recipe: Path, tmp_path: Path, precision: str) -> None:
+    common = [f"trainer.precision={precision}", "trainer.channels_last=true", "trainer.log_every=1"]
+    whole = training.run(toy_recipe, common, output_dir=tmp_path / "whole", report=quiet)
+    # The learning rate depends on the planned steps, so the first part is the same plan, cut by its checkpoint.
+    every = [*common, "trainer.checkpoint_every=5", "trainer.keep_checkpoints=5"]
+    first = training.run(toy_recipe, every, output_dir=tmp_path / "parts", report=quiet)
+    assert whole is not None
+    assert first is not None
+    middle = tmp_path / "parts" / "checkpoints" / "step_00000005.pt"
+    resumed = training.run(toy_recipe, common, output_dir=tmp_path / "resumed", resume=middle, report=quiet)
+    assert resumed is not None
+    assert (resumed.step, resumed.reason) == (12, "finished")
+    assert_same(load_checkpoint(resumed.checkpoint)["context"], load_checkpoint(whole.checkpoint)["context"])
+    assert resumed.metrics == whole.metrics
+
+
+def test_seed_decides_the_result(toy_recipe: Path, tmp_path: Path) -> None:
+    results = [
+        training.run(toy_recipe, [f"trainer.seed={seed}"], output_dir=tmp_path / name, report=quiet)
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    ]
+    errors = [result.metrics["error"] for result in results if result is not None]
+    assert errors[0] == errors[1] != errors[2]
+
+
+def test_run_directory_holds_the_run(toy_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = training.run(toy_recipe, ["trainer.seed=7", "trainer.sample_every=5"], output_dir=run, report=quiet)
+    assert result is not None
+    assert training.resolve(run / "recipe.yaml") == training.resolve(
+        toy_recipe, ["trainer.seed=7", "trainer.sample_every=5"]
+    )
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["seed"] == 7
+    assert environment["packages"]["torch"] == torch.__version__
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["split"] == "train"] == [4, 8, 12]
+    assert {"fit", "critic", "steps_per_s", "minutes"} <= lines[0].keys()
+    assert [path.name for path in sorted((run / "samples").iterdir())] == [
+        "step_00000005.png",
+        "step_00000010.png",
+        "step_00000012.png",
+    ]
+    assert Image.open(run / "samples" / "step_00000012.png").size == (2 * 10, 2 * 10)
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert result.weights is not None
+    average = load_checkpoint(result.checkpoint)["context"]["averages"]["generator"]["weights"]
+    assert_same(load_file(result.weights), dict(sorted(average.items())))
+    assert not list(run.rglob("*.partial"))
+
+
+def test_training_lowers_the_loss(toy_recipe: Path, tmp_path: Path) -> None:
+    overrides = ["trainer.steps=150", "trainer.log_every=10", "trainer.ema_decay=0.9"]
+    training.run(toy_recipe, overrides, output_dir=tmp_path / "run", report=quiet)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    fits = [line["fit"] for line in lines if line["split"] == "train"]
+    assert fits[-1] < 0.5 * fits[0]
+
+
+def test_time_limit_ends_with_checkpoint_and_weights(toy_recipe: Path, tmp_path: Path) -> None:
+    overrides = ["trainer.max_minutes=0.000001", "trainer.steps=100000"]
+    result = training.run(toy_recipe, overrides, output_dir=tmp_path / "run", report=quiet)
+    assert result is not None
+    assert result.reason == "time limit"
+    assert result.step < 100
+    assert result.checkpoint.is_file()
+    assert result.weights is not None
+    assert result.weights.is_file()
+
+
+def test_interrupt_saves_and_can_be_resumed(toy_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sent = []
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 4 train") and not sent:
+            sent.append(line)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    result = training.run(toy_recipe, output_dir=run, report=interrupt)
+    assert result is not None
+    assert (result.reason, result.step, result.weights) == ("interrupted", 4, None)
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = training.run(toy_recipe, resume=run, report=quiet)
+    assert resumed is not None
+    assert (resumed.reason, resumed.step, resumed.directory) == ("finished", 12, run)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 8, 12, 12]
+
+
+def test_non_finite_loss_is_refused(toy_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingDivergedError, match=r"fit must be finite"):
+        training.run(toy_recipe, ["explode_at=6"], output_dir=tmp_path / "run", report=quiet)
+
+
+def test_used_directory_is_refused(toy_recipe: Path, tmp_path: Path) -> None:
+    training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
+    with pytest.raises(UsageError, match="output_dir must hold no earlier run"):
+        training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
+
+
+def test_checkpoint_of_another_shape_is_refused(toy_recipe: Path, tmp_path: Path) -> None:
+    training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
+    with pytest.raises(UsageError, match="must fit the recipe's networks"):
+        training.run(toy_recipe, ["width=4"], resume=tmp_path / "run", output_dir=tmp_path / "b", report=quiet)
+
+
+def test_checkpoints_rotate_and_refuse_damage(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, {"step": step, "value": torch.ones(2)}, keep=2)
+    kept = list_checkpoints(tmp_path)
+    assert [load_checkpoint(path)["step"] for path in kept] == [2, 3]
+    kept[0].write_bytes(kept[0].read_bytes()[:50])
+    with pytest.raises(WeightsError, match="checkpoint must be readable"):
+        load_checkpoint(kept[0])
+    torch.save({"format": 1, "code": Path("x")}, kept[1])
+    with pytest.raises(WeightsError, match="checkpoint must be readable"):
+        load_checkpoint(kept[1])

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rendered or aligned samples on disk, so that an epoch costs a read and not a render.
+
+A cache is a folder of `.npy` arrays that are memory-mapped, filled in chunks, and named by a fingerprint of everything
+that decides their contents. Building resumes after an interruption.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from faceedit.labels import CELEBAMASK_HQ
+
+Arrays = dict[str, NDArray[Any]]
+Shapes = Mapping[str, tuple[tuple[int, ...], str]]
+
+# Classes whose left and right exchange when an image is mirrored, as a lookup table.
+_FLIP = np.array(CELEBAMASK_HQ.flip_permutation, dtype=np.uint8)
+
+
+def default_cache_dir() -> Path:
+    """$FACEEDIT_CACHE, else $XDG_CACHE_HOME/faceedit, else ~/.cache/faceedit."""
+    if chosen := os.environ.get("FACEEDIT_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "faceedit"
+
+
+def fingerprint(values: Mapping[str, Any], sources: list[Path]) -> str:
+    """Twelve hex digits that change with any value and with any byte of the `sources` that make the contents."""
+    digest = hashlib.blake2b(json.dumps(values, sort_keys=True, default=str).encode(), digest_size=6)
+    for source in sorted(sources):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()
+
+
+def open_cache(folder: Path) -> Arrays:
+    """The arrays of a finished cache, memory-mapped read-only."""
+    names = json.loads((folder / "complete.json").read_text())["arrays"]
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+
+
+def build_cache(
+    folder: Path,
+    shapes: Shapes,
+    chunk: int,
+    fill: Callable[[int, int], dict[str, NDArray[Any]]],
+    report: Callable[[str], Any],
+) -> Arrays:
+    """Fill arrays of `shapes` by `fill(start, stop)` for consecutive chunks of the first axis; no-op when complete.
+
+    Args:    shapes maps a name to (shape, dtype), one first axis for all; report gets a line now and then.
+    Returns: the arrays, memory-mapped read-only.
+    """
+    if (folder / "complete.json").exists():
+        return open_cache(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    total = next(iter(shapes.values()))[0][0]
+    progress = folder / "progress.txt"
+    done = int(progress.read_text()) if progress.exists() else 0
+    mode = "r+" if done else "w+"
+    arrays = {
+        name: np.lib.format.open_memmap(folder / f"{name}.npy", mode=mode, dtype=dtype, shape=shape)
+        for name, (shape, dtype) in shapes.items()
+    }
+    lines = 0
+    for start in range(done, total, chunk):
+        stop = min(start + chunk, total)
+        for name, values in fill(start, stop).items():
+            arrays[name][start:stop] = values
+        for array in arrays.values():
+            array.flush()
+        partial = folder / "progress.partial"
+        partial.write_text(str(stop))
+        os.replace(partial, progress)
+        if stop * 10 // total > lines or stop == total:
+            lines = stop * 10 // total
+            report(f"cache {folder.name}: {stop} of {total}")
+    partial = folder / "complete.partial"
+    partial.write_text(json.dumps({"arrays": list(shapes), "count": total}) + "\n")
+    os.replace(partial, folder / "complete.json")
+    return open_cache(folder)
+
+
+def pack_image(image: Tensor) -> NDArray[np.uint8]:
+    """N×3×S×S in [-1, 1] to uint8 N×S×S×3."""
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def unpack_image(pixels: NDArray[np.uint8]) -> Tensor:
+    """uint8 N×S×S×3 to N×3×S×S in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def pack_mask(mask: Tensor) -> NDArray[np.uint8]:
+    """Soft mask N×19×S×S to uint8 N×S×S×3: the two strongest classes and the first one's share of their sum.
+
+    An antialiased boundary mixes two classes almost everywhere, so this loses little and takes 1/25 of the space.
+    """
+    weights, classes = mask.float().topk(2, dim=1)
+    share = (weights[:, 0] / weights.sum(1).clamp_min(1e-6) * 255).round()
+    packed = torch.stack([classes[:, 0].float(), classes[:, 1].float(), share], dim=-1)
+    return packed.to(torch.uint8).cpu().numpy()
+
+
+def unpack_mask(packed: NDArray[np.uint8], num_classes: int = CELEBAMASK_HQ.num_classes) -> Tensor:
+    """Inverse of `pack_mask`: N×19×S×S float summing to 1."""
+    values = torch.from_numpy(np.ascontiguousarray(packed)).permute(3, 0, 1, 2)
+    share = values[2][:, None].float() / 255
+    shape = (share.shape[0], num_classes, *share.shape[2:])
+    mask = torch.zeros(shape).scatter_(1, values[0][:, None].long(), share)
+    return mask.scatter_add_(1, values[1][:, None].long(), 1 - share)
+
+
+def flip_packed_mask(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Mirror packed masks …×S×S×3 left to right, exchanging left and right classes."""
+    flipped = packed[..., ::-1, :].copy()
+    flipped[..., :2] = _FLIP[flipped[..., :2]]
+    return flipped

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints: tensors and plain values only, written atomically, read with `weights_only=True`."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faceedit.errors import UsageError, WeightsError
+
+FORMAT = 1
+_PREFIX, _SUFFIX = "step_", ".pt"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"{_PREFIX}{step:08d}{_SUFFIX}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+
+
+def find_checkpoint(source: Path) -> Path:
+    """`source` itself if it is a file, else the newest checkpoint of the run directory `source`."""
+    if source.is_file():
+        return source
+    found = list_checkpoints(source / "checkpoints")
+    if not found:
+        raise UsageError(
+            f"train: resume must be a run directory with a checkpoint, got {source}; pass an earlier run's directory"
+        )
+    return found[-1]
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` under its step and delete all but the newest `keep` checkpoints.
+
+    The file appears under its final name only once it is complete and on disk, so a run that is killed while saving
+    leaves the previous checkpoint usable.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = checkpoint_path(folder, int(state["step"]))
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        torch.save({"format": FORMAT, **state}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote, on the CPU.
+
+    Raises: WeightsError when the file is damaged, holds anything but tensors and plain values, or has another format.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise WeightsError(f"train: checkpoint must be readable, got {path}; use an earlier one") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT:
+        raise WeightsError(f"train: checkpoint must have format {FORMAT}, got {found!r} in {path}; use an earlier one")
+    return state

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: typed frozen dataclasses filled from YAML and `key=value` overrides, and from nothing else.
+
+A recipe file states its task on the first line (`task: maggan`); the task names the dataclass that the rest of the
+file must match exactly. Defaults live in the dataclasses alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from faceedit.errors import OutOfRangeError, UnknownNameError, UsageError, suggestion
+
+T = TypeVar("T")
+
+Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerConfig:
+    """How long, on what, and how often to look. Shared by every task.
+
+    `progress_by` decides what drives learning-rate schedules: "steps" (reproducible) or "time" (the larger of the
+    shares of `steps` and of `max_minutes` that are used up, so that a time-limited run still finishes its decay).
+    `every` fields count steps; 0 switches that action off until the end of the run.
+    """
+
+    steps: int
+    seed: int = 0
+    max_minutes: float | None = None
+    progress_by: Literal["steps", "time"] = "steps"
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: Precision = "32-true"
+    channels_last: bool = False
+    cpu_threads: int | None = None
+    ema_decay: float = 0.999
+    log_every: int = 50
+    sample_every: int = 500
+    validate_every: int = 1000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.steps > 0, "trainer.steps", "positive", self.steps)
+        require(self.max_minutes is None or self.max_minutes > 0, "trainer.max_minutes", "positive", self.max_minutes)
+        require(0 <= self.ema_decay < 1, "trainer.ema_decay", "in [0, 1)", self.ema_decay)
+        require(self.keep_checkpoints > 0, "trainer.keep_checkpoints", "positive", self.keep_checkpoints)
+        require(self.devices > 0, "trainer.devices", "positive", self.devices)
+        require(self.cpu_threads is None or self.cpu_threads > 0, "trainer.cpu_threads", "positive", self.cpu_threads)
+        require(
+            self.progress_by == "steps" or self.max_minutes is not None,
+            "trainer.progress_by",
+            '"steps" when max_minutes is not set',
+            self.progress_by,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class AdamConfig:
+    """Adam with a constant rate that decays linearly to `final_rate_share` of itself over the last part of a run."""
+
+    rate: float = 2e-4
+    beta1: float = 0.5
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    warmup_steps: int = 0
+    decay_from: float = 0.5
+    final_rate_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.rate > 0, "optimizer.rate", "positive", self.rate)
+        require(0 <= self.decay_from <= 1, "optimizer.decay_from", "in [0, 1]", self.decay_from)
+
+    def rate_at(self, step: int, progress: float) -> float:
+        """Learning rate before update `step` (0-based) when `progress` in [0, 1] of the run is behind."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        late = max(0.0, progress - self.decay_from) / max(1e-9, 1 - self.decay_from)
+        return self.rate * warmup * (1 - min(1.0, late) * (1 - self.final_rate_share))
+
+
+def require(condition: bool, key: str, expected: str, actual: object) -> None:
+    """Raise OutOfRangeError about a recipe key unless `condition` holds."""
+    if not condition:
+        raise OutOfRangeError(f"recipe: {key} must be {expected}, got {actual!r}; change it in the recipe or override")
+
+
+def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Make dataclass `kind` out of nested mappings, strictly.
+
+    Raises: UnknownNameError for a key that `kind` lacks (names the nearest key); UsageError for a missing required
+            key or a value of the wrong type; whatever the dataclass itself raises on cross-field checks.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UnknownNameError(
+                f"recipe: key must be one of {kind.__name__}'s, got {path + str(key)}; {suggestion(str(key), fields)}"
+            )
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], path + name)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UsageError(f"recipe: {path + name} must be given, got nothing; add it to the recipe")
+    return kind(**arguments)
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    """`value` as `hint`, refusing everything that would need a guess (no "1" for 1, no 1.5 for an int)."""
+    origin = typing.get_origin(hint)
+    options = typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in options:
+            return None
+        return _convert(next(option for option in options if option is not type(None)), value, key)
+    if origin is Literal:
+        if value in options:
+            return value
+        raise UsageError(f"recipe: {key} must be one of {', '.join(map(str, options))}, got {value!r}; choose one")
+    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        if len(options) == 2 and options[1] is Ellipsis:
+            return tuple(_convert(options[0], item, f"{key}[{index}]") for index, item in enumerate(value))
+        if len(options) == len(value):
+            pairs = zip(options, value, strict=True)
+            return tuple(_convert(option, item, f"{key}[{i}]") for i, (option, item) in enumerate(pairs))
+    elif origin is dict and isinstance(value, Mapping):
+        return {str(name): _convert(options[1], item, f"{key}.{name}") for name, item in value.items()}
+    elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(typing.cast(type, hint), value, key + ".")
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint in (bool, int, str) and type(value) is hint:
+        return value
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    raise UsageError(f"recipe: {key} must be {_spell(hint)}, got {value!r}; correct the value")
+
+
+def _spell(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
+
+
+def read_recipe(source: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The YAML file `source` with dotted `key=value` overrides applied, as plain nested dictionaries.
+
+    Raises: UsageError when the file is not a YAML mapping or an override has no `=`.
+    """
+    for override in overrides:
+        if "=" not in override:
+            raise UsageError(f"train: override must be key=value, got {override!r}; write e.g. trainer.steps=100")
+    try:
+        loaded = OmegaConf.load(source)
+        if not isinstance(loaded, DictConfig):
+            raise UsageError(
+                f"train: recipe must be a YAML mapping, got a list in {source}; start it with `task: NAME`"
+            )
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        values = typing.cast(dict[Any, Any], OmegaConf.to_container(merged, resolve=True))
+    except UsageError:
+        raise
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"train: recipe must be readable YAML, got {source}: {reason}; correct the file") from error
+    except Exception as error:  # PyYAML's scanner errors share no base class that omegaconf re-exports
+        if type(error).__module__.split(".")[0] != "yaml":
+            raise
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"train: recipe must be valid YAML, got {source}: {reason}; correct the file") from error
+    return {str(key): value for key, value in values.items()}
+
+
+def to_plain(value: Any) -> Any:
+    """Nested dataclasses, tuples and paths as the plain values that YAML and JSON hold."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+    if isinstance(value, Mapping):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def to_yaml(recipe: object) -> str:
+    """The fully resolved recipe as YAML that `read_recipe` reads back to the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe)))

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of the GAN editors. Reductions follow SYSTEMS.md: plain means, unless a docstring says otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_TINY = 1e-6
+
+
+def masked_l1(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """mean |mask ⊙ (image − target)| over every element, so a small region weighs little (L_mre, MagGAN eq. 3).
+
+    Args:    image, target N×C×H×W; mask N×1×H×W in [0, 1].
+    """
+    return (mask * (image - target)).abs().mean()
+
+
+def masked_l2(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """mean of mask ⊙ (image − target)² over every element."""
+    return (mask * (image - target).square()).mean()
+
+
+def region_l1(image: Tensor, target: Tensor, region: Tensor) -> Tensor:
+    """|image − target| averaged inside each sample's soft region, then over the samples that have one.
+
+    Unlike `masked_l1` a small region (brows) counts as much as a large one (hair). 0 when no sample has a region.
+    """
+    return _by_region((image - target).abs(), region)
+
+
+def region_l2(image: Tensor, target: Tensor, region: Tensor) -> Tensor:
+    """As `region_l1` with squared differences."""
+    return _by_region((image - target).square(), region)
+
+
+def _by_region(difference: Tensor, region: Tensor) -> Tensor:
+    area = region.sum(dim=(1, 2, 3))
+    inside = (region * difference).mean(dim=1).sum(dim=(1, 2)) / area.clamp_min(_TINY)
+    # Below one pixel a region is the tail of a blurred boundary, and its average would be noise.
+    present = (area >= 1).to(inside.dtype)
+    return (inside * present).sum() / present.sum().clamp_min(1)
+
+
+def attribute_bce(logits: Tensor, attributes: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy, mean over attributes and samples (MagGAN eqs. 9 and 10; the sign of 10 as in D23).
+
+    Args:    logits, attributes N×A, attributes in [0, 1]; weight N×A or N×1 ≥ 0 leaves out what is unknown.
+    Returns: the weighted mean; 0 when every weight is 0.
+    """
+    if weight is None:
+        return F.binary_cross_entropy_with_logits(logits, attributes)
+    losses = F.binary_cross_entropy_with_logits(logits, attributes, reduction="none")
+    weight = weight.expand_as(losses)
+    return (losses * weight).sum() / weight.sum().clamp_min(_TINY)
+
+
+def wgan_critic_loss(real: Tensor, made: Tensor) -> Tensor:
+    """E D(x̂) − E D(x), what the critic minimises (MagGAN eq. 7 without the penalty)."""
+    return made.mean() - real.mean()
+
+
+def wgan_generator_loss(made: Tensor) -> Tensor:
+    """−E D(x̂) (MagGAN eq. 8)."""
+    return -made.mean()
+
+
+def gradient_penalty(
+    critic: Callable[[Tensor], Tensor], real: Tensor, made: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
+    """E (‖∇D(x_int)‖₂ − 1)², x_int = x + α (x̂ − x), α ~ U(0, 1) per sample (without λ).
+
+    Args:    critic maps N×C×H×W to one value a sample; real, made N×C×H×W; generator draws α on the CPU.
+    Returns: scalar, differentiable in the critic's weights; no gradient reaches real or made.
+    """
+    alpha = torch.rand(real.shape[0], generator=generator).to(real).view(-1, *[1] * (real.ndim - 1))
+    between = torch.lerp(real.detach(), made.detach(), alpha).requires_grad_(True)
+    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    return (slope.flatten(1).norm(dim=1) - 1).square().mean()

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: recipe, environment, metrics, TensorBoard events, sample sheets, checkpoints, weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faceedit.errors import MissingExtraError, UsageError
+from faceedit.training.checkpoint import list_checkpoints
+from faceedit.training.sheets import write_png
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine, threads and (in a git checkout) the commit that a run was made with."""
+    packages = {"torch": torch.__version__}  # with its CUDA build, which the package metadata leaves out
+    for name in ("faceedit", "lightning", "numpy"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **_git_state(Path(__file__).resolve().parent),
+    }
+
+
+def _git_state(folder: Path) -> dict[str, Any]:
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"commit": commit, "commit_has_local_changes": bool(changes)}
+
+
+class RunDirectory:
+    """Layout and writers of one run.
+
+    recipe.yaml, environment.json, metrics.jsonl, tensorboard/, samples/step_*.png, checkpoints/step_*.pt,
+    weights.safetensors (exported at the end), summary.json.
+    """
+
+    def __init__(self, root: Path, *, resume_step: int | None) -> None:
+        """Open `root`; `resume_step` None starts a new run and refuses a directory that already holds one."""
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self._metrics = root / "metrics.jsonl"
+        if resume_step is None and (self._metrics.exists() or list_checkpoints(self.checkpoints)):
+            raise UsageError(
+                f"train: output_dir must hold no earlier run, got {root}; pass resume or another directory"
+            )
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError(
+                "train: tensorboard must be installed; run pip install 'faceedit[train]'"
+            ) from error
+        root.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None:
+            self._forget_after(resume_step)
+        self._board = SummaryWriter(str(root / "tensorboard"), purge_step=resume_step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drop metric lines past the checkpoint: the resumed run writes them again."""
+        if not self._metrics.exists():
+            return
+        lines = [line for line in self._metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
+        self.write_text("metrics.jsonl", "".join(line + "\n" for line in lines))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file of the run atomically."""
+        partial = self.root / (name + ".partial")
+        partial.write_text(text)
+        os.replace(partial, self.root / name)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def log(self, step: int, split: str, scalars: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard."""
+        with self._metrics.open("a") as stream:
+            stream.write(json.dumps({"step": step, "split": split, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._board.add_scalar(f"{split}/{name}", value, step)
+
+    def write_sheet(self, step: int, pixels: Tensor) -> None:
+        write_png(self.root / "samples" / f"step_{step:08d}.png", pixels)
+        self._board.add_image("samples", pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._board.close()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a task is to the trainer, and what the trainer is to a task."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from faceedit.errors import UnknownNameError, UsageError, suggestion
+from faceedit.training.config import AdamConfig, TrainerConfig
+from faceedit.training.ema import ExponentialMovingAverage
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+# Task name (the first line of a recipe) -> "module:class", imported when used.
+TASKS: dict[str, str] = {
+    "maggan": "faceedit.training.maggan:MagGANTask",
+    "classifier": "faceedit.training.classifier:ClassifierTask",
+    "parser": "faceedit.training.parser:ParserTask",
+}
+
+
+class Recipe(Protocol):
+    """Every recipe dataclass has these two; the rest belongs to its task."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def trainer(self) -> TrainerConfig: ...
+
+
+R = TypeVar("R", bound=Recipe)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part; unlike seed + step, two streams never run into each other."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class TrainingContext:
+    """Networks, optimisers and averages of one run, and the Fabric that places them.
+
+    All randomness of step k is a function of (seed, k, rank), so a resumed run needs no generator state.
+    """
+
+    def __init__(self, fabric: Fabric, config: TrainerConfig) -> None:
+        self.fabric = fabric
+        self.config = config
+        self.device: torch.device = fabric.device
+        self.networks: dict[str, nn.Module] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.averages: dict[str, ExponentialMovingAverage] = {}
+        self._wrapped: dict[str, nn.Module] = {}
+        self._rates: dict[str, AdamConfig] = {}
+
+    def add_network(self, name: str, network: nn.Module, adam: AdamConfig, *, average: bool = False) -> nn.Module:
+        """Hand a trainable network to the run. Returns the module to call in `training_step`.
+
+        The returned wrapper applies precision and gradient synchronisation; `networks[name]` stays the bare network.
+        """
+        if self.config.channels_last:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(
+            parameters, lr=adam.rate, betas=(adam.beta1, adam.beta2), weight_decay=adam.weight_decay
+        )
+        network.to(self.device)
+        wrapped, prepared = self.fabric.setup(network, optimizer)
+        if average:
+            self.averages[name] = ExponentialMovingAverage(network, self.config.ema_decay)
+        self.networks[name] = network
+        self.optimizers[name] = prepared
+        self._wrapped[name] = wrapped
+        self._rates[name] = adam
+        return wrapped
+
+    def minimise(self, name: str, loss: Tensor, *, clip_norm: float | None = None) -> None:
+        """One optimiser step of network `name` along −∇loss."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        if clip_norm is not None:
+            self.fabric.clip_gradients(self._wrapped[name], optimizer, max_norm=clip_norm)
+        optimizer.step()
+
+    def best(self, name: str) -> nn.Module:
+        """The network to judge and to export: the average where one is kept."""
+        return self.averages[name].module if name in self.averages else self.networks[name]
+
+    def set_rates(self, step: int, progress: float) -> None:
+        for name, adam in self._rates.items():
+            for group in self.optimizers[name].param_groups:
+                group["lr"] = adam.rate_at(step, progress)
+
+    def update_averages(self) -> None:
+        for name, average in self.averages.items():
+            average.update(self.networks[name])
+
+    def generator(self, stream: str, step: int) -> torch.Generator:
+        """A CPU generator for one purpose at one step, different on every rank."""
+        seed = derive_seed(self.config.seed, stream, step, self.fabric.global_rank)
+        return torch.Generator().manual_seed(seed)
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Move a batch; image-shaped tensors become channels_last where the run asks for it."""
+        moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+        if self.config.channels_last:
+            for name, value in moved.items():
+                if value.ndim == 4:
+                    moved[name] = value.contiguous(memory_format=torch.channels_last)
+        return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "averages": {
+                name: {"updates": average.updates, "weights": average.module.state_dict()}
+                for name, average in self.averages.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave. Raises UsageError when the run has other networks or other shapes."""
+        for kind, here in (("networks", self.networks), ("averages", self.averages)):
+            if state[kind].keys() != here.keys():
+                raise UsageError(
+                    f"train: checkpoint must hold {kind} {sorted(here)}, got {sorted(state[kind])}; "
+                    "resume with the recipe that made it"
+                )
+        try:
+            for name, network in self.networks.items():
+                network.load_state_dict(state["networks"][name])
+                self.optimizers[name].load_state_dict(state["optimizers"][name])
+            for name, average in self.averages.items():
+                average.updates = int(state["averages"][name]["updates"])
+                average.module.load_state_dict(state["averages"][name]["weights"])
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"train: checkpoint must fit the recipe's networks, got {reason}; resume with the recipe that made it"
+            ) from error
+
+
+class Task(ABC, Generic[R]):
+    """One thing to train. A task builds its networks through the context and says what a step, a look and a score are.
+
+    `training_step` may call `context.minimise` any number of times on any of its networks, which is all a GAN needs.
+    """
+
+    recipe_class: ClassVar[type]
+
+    def __init__(self, recipe: R, context: TrainingContext) -> None:
+        self.recipe = recipe
+        self.context = context
+
+    @abstractmethod
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The data of step `step`: a function of the seed and the step alone."""
+
+    @abstractmethod
+    def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """Update the networks once; returns detached scalars to log."""
+
+    @abstractmethod
+    def sample_sheet(self) -> Tensor:
+        """Fixed samples under the current weights, uint8 H×W×3."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Scores on data that training never sees."""
+
+    @abstractmethod
+    def export(self, path: Path, metrics: dict[str, float]) -> None:
+        """Write the network that users load, through `faceedit.registry.save_weights`."""
+
+    @classmethod
+    def prepare(cls, recipe: R, *, report: Any = None) -> None:
+        """Build what the task reads from disk (caches), once, before any process is launched."""
+
+
+def task_class(name: str) -> type[Task[Any]]:
+    """The class of task `name`. Raises UnknownNameError with the closest names."""
+    if name not in TASKS:
+        raise UnknownNameError(f"train: task must be a known one, got {name!r}; {suggestion(name, TASKS)}")
+    module, attribute = TASKS[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
