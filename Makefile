@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+# The everyday commands, the same for people and for .ci/run. `check` never edits; `fix` does.
+.PHONY: setup check fix test test-gpu bench ci
+
+setup:
+	pip install -e '.[dev]'
+
+check:
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports
+
+fix:
+	ruff check --fix .
+	ruff format .
+
+test:
+	pytest
+
+test-gpu:
+	pytest -m gpu
+
+bench:
+	pytest tests/benchmarks --benchmark-enable --benchmark-only
+
+ci:
+	.ci/run
