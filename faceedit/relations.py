@@ -2,10 +2,11 @@
 """Which facial parts an attribute concerns: MagGAN's AR⁺/AR⁻ and MaskFaceGAN's attribute → region table.
 
 MagGAN (Wei et al. 2020) edits only the parts that an attribute's change may touch. Two 0/1 matrices over attribute ×
-part say which: AR⁺ when the attribute is raised, AR⁻ when it is lowered. The authors' own matrices were never published;
-the tables below follow the rule that their examples show: *a part is listed when its pixels may have to change colour or
-identity*. Raising Bald touches the hair that disappears; lowering it touches what hair would grow over. Hats, clothes
-and necklaces are never listed. Tables are kept by part name, so they serve any label scheme that has those parts.
+part say which: AR⁺ when the attribute is raised, AR⁻ when it is lowered. The authors' own matrices were never
+published; the tables below follow the rule that their examples show: *a part is listed when its pixels may have to
+change colour or identity*. Raising Bald touches the hair that disappears; lowering it touches what hair would grow
+over. Hats, clothes and necklaces are never listed. Tables are kept by part name, so they serve any label scheme that
+has those parts.
 """
 
 from collections.abc import Mapping
@@ -91,7 +92,7 @@ def relation_matrices(scheme: LabelScheme = CELEBAMASK_HQ, preset: str = "paper"
             f"relation_matrices: scheme must have the {CELEBAMASK_HQ.num_classes} parts of {CELEBAMASK_HQ.name}, "
             f"got {scheme.name}; convert the mask first"
         )
-    matrices = torch.zeros(2, len(MAGGAN), scheme.num_classes)
+    matrices = torch.zeros(2, len(MAGGAN), scheme.num_classes, device="cpu")
     for row, attribute in enumerate(MAGGAN):
         for sign, parts in enumerate(related_parts(attribute, preset)):
             matrices[sign, row, [scheme.id(part) for part in parts]] = 1
@@ -142,7 +143,7 @@ def influence_mask(
     """Where the asked attributes may change the image: Σ_p mask_p · min(1, Σ_i AR_{i,p}).
 
     Args:    attribute_difference (N,13), only its signs count; mask (N,K,H,W) soft, summing to 1 over K; relations as
-             `relation_matrices` gives them (default: paper, CelebAMask-HQ order); dilate_px grows the region by so much.
+             `relation_matrices` gives them (default: paper, CelebAMask-HQ order); dilate_px, its growth.
     Returns: (N,1,H,W) in [0, 1], dtype of mask; exactly 0 where no attribute changes. Differentiable in mask.
     Raises:  ValueError on shapes.
     Source:  MagGAN eqs. (2), (4), (5); the sum runs over the 19 parts (SYSTEMS D23).
@@ -184,8 +185,9 @@ class RegionRule:
     """How MaskFaceGAN confines one attribute (SYSTEMS 8).
 
     Args: target, classes of the MaskFaceGAN scheme that are edited; appearance, classes that join target in the
-          appearance and blending masks; shape_weight, λ_S of the target-shape term; is_dynamic, whether the masks follow
-          the edit; updates_shape, whether the shape mask follows too; is_global, an attribute of the whole face.
+          appearance, blending and shape masks; shape_weight, λ_S of the target-shape term; is_dynamic, whether the
+          masks follow the edit; updates_shape, whether the shape mask follows too; is_global, an attribute of the
+          whole face.
     """
 
     target: tuple[str, ...]

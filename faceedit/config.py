@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen dataclasses as the only source of configuration: strict reading from plain mappings, and back.
+
+Recipes, command-line overrides and weights headers all fill a dataclass through `from_dict`, so a misspelt key or a
+value of the wrong type is an error everywhere and a default is written in one place only.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from faceedit.errors import UnknownNameError, UsageError, suggestion
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T:
+    """An instance of a dataclass from a plain mapping; fields that the mapping leaves out keep their defaults.
+
+    Nested dataclasses are read from nested mappings, tuples from lists, a float from an integer; nothing else converts.
+
+    Args:    cls, a dataclass; mapping, as YAML or JSON gives it; where, what errors call this mapping (default: the
+             class).
+    Raises:  UnknownNameError for a key that is no field, with the nearest ones; UsageError for a missing or a wrong
+             value, and for whatever the dataclass itself refuses.
+    """
+    where = where or cls.__name__
+    if not isinstance(mapping, Mapping):
+        raise UsageError(f"from_dict: {where} must be a mapping, got {mapping!r}; write its keys below it")
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            raise UnknownNameError(
+                f"from_dict: {where} must have known keys only, got {key!r}; {suggestion(str(key), fields)}"
+            )
+    kinds = typing.get_type_hints(cls)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in mapping and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UsageError(f"from_dict: {where} must give {', '.join(missing)}, got {list(mapping)}; add what is missing")
+    values = {key: _convert(kinds[key], value, f"{where}.{key}") for key, value in mapping.items()}
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(str(error)) from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts, lists and scalars, ready for JSON or YAML; `from_dict` reads it back to an equal
+    value."""
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind`, or UsageError."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else from_dict(kind, value, where=where)  # type: ignore[arg-type]
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        hint = suggestion(str(value), [str(choice) for choice in arguments])
+        raise UsageError(f"from_dict: {where} must be one of {', '.join(map(repr, arguments))}, got {value!r}; {hint}")
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(arguments, value, where)
+    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
+        kinds = [arguments[0]] * len(value) if arguments[1:] == (...,) else list(arguments)
+        if len(kinds) == len(value):
+            pairs = zip(kinds, value, strict=True)
+            return tuple(_convert(item_kind, item, f"{where}[{i}]") for i, (item_kind, item) in enumerate(pairs))
+    elif origin in (list, Sequence) or (origin is not None and origin.__name__ == "Sequence"):
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif origin is None and _is_scalar(kind, value):
+        return float(value) if kind is float else value
+    expected = getattr(kind, "__name__", None) if origin is None else str(kind)
+    raise UsageError(f"from_dict: {where} must be {expected}, got {value!r}; give a value of that type")
+
+
+def _convert_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    failure: UsageError | None = None
+    for choice in choices:
+        if choice is type(None):
+            continue
+        try:
+            return _convert(choice, value, where)
+        except UsageError as error:
+            failure = error
+    raise failure or UsageError(f"from_dict: {where} must be null, got {value!r}; leave it out")
+
+
+def _is_scalar(kind: Any, value: Any) -> bool:
+    if not isinstance(kind, type):
+        return False
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from faceedit import registry
+from faceedit.attributes import MAGGAN
+from faceedit.config import from_dict, to_dict
+from faceedit.errors import UnknownNameError, UsageError, WeightsError
+from faceedit.networks import KINDS, network_kind
+from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
+from faceedit.networks.maggan import MagGANConfig, MagGANGenerator
+
+TINY = AttributeClassifierConfig(attributes=MAGGAN, size_px=16, base_width=2, stages=3, hidden_width=8)
+ORIGIN = {"licence": "Apache-2.0", "training_data": "nothing: random values", "source": "a test"}
+PACKAGED = [row for row in registry.list_weights() if row.path.parent == registry.PACKAGED]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(registry.DIRECTORY_VARIABLE, str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def classifier():
+    torch.manual_seed(0)
+    return AttributeClassifier(TINY)
+
+
+def save(folder, classifier, name="attribute-classifier-tiny", **changes):
+    path = folder / f"{name}.safetensors"
+    options = {**ORIGIN, "attributes": MAGGAN, "metrics": {"accuracy": 0.5}, **changes}
+    registry.save_weights(path, "attribute-classifier", TINY, classifier.state_dict(), **options)
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_every_kind_builds_from_its_default_configuration(kind):
+    config_class, network_class = kind.classes()
+    config = config_class()
+    with torch.device("meta"):
+        network = network_class(config)
+    assert network.state_dict()
+    assert from_dict(config_class, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize("row", PACKAGED, ids=lambda row: row.name)
+def test_packaged_row_is_true(row):
+    assert row.path.stat().st_size == row.bytes <= registry.MAX_FILE_BYTES
+    assert registry.sha256_of(row.path) == row.sha256
+    assert row.header.licence in registry.LICENCES
+    assert row.header.training_data
+    assert (registry.PACKAGED / row.card).is_file(), "every packaged network needs its card"
+    network = registry.load_network(row.name)
+    assert all(value.isfinite().all() for value in network.state_dict().values() if value.is_floating_point())
+
+
+def test_packaged_weights_are_small_and_declared():
+    files = sorted(path for path in registry.PACKAGED.iterdir() if path.suffix not in (".md", ".json", ".py"))
+    files = [path for path in files if path.is_file()]
+    assert {path.name for path in files} == {row.file for row in PACKAGED}
+    assert sum(path.stat().st_size for path in files) <= registry.MAX_TOTAL_BYTES
+
+
+def test_saved_network_loads_by_name_and_by_path(folder, classifier):
+    path = save(folder, classifier)
+    registry.pin_weights("attribute-classifier-tiny", path)
+    for handle in ("attribute-classifier-tiny", str(path), path):
+        network = registry.load_network(handle)
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert network.config == TINY
+        assert network.header.attributes == MAGGAN
+        assert network.header.metrics == {"accuracy": 0.5}
+        for name, value in classifier.state_dict().items():
+            half = value.half().to(value.dtype) if value.is_floating_point() and value.ndim > 1 else value
+            assert torch.equal(network.state_dict()[name], half), name
+
+
+def test_full_precision_is_exact(folder, classifier):
+    network = registry.load_network(save(folder, classifier, half=False))
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in classifier.state_dict().items())
+
+
+def test_kind_completes_a_short_name(folder, classifier):
+    registry.pin_weights("attribute-classifier-tiny", save(folder, classifier))
+    assert registry.find("tiny", "attribute-classifier").name == "attribute-classifier-tiny"
+    assert isinstance(registry.load_network("tiny", kind="attribute-classifier"), AttributeClassifier)
+    with pytest.raises(WeightsError, match="must hold a maggan"):
+        registry.load_network(folder / "attribute-classifier-tiny.safetensors", kind="maggan")
+
+
+def test_pinning_replaces_its_own_row_only(folder, classifier):
+    registry.pin_weights("one", save(folder, classifier, "one"))
+    registry.pin_weights("two", save(folder, classifier, "two"))
+    registry.pin_weights("one", save(folder, classifier, "three"), card="one.md")
+    (folder / "one.md").write_text("What it cannot do.")
+    assert [(row.name, row.file) for row in registry.list_weights() if row.path.parent == folder] == [
+        ("one", "three.safetensors"),
+        ("two", "two.safetensors"),
+    ]
+    described = registry.describe("one")
+    assert described["card"] == "What it cannot do."
+    assert described["pinned"]
+    assert described["licence"] == "Apache-2.0"
+    assert json.dumps(described)
+
+
+def test_altered_file_is_refused(folder, classifier):
+    path = save(folder, classifier)
+    registry.pin_weights("tiny", path)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="SHA-256"):
+        registry.load_network("tiny")
+
+
+def test_unknown_name_suggests(folder, classifier):
+    registry.pin_weights("classifier-tiny", save(folder, classifier))
+    with pytest.raises(UnknownNameError, match="classifier-tiny"):
+        registry.load_network("clasifier-tiny")
+    with pytest.raises(WeightsError, match="readable file"):
+        registry.load_network(folder / "absent.safetensors")
+    with pytest.raises(WeightsError, match="maggan"):
+        network_kind("magan")
+
+
+def write(path, tensors, header):
+    save_file(
+        tensors, path, metadata={registry.METADATA_KEY: header if isinstance(header, str) else json.dumps(header)}
+    )
+
+
+def test_partial_weights_are_refused_and_change_nothing(folder, classifier):
+    header = to_dict(registry.read_header(save(folder, classifier)))
+    state = {name: value.numpy() for name, value in classifier.state_dict().items()}
+    other = AttributeClassifier(TINY)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    cases = {
+        "missing logits.bias": {name: value for name, value in state.items() if name != "logits.bias"},
+        "unexpected extra": {**state, "extra": np.zeros(1, np.float32)},
+        "other shapes logits.bias": {**state, "logits.bias": np.zeros(40, np.float32)},
+    }
+    for text, tensors in cases.items():
+        write(folder / "bad.safetensors", tensors, header)
+        with pytest.raises(WeightsError, match=text):
+            registry.load_network(folder / "bad.safetensors")
+        with pytest.raises(WeightsError, match=text):
+            registry.load_weights(other, folder / "bad.safetensors")
+    assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
+
+
+def test_bad_files_and_headers_are_refused(folder, classifier):
+    header = to_dict(registry.read_header(save(folder, classifier)))
+    tensors = {"a": np.zeros(1, np.float32)}
+    bad_headers = {
+        "lisence": {**header, "lisence": "MIT"},
+        "licence must be a known": {**header, "licence": "Proprietary"},
+        "known network": {**header, "kind": "diffusion"},
+        "format must be": {**header, "format": 2},
+        "base_width": {**header, "config": {**header["config"], "bass_width": 1}},
+        "Expecting value": "not json",
+    }
+    for text, bad in bad_headers.items():
+        write(folder / "bad.safetensors", tensors, bad)
+        with pytest.raises(WeightsError, match=text):
+            registry.load_network(folder / "bad.safetensors")
+    save_file(tensors, folder / "bare.safetensors")
+    with pytest.raises(WeightsError, match="weights import"):
+        registry.load_network(folder / "bare.safetensors")
+    (folder / "text.safetensors").write_text("hello")
+    with pytest.raises(WeightsError, match="safetensors file"):
+        registry.load_network(folder / "text.safetensors")
+    torch.save(classifier.state_dict(), folder / "pickle.safetensors")
+    with pytest.raises(WeightsError, match="safetensors file"):
+        registry.load_network(folder / "pickle.safetensors")
+
+
+def test_bad_index_is_named(folder):
+    (folder / "index.json").write_text("[{}]")
+    with pytest.raises(WeightsError, match=r"index\.json"):
+        registry.list_weights()
+
+
+def test_save_refuses_what_cannot_be_stored(folder, classifier):
+    with pytest.raises(UsageError, match="Apache"):
+        save(folder, classifier, licence="Apache")
+    with pytest.raises(WeightsError, match="MagGANConfig"):
+        registry.save_weights(folder / "x.safetensors", "maggan", TINY, {}, **ORIGIN)
+    with torch.no_grad():
+        classifier.logits.weight[0, 0] = 1e6
+    with pytest.raises(WeightsError, match=r"logits\.weight must be finite"):
+        save(folder, classifier)
+    with pytest.raises(WeightsError, match="writable"):
+        save(folder / "absent", classifier, half=False)
+    assert list(folder.iterdir()) == []
+
+
+def test_generator_survives_the_round_trip(folder):
+    config = MagGANConfig(size_px=16, base_width=4, max_width=8, encoder_stages=3, stu_units=2, output="residual")
+    torch.manual_seed(0)
+    network = MagGANGenerator(config).eval()
+    path = folder / "g.safetensors"
+    registry.save_weights(path, "maggan", config, network.state_dict(), label_scheme=config.label_scheme, **ORIGIN)
+    loaded = registry.load_network(path)
+    assert loaded.config == config
+    sample = torch.rand(1, 3, 16, 16), torch.ones(1, 13), torch.rand(1, 19, 16, 16).softmax(1)
+    # fp16 weights carry 11 bits.
+    torch.testing.assert_close(loaded(*sample), network(*sample), rtol=0, atol=2e-3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        loaded.header.licence = "MIT"
