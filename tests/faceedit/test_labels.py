@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,3 +179,15 @@ def test_rejects_wrong_types_and_shapes():
         convert_labels(np.zeros((2, 2)), CELEBAMASK_HQ, HELEN)
     with pytest.raises(ValueError, match=r"\(…,19,H,W\)"):
         convert_soft(random_soft(HELEN), CELEBAMASK_HQ, HELEN)
+
+
+def test_the_documented_table_is_true():
+    text = (Path(__file__).parents[2] / "docs" / "conventions.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    rows = [row for row in rows if len(row) == 7 and row[0].isdigit()]
+    assert [(int(row[0]), row[1]) for row in rows] == list(enumerate(CELEBAMASK_HQ.classes))
+    for index, name, _, colour, zll, helen, maskfacegan in rows:
+        assert tuple(map(int, colour.split(","))) == CELEBAMASK_HQ.palette[int(index)]
+        assert int(zll) == CELEBAMASK_HQ_ZLL.id(name)
+        assert HELEN.id(helen) == conversion_table(CELEBAMASK_HQ, HELEN)[int(index)]
+        assert MASKFACEGAN.id(maskfacegan) == conversion_table(CELEBAMASK_HQ, MASKFACEGAN)[int(index)]
