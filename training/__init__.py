@@ -31,8 +31,9 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:   recipe is a shipped name ("maggan-starter") or a YAML file; overrides are "trainer.steps=100"-like.
     Raises: UnknownNameError (recipe, task or key; names the nearest), UsageError (missing or mistyped value).
     """
+    from faceedit.config import from_dict
     from faceedit.errors import UnknownNameError, UsageError, suggestion
-    from faceedit.training.config import build, read_recipe
+    from faceedit.training.config import read_recipe
     from faceedit.training.task import task_class
 
     source = Path(recipe) if str(recipe).endswith((".yaml", ".yml")) else _RECIPES / f"{recipe}.yaml"
@@ -45,7 +46,7 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     name = values.get("task")
     if not isinstance(name, str):
         raise UsageError(f"train: recipe must name its task, got none in {source}; start it with `task: NAME`")
-    resolved: Recipe = build(task_class(name).recipe_class, values)
+    resolved: Recipe = from_dict(task_class(name).recipe_class, values, where="recipe")
     return resolved
 
 

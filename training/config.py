@@ -7,20 +7,17 @@ file must match exactly. Defaults live in the dataclasses alone.
 
 from __future__ import annotations
 
-import dataclasses
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from faceedit.errors import OutOfRangeError, UnknownNameError, UsageError, suggestion
-
-T = TypeVar("T")
+from faceedit.config import to_dict
+from faceedit.errors import OutOfRangeError, UsageError
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
 
@@ -94,63 +91,6 @@ def require(condition: bool, key: str, expected: str, actual: object) -> None:
         raise OutOfRangeError(f"recipe: {key} must be {expected}, got {actual!r}; change it in the recipe or override")
 
 
-def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Make dataclass `kind` out of nested mappings, strictly.
-
-    Raises: UnknownNameError for a key that `kind` lacks (names the nearest key); UsageError for a missing required
-            key or a value of the wrong type; whatever the dataclass itself raises on cross-field checks.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise UnknownNameError(
-                f"recipe: key must be one of {kind.__name__}'s, got {path + str(key)}; {suggestion(str(key), fields)}"
-            )
-    arguments: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in values:
-            arguments[name] = _convert(hints[name], values[name], path + name)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise UsageError(f"recipe: {path + name} must be given, got nothing; add it to the recipe")
-    return kind(**arguments)
-
-
-def _convert(hint: Any, value: Any, key: str) -> Any:
-    """`value` as `hint`, refusing everything that would need a guess (no "1" for 1, no 1.5 for an int)."""
-    origin = typing.get_origin(hint)
-    options = typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in options:
-            return None
-        return _convert(next(option for option in options if option is not type(None)), value, key)
-    if origin is Literal:
-        if value in options:
-            return value
-        raise UsageError(f"recipe: {key} must be one of {', '.join(map(str, options))}, got {value!r}; choose one")
-    if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
-        if len(options) == 2 and options[1] is Ellipsis:
-            return tuple(_convert(options[0], item, f"{key}[{index}]") for index, item in enumerate(value))
-        if len(options) == len(value):
-            pairs = zip(options, value, strict=True)
-            return tuple(_convert(option, item, f"{key}[{i}]") for i, (option, item) in enumerate(pairs))
-    elif origin is dict and isinstance(value, Mapping):
-        return {str(name): _convert(options[1], item, f"{key}.{name}") for name, item in value.items()}
-    elif dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(typing.cast(type, hint), value, key + ".")
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (bool, int, str) and type(value) is hint:
-        return value
-    elif hint is Path and isinstance(value, str):
-        return Path(value)
-    raise UsageError(f"recipe: {key} must be {_spell(hint)}, got {value!r}; correct the value")
-
-
-def _spell(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if typing.get_origin(hint) is None else str(hint)
-
-
 def read_recipe(source: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The YAML file `source` with dotted `key=value` overrides applied, as plain nested dictionaries.
 
@@ -180,17 +120,6 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def to_plain(value: Any) -> Any:
-    """Nested dataclasses, tuples and paths as the plain values that YAML and JSON hold."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [to_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
-
-
-def to_yaml(recipe: object) -> str:
+def to_yaml(recipe: Any) -> str:
     """The fully resolved recipe as YAML that `read_recipe` reads back to the same values."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(recipe)))
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from faceedit.attributes import CELEBA, MAGGAN, attribute_index
 from faceedit.errors import UsageError
-from faceedit.relations import influence_mask
+from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
 from faceedit.training import synthetic as portraits
 from faceedit.training.config import require
@@ -43,7 +43,7 @@ class SyntheticConfig:
     attributes: tuple[str, ...] = MAGGAN
     tinted_share: float = 0.0
     seed_offset: int = 0
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         require(self.people > 0, "people", "positive", self.people)
@@ -119,7 +119,7 @@ def _cache_folder(config: SyntheticConfig, split: str, seed: int) -> Path:
     values |= {"attributes": config.attributes, "tinted": config.tinted_share, "version": 1}
     renderer = Path(portraits.__file__ or "").parent
     key = cache.fingerprint(values, list(renderer.glob("*.py")))
-    return (config.cache_dir or cache.default_cache_dir()) / f"synthetic-{split}-{config.size_px}px-{key}"
+    return Path(config.cache_dir or cache.default_cache_dir()) / f"synthetic-{split}-{config.size_px}px-{key}"
 
 
 def _flipped_variants(
@@ -175,9 +175,14 @@ class PairConfig:
 
 
 def sample_pairs(
-    data: SyntheticPortraits, count: int, generator: torch.Generator, pairs: PairConfig, augment: AugmentConfig
+    data: SyntheticPortraits,
+    count: int,
+    generator: torch.Generator,
+    pairs: PairConfig,
+    augment: AugmentConfig,
+    relations: Relations | None = None,
 ) -> dict[str, Tensor]:
-    """`count` counterfactual edits.
+    """`count` counterfactual edits. `relations` (default: the paper's) say which parts an attribute influences.
 
     Returns: source, target count×3×S×S in [-1, 1]; mask count×19×S×S of the source; difference count×13 in {-1,0,1};
              attributes, target_attributes count×13 in {0,1}; influence count×1×S×S in [0, 1].
@@ -212,7 +217,7 @@ def sample_pairs(
         "difference": difference,
         "attributes": attributes,
         "target_attributes": wanted,
-        "influence": influence_mask(difference, mask),
+        "influence": influence_mask(difference, mask, relations),
     }
 
 

@@ -37,11 +37,11 @@ FindFace = Callable[[Path], Face]
 class PhotosConfig:
     """A folder of photos (searched recursively). `parser` names the weights that align and parse them."""
 
-    folder: Path
+    folder: str
     size_px: int = 128
     parser: str = "parser-starter"
     max_photos: int | None = None
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         require(self.max_photos is None or self.max_photos > 0, "max_photos", "positive", self.max_photos)
@@ -56,14 +56,15 @@ class UnlabelledPhotos:
     def __init__(
         self, config: PhotosConfig, find_face: FindFace | None = None, report: Callable[[str], Any] = print
     ) -> None:
-        files = sorted(path for path in config.folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        root = Path(config.folder)
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
         files = files[: config.max_photos]
         if not files:
             raise UsageError(
                 f"train: photos.folder must hold photos, got {config.folder}; pass a folder of image files"
             )
         values = {"size": config.size_px, "parser": _parser_identity(config.parser), "version": 1}
-        values["files"] = [(str(path.relative_to(config.folder)), path.stat().st_size) for path in files]
+        values["files"] = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
         name = f"photos-{config.size_px}px-{cache.fingerprint(values, [])}"
         shape = (len(files), config.size_px, config.size_px, 3)
         shapes = {"images": (shape, "uint8"), "masks": (shape, "uint8"), "usable": ((len(files),), "bool")}
@@ -74,7 +75,7 @@ class UnlabelledPhotos:
                 finder.append(face_finder(config.parser))
             return _prepare(files[start:stop], finder[0], config.size_px)
 
-        folder = (config.cache_dir or cache.default_cache_dir()) / name
+        folder = Path(config.cache_dir or cache.default_cache_dir()) / name
         arrays = cache.build_cache(folder, shapes, 16, fill, report)
         self._images, self._masks = arrays["images"], arrays["masks"]
         self.index = np.flatnonzero(arrays["usable"])
@@ -97,11 +98,11 @@ class UnlabelledPhotos:
         return cache.unpack_image(pixels), cache.unpack_mask(packed)
 
     def sample(self, count: int, generator: torch.Generator, augment: AugmentConfig) -> dict[str, Tensor]:
-        """`count` random photos under light photometric changes: image, mask."""
-        positions = torch.randint(len(self), (count,), generator=generator).tolist()
+        """`count` random photos under light photometric changes: image, mask, position (int64)."""
+        positions = torch.randint(len(self), (count,), generator=generator)
         mirrored = (torch.rand(count, generator=generator) < 0.5).numpy() & augment.flip
-        image, mask = self.read(positions, mirrored)
-        return {"image": augment_images([image], augment, generator)[0], "mask": mask}
+        image, mask = self.read(positions.tolist(), mirrored)
+        return {"image": augment_images([image], augment, generator)[0], "mask": mask, "position": positions}
 
 
 def face_finder(parser: str) -> FindFace:

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `maggan` task: MagGAN (SYSTEMS 3) trained on counterfactual pairs and unlabelled photos.
+
+What differs from the paper, and why:
+
+* Synthetic pairs have a true result, so an L1 term inside the influence region joins the paper's losses
+  (`losses.edit`; 0 gives the paper). Outside it the paper's L_mre holds, and L_rec holds for the empty edit.
+* Photos have no true result and no labels. All of them take part in L_rec, and their random edits in L_mre; their edits
+  take part in the adversarial and attribute losses only when a classifier supplies source attributes.
+* On a small machine the critic may run on every `adversarial.every`-th step and on smaller images than the generator's
+  (`critic.input_px`); on the steps between, the generator has the other losses only. `every: 1, critic_steps: 5` and a
+  critic of the generator's size are the paper's schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from faceedit.attributes import MAGGAN, resolve_conflicts
+from faceedit.networks.maggan import (
+    MagGANConfig,
+    MagGANDiscriminator,
+    MagGANDiscriminatorConfig,
+    MagGANGenerator,
+    resize_area,
+)
+from faceedit.relations import influence_mask
+from faceedit.training import cache, losses
+from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.data import AugmentConfig, PairConfig, SyntheticConfig, SyntheticPortraits, sample_pairs
+from faceedit.training.evaluation import classify_with, evaluate_editor
+from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
+from faceedit.training.sheets import image_sheet
+from faceedit.training.task import Task, TrainingContext
+
+_SHEET_EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open", "Eyeglasses")
+_KNOWN = 0.8  # a classifier this sure of a photo's attribute counts as knowing it
+
+
+@dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """Images of one step. `copies` of the pairs' sources are reconstructed; of the photos, `photo_edits` are edited
+    and the others reconstructed."""
+
+    pairs: int = 8
+    copies: int = 2
+    photos: int = 4
+    photo_edits: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.pairs > 0, "batch.pairs", "positive", self.pairs)
+        require(0 <= self.copies <= self.pairs, "batch.copies", "at most batch.pairs", self.copies)
+        require(0 <= self.photo_edits <= self.photos, "batch.photo_edits", "at most batch.photos", self.photo_edits)
+
+
+@dataclass(frozen=True, slots=True)
+class LossConfig:
+    """Weights of the terms (SYSTEMS 3.3); `edit` is this project's and weighs the mean inside the region."""
+
+    adversarial: float = 1.0
+    reconstruction: float = 100.0
+    attributes: float = 10.0
+    preserve: float = 100.0
+    edit: float = 100.0
+    gradient_penalty: float = 10.0
+    critic_attributes: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class AdversarialConfig:
+    """When the critic takes part: from `start_step`, on every `every`-th step, `critic_steps` updates each time."""
+
+    start_step: int = 0
+    every: int = 1
+    critic_steps: int = 5
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "adversarial.every", "positive", self.every)
+        require(self.critic_steps > 0, "adversarial.critic_steps", "positive", self.critic_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class MagGANRecipe:
+    """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes."""
+
+    task: str
+    trainer: TrainerConfig
+    description: str = ""
+    network: MagGANConfig = field(default_factory=MagGANConfig)
+    critic: MagGANDiscriminatorConfig = field(default_factory=MagGANDiscriminatorConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+    pairs: PairConfig = field(default_factory=PairConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    photos: PhotosConfig | None = None
+    photo_classifier: str | None = None
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    generator_adam: AdamConfig = field(default_factory=AdamConfig)
+    critic_adam: AdamConfig = field(default_factory=AdamConfig)
+    validation_people: int = 24
+    validation_classifier: str | None = None
+
+    def __post_init__(self) -> None:
+        size = self.network.size_px
+        require(
+            self.synthetic.size_px == size, "synthetic.size_px", f"network.size_px = {size}", self.synthetic.size_px
+        )
+        require(self.critic.size_px <= size, "critic size", f"at most network.size_px = {size}", self.critic.size_px)
+        if self.photos is not None:
+            require(self.photos.size_px == size, "photos.size_px", f"network.size_px = {size}", self.photos.size_px)
+        require(self.validation_people > 0, "validation_people", "positive", self.validation_people)
+
+
+class MagGANTask(Task[MagGANRecipe]):
+    """Networks "generator" (averaged, exported) and "critic"."""
+
+    recipe_class = MagGANRecipe
+
+    def __init__(self, recipe: MagGANRecipe, context: TrainingContext) -> None:
+        super().__init__(recipe, context)
+        self.data, self.validation, self.photos = _load_data(recipe, lambda line: None)
+        self.photo_attributes = self._estimate_attributes()
+        self.classify = None
+        if recipe.validation_classifier is not None:
+            judge = _load_classifier(recipe.validation_classifier, context.device)
+            self.classify = classify_with(judge, judge.config.attributes, judge.config.size_px)
+        network = MagGANGenerator(recipe.network)
+        self.generator = context.add_network("generator", network, recipe.generator_adam, average=True)
+        self.relations = network.relations
+        self.critic = context.add_network("critic", MagGANDiscriminator(recipe.critic), recipe.critic_adam)
+        self.bare_critic = cast(MagGANDiscriminator, context.networks["critic"])
+
+    @classmethod
+    def prepare(cls, recipe: MagGANRecipe, *, report: Callable[[str], Any]) -> None:
+        _load_data(recipe, report)
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        return self._draw("batch", step)
+
+    def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        schedule = self.recipe.adversarial
+        adversarial = step >= schedule.start_step and (step - schedule.start_step) % schedule.every == 0
+        scalars: dict[str, Tensor] = {}
+        if adversarial:
+            for extra in range(schedule.critic_steps - 1):
+                fresh = self._draw(f"critic {extra}", step)
+                with torch.no_grad():
+                    made = self._generate(fresh)
+                self._train_critic(fresh, made, step, extra)
+        made = self._generate(batch)
+        if adversarial:
+            scalars |= self._train_critic(batch, made.detach(), step, schedule.critic_steps)
+        loss, parts = self._generator_loss(batch, made, adversarial)
+        self.context.minimise("generator", loss)
+        return {**scalars, **parts, "generator": loss.detach()}
+
+    def _draw(self, stream: str, step: int) -> dict[str, Tensor]:
+        """Pairs under their own names; photos as `photo`, `photo_mask`, `photo_difference`, and what is known."""
+        recipe = self.recipe
+        generator = self.context.generator(stream, step)
+        batch = sample_pairs(self.data, recipe.batch.pairs, generator, recipe.pairs, recipe.augment, self.relations)
+        if self.photos is not None and recipe.batch.photos:
+            photos = self.photos.sample(recipe.batch.photos, generator, recipe.augment)
+            batch["photo"], batch["photo_mask"] = photos["image"], photos["mask"]
+            count = recipe.batch.photo_edits
+            known = None if self.photo_attributes is None else self.photo_attributes[photos["position"][:count]]
+            batch |= photo_edits(count, known, generator)
+        return self.context.to_device(batch)
+
+    def _generate(self, batch: dict[str, Tensor]) -> Tensor:
+        """One pass over everything: pair edits, pair copies, photo edits, photo copies."""
+        images, masks, differences = self._inputs(batch)
+        return self.generator(images, differences, masks).float()
+
+    def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        copies = self.recipe.batch.copies
+        difference = batch["difference"]
+        images, masks = [batch["source"], batch["source"][:copies]], [batch["mask"], batch["mask"][:copies]]
+        differences = [difference, torch.zeros_like(difference[:copies])]
+        if "photo" in batch:
+            images.append(batch["photo"])
+            masks.append(batch["photo_mask"])
+            asked = batch["photo_difference"]
+            differences += [asked, asked.new_zeros(len(batch["photo"]) - len(asked), asked.shape[1])]
+        return torch.cat(images), torch.cat(masks), torch.cat(differences)
+
+    def _generator_loss(
+        self, batch: dict[str, Tensor], made: Tensor, adversarial: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        weights = self.recipe.losses
+        pairs, edited = len(batch["source"]), self._edited_rows(batch, len(made))
+        images, masks, differences = self._inputs(batch)
+        copied = ~edited
+        preserve = 1 - influence_mask(differences[edited], masks[edited], self.relations)
+        parts = {
+            "edit": losses.region_l1(made[:pairs], batch["target"], batch["influence"]),
+            "preserve": losses.masked_l1(made[edited], images[edited], preserve),
+        }
+        if copied.any():
+            parts["reconstruction"] = (made[copied] - images[copied]).abs().mean()
+        total = sum(getattr(weights, name) * value for name, value in parts.items())
+        if adversarial:
+            _, _, views = self._judged(batch, made)
+            # The bare critic: its weights get no update here, so its gradients need no synchronisation either.
+            with self.context.fabric.autocast():
+                judgements = self.bare_critic(views)
+            attributes, known = self._wanted(batch)
+            adversarial_terms, class_terms = [], []
+            for level, judgement in enumerate(judgements):
+                repeats = 1 if level == 0 else self.recipe.critic.crops
+                adversarial_terms.append(losses.wgan_generator_loss(judgement.critic.float()))
+                wanted, certain = attributes.repeat(repeats, 1), known.repeat(repeats, 1)
+                class_terms.append(losses.attribute_bce(judgement.logits.float(), wanted, certain))
+            parts["adversarial"] = torch.stack(adversarial_terms).mean()
+            parts["attributes"] = torch.stack(class_terms).mean()
+            total = total + weights.adversarial * parts["adversarial"] + weights.attributes * parts["attributes"]
+        return cast(Tensor, total), {name: value.detach() for name, value in parts.items()}
+
+    def _edited_rows(self, batch: dict[str, Tensor], count: int) -> Tensor:
+        """Which rows of the generator's batch are edits (the others are copies)."""
+        edited = torch.zeros(count, dtype=torch.bool)
+        edited[: len(batch["source"])] = True
+        if "photo" in batch:
+            start = len(batch["source"]) + self.recipe.batch.copies
+            edited[start : start + len(batch["photo_difference"])] = True
+        return edited
+
+    def _judged(self, batch: dict[str, Tensor], made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the critic sees, at its own size: real images, their attributes, and edits.
+
+        Real and made hold the same mix of drawings and photos, or the critic would only learn to tell those apart.
+        """
+        pairs = len(batch["source"])
+        real, attributes, edits = [batch["target"]], [batch["target_attributes"]], [made[:pairs]]
+        if "photo_attributes" in batch:
+            start = pairs + self.recipe.batch.copies
+            count = len(batch["photo_attributes"])
+            real.append(batch["photo"][:count])
+            attributes.append(batch["photo_attributes"])
+            edits.append(made[start : start + count])
+        size = self.recipe.critic.size_px
+        return resize_area(torch.cat(real), size), torch.cat(attributes), resize_area(torch.cat(edits), size)
+
+    def _wanted(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Target attributes of the edits in `_judged` and which of them are known (1) or a guess (0)."""
+        wanted = [batch["target_attributes"]]
+        known = [torch.ones_like(wanted[0])]
+        if "photo_attributes" in batch:
+            wanted.append(batch["photo_target_attributes"])
+            known.append(batch["photo_known"])
+        return torch.cat(wanted), torch.cat(known)
+
+    def _train_critic(self, batch: dict[str, Tensor], made: Tensor, step: int, part: int) -> dict[str, Tensor]:
+        weights = self.recipe.losses
+        real, attributes, edits = self._judged(batch, made)
+        generator = self.context.generator(f"critic views {part}", step)
+        seen_real, seen_made = (self.bare_critic.views(x, generator) for x in (real, edits))
+        terms: dict[str, list[Tensor]] = {"wasserstein": [], "penalty": [], "critic_attributes": []}
+        judged_real, judged_made = self.critic(real), self.critic(edits)
+        for level, net in enumerate(self.bare_critic.levels):
+            of_real, of_made = judged_real[level], judged_made[level]
+            terms["wasserstein"].append(losses.wgan_critic_loss(of_real.critic.float(), of_made.critic.float()))
+            labels = attributes.repeat(1 if level == 0 else self.recipe.critic.crops, 1)
+            terms["critic_attributes"].append(losses.attribute_bce(of_real.logits.float(), labels))
+            # In float32 and on the bare network: half precision loses the second-order term.
+            penalty = losses.gradient_penalty(
+                lambda x, net=net: net(x).critic, seen_real[level].float(), seen_made[level].float(), generator
+            )
+            terms["penalty"].append(penalty)
+        means = {name: torch.stack(values).mean() for name, values in terms.items()}
+        loss = (
+            means["wasserstein"]
+            + weights.gradient_penalty * means["penalty"]
+            + weights.critic_attributes * means["critic_attributes"]
+        )
+        self.context.minimise("critic", loss)
+        return {name: value.detach() for name, value in means.items()}
+
+    def _estimate_attributes(self) -> Tensor | None:
+        """Probabilities N×13 of the photos' attributes, or None when no classifier is named."""
+        if self.photos is None or self.recipe.photo_classifier is None:
+            return None
+        network = _load_classifier(self.recipe.photo_classifier, self.context.device)
+        classify = classify_with(network, network.config.attributes, network.config.size_px)
+        rows = range(len(self.photos))
+        parts = []
+        for start in range(0, len(rows), 32):
+            positions = list(rows[start : start + 32])
+            image, _ = self.photos.read(positions, np.zeros(len(positions), dtype=bool))
+            parts.append(classify(image).cpu())
+        return torch.cat(parts)
+
+    def _edit(self, image: Tensor, difference: Tensor, mask: Tensor) -> Tensor:
+        device = self.context.device
+        with torch.no_grad(), self.context.fabric.autocast():
+            made = self.context.best("generator").eval()(image.to(device), difference.to(device), mask.to(device))
+        return made.float().cpu()
+
+    def sample_sheet(self) -> Tensor:
+        """Rows: six synthetic people, then up to ten photos. Columns: source, copy, six single edits."""
+        people = min(6, len(self.validation))
+        images = cache.unpack_image(self.validation.images[:people, 0])
+        masks = cache.unpack_mask(self.validation.masks[:people, 0])
+        if self.photos is not None:
+            positions = np.linspace(0, len(self.photos) - 1, min(10, len(self.photos))).astype(int).tolist()
+            photos, photo_masks = self.photos.read(positions, np.zeros(len(positions), dtype=bool))
+            images, masks = torch.cat([images, photos]), torch.cat([masks, photo_masks])
+        nothing = torch.zeros(len(images), len(MAGGAN))
+        columns = [images, self._edit(images, nothing, masks)]
+        for name in _SHEET_EDITS:
+            asked = nothing.clone()
+            asked[:, MAGGAN.index(name)] = 1
+            columns.append(self._edit(images, asked, masks))
+        return image_sheet(columns)
+
+    def validate(self) -> dict[str, float]:
+        return evaluate_editor(self._edit, self.validation, self.classify).scalars()
+
+    def export(self, path: Path, metrics: dict[str, float]) -> None:
+        from faceedit.registry import save_weights
+
+        photos = "" if self.photos is None else f", {len(self.photos)} unlabelled photos"
+        save_weights(
+            path,
+            "maggan",
+            self.recipe.network,
+            self.context.best("generator").state_dict(),
+            licence="Apache-2.0",
+            training_data=f"families of {len(self.data)} synthetic people{photos}",
+            source="faceedit",
+            recipe=self.recipe.description or self.recipe.task,
+            label_scheme=self.recipe.network.label_scheme,
+            attributes=MAGGAN,
+            metrics=metrics,
+        )
+
+
+def photo_edits(count: int, attributes: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random single-attribute edits for photos.
+
+    Args:    attributes count×13 probabilities, or None when nothing is known of the photos.
+    Returns: photo_difference count×13; with attributes also photo_attributes (the probabilities),
+             photo_target_attributes, and photo_known, 1 where the target is sure.
+    """
+    column = torch.randint(len(MAGGAN), (count,), generator=generator)
+    asked = F.one_hot(column, len(MAGGAN)).float()
+    if attributes is None:
+        sign = torch.randint(2, (count, 1), generator=generator).float() * 2 - 1
+        return {"photo_difference": asked * sign}
+    present = (attributes > 0.5).float()
+    target = torch.where(asked > 0, 1 - present, present)
+    for row in range(count):
+        if target[row, column[row]] > 0.5:
+            target[row] = resolve_conflicts(target[row], MAGGAN[int(column[row])])
+    sure = ((attributes > _KNOWN) | (attributes < 1 - _KNOWN)).float()
+    return {
+        "photo_difference": target - present,
+        "photo_attributes": attributes,
+        "photo_target_attributes": target,
+        "photo_known": torch.maximum(sure, asked),
+    }
+
+
+def _load_data(
+    recipe: MagGANRecipe, report: Callable[[str], Any]
+) -> tuple[SyntheticPortraits, SyntheticPortraits, UnlabelledPhotos | None]:
+    data = SyntheticPortraits(recipe.synthetic, "train", report)
+    every = replace(recipe.synthetic, people=recipe.validation_people, variants=len(MAGGAN), attributes=MAGGAN)
+    validation = SyntheticPortraits(replace(every, tinted_share=0.0, seed_offset=0), "validation", report)
+    photos = None if recipe.photos is None else UnlabelledPhotos(recipe.photos, report=report)
+    return data, validation, photos
+
+
+def _load_classifier(weights: str, device: torch.device) -> Any:
+    from faceedit.registry import load_network
+
+    return load_network(weights, device, kind="attribute-classifier")
