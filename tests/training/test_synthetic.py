@@ -97,9 +97,15 @@ def test_with_attribute_sets_what_it_names(name: str) -> None:
     params = sample_parameters(32, 9)
     for value in (1, 0):
         changed = attributes_of(with_attribute(params, name, value))[:, attribute_index(name)]
-        hidden = params["Wearing_Hat"] if name == "Bangs" else torch.zeros(32, dtype=torch.bool)
-        bald = params["Bald"] if value == 1 and name in ("Straight_Hair", "Wavy_Hair", "Receding_Hairline") else hidden
-        shown = ~(hidden | bald)
+        # Some attributes cannot be seen on everyone: no bangs under a hat, no curls on a bald head.
+        hidden = torch.zeros(32, dtype=torch.bool)
+        if name == "Bangs":
+            hidden = params["Wearing_Hat"]
+        elif name in ("Straight_Hair", "Wavy_Hair", "Receding_Hairline"):
+            hidden = params["Bald"]
+        elif name == "Oval_Face":
+            hidden = params["Chubby"]
+        shown = ~hidden
         assert (changed[shown] == value).all(), (name, value)
 
 
@@ -124,8 +130,8 @@ def test_counterfactuals_leave_the_rest_alone(name: str) -> None:
     inside = torch.nn.functional.max_pool2d(inside, 15, 1, 7)
     moved = (after.image - before.image).abs().mean(1, keepdim=True)
     assert (moved * (inside > 0.1)).sum() > 0
-    allowed = {"Blond_Hair": 0.02, "Pale_Skin": 0.05, "Mouth_Slightly_Open": 0.002}.get(name, 0.005)
-    assert (moved * (inside <= 0.1)).mean() < allowed
+    # Pale_Skin also turns ears and neck pale, which the paper's relation leaves out.
+    assert (moved * (inside <= 0.1)).mean() < (0.05 if name == "Pale_Skin" else 0.004)
 
 
 def test_tints_change_colours_and_keep_labels() -> None:

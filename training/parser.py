@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the starter face parser: synthetic portraits under domain randomisation, then its own opinion of real photos.
+
+Synthetic portraits give exact labels under colours, light and cameras that vary more than the world does. Unlabelled
+photos
+join by the mean-teacher method (Tarvainen and Valpola 2017): the averaged network labels a clean crop and its mirror
+image, and
+the network being trained must agree with it on the same crop after a random warp, recolouring, blur and compression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from faceedit.labels import CELEBAMASK_HQ, flip_soft
+from faceedit.networks.parser import ParserConfig, ParserNet
+from faceedit.training import cache
+from faceedit.training import synthetic as portraits
+from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.data import SPLIT_SEEDS
+from faceedit.training.degradation import (
+    flip_some,
+    occlude,
+    photograph,
+    random_warp,
+    recolour_regions,
+    warp_image,
+    warp_labels,
+)
+from faceedit.training.task import Task, TrainingContext
+
+_CHUNK = 4
+_PEOPLE_SEED = 100  # the parser's own people: nobody that an editor or a test meets
+
+# Cross-entropy weight by class: thin parts would otherwise be bought off by hair and ground.
+_WEIGHTS = {
+    "l_brow": 2.0,
+    "r_brow": 2.0,
+    "l_eye": 2.5,
+    "r_eye": 2.5,
+    "mouth": 1.5,
+    "u_lip": 2.0,
+    "l_lip": 2.0,
+    "nose": 1.2,
+}
+_THIN = {"eye_g": 1.5, "ear_r": 2.5, "neck_l": 2.5}
+
+
+@dataclass(frozen=True, slots=True)
+class ParserRecipe:
+    """`photos` None trains on synthetic portraits alone. `photo_from` is the share of the run after which photos join;
+    `initial_weights` continues from an exported or registered parser."""
+
+    trainer: TrainerConfig
+    task: str = "parser"
+    network: ParserConfig = field(default_factory=ParserConfig)
+    optimizer: AdamConfig = field(
+        default_factory=lambda: AdamConfig(rate=1e-3, beta1=0.9, warmup_steps=100, decay_from=0.3)
+    )
+    people: int = 7200
+    batch: int = 12
+    test_people: int = 96
+    photos: Path | None = None
+    photo_batch: int = 6
+    photo_weight: float = 1.0
+    photo_from: float = 0.3
+    confident: float = 0.8
+    initial_weights: str | None = None
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0 and self.photo_batch > 0, "batch", "positive", (self.batch, self.photo_batch))
+        require(0 <= self.photo_from <= 1, "photo_from", "in [0, 1]", self.photo_from)
+        require(0 < self.confident < 1, "confident", "in (0, 1)", self.confident)
+
+
+class ParserTask(Task[ParserRecipe]):
+    """Cross-entropy on synthetic portraits, confidence-weighted consistency on photos."""
+
+    recipe_class = ParserRecipe
+
+    def __init__(self, recipe: ParserRecipe, context: TrainingContext) -> None:
+        super().__init__(recipe, context)
+        network = ParserNet(recipe.network)
+        if recipe.initial_weights is not None:
+            from faceedit.registry import load_network
+
+            network.load_state_dict(load_network(recipe.initial_weights).state_dict())
+        self.net = context.add_network("parser", network, recipe.optimizer, average=True)
+        self.people = _rendered(recipe, "train", recipe.people, _silent)
+        self.test = _rendered(recipe, "test", recipe.test_people, _silent)
+        self.photos = _framed(recipe, _silent) if recipe.photos is not None else None
+        weights = torch.ones(CELEBAMASK_HQ.num_classes)
+        for name, value in {**_WEIGHTS, **_THIN}.items():
+            weights[CELEBAMASK_HQ.id(name)] = value
+        self.class_weights = weights.to(context.device)
+
+    @classmethod
+    def prepare(cls, recipe: ParserRecipe, *, report: Any = None) -> None:
+        _rendered(recipe, "train", recipe.people, report or _silent)
+        _rendered(recipe, "test", recipe.test_people, report or _silent)
+        if recipe.photos is not None:
+            _framed(recipe, report or _silent)
+
+    def _photos_join(self, step: int) -> bool:
+        return self.photos is not None and step >= self.recipe.photo_from * self.recipe.trainer.steps
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        generator = self.context.generator("parser", step)
+        rows = torch.randint(len(self.people["images"]), (self.recipe.batch,), generator=generator).tolist()
+        image = (cache.unpack_image(np.stack([self.people["images"][r] for r in rows])) + 1) / 2
+        labels = torch.from_numpy(np.stack([self.people["labels"][r] for r in rows]).astype(np.int64))
+        image, labels = flip_some(image, labels, generator)
+        image = recolour_regions(image, labels, generator)
+        grid = random_warp(len(rows), image.shape[-1], generator)
+        image, labels = occlude(warp_image(image, grid), warp_labels(labels, grid), generator)
+        batch = {"image": photograph(image, generator) * 2 - 1, "labels": labels}
+        if self._photos_join(step):
+            assert self.photos is not None
+            rows = torch.randint(len(self.photos), (self.recipe.photo_batch,), generator=generator).tolist()
+            photo = cache.unpack_image(np.stack([self.photos[r] for r in rows]))
+            grid = random_warp(len(rows), photo.shape[-1], generator)
+            student = photograph((warp_image(photo, grid) + 1) / 2, generator) * 2 - 1
+            batch |= {"photo": photo, "grid": grid, "student": student}
+        return self.context.to_device(batch)
+
+    def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        self.net.train()
+        images = batch["image"]
+        if "photo" in batch:
+            images = torch.cat([images, batch["student"]])
+        logits = self.net(images).float()
+        count = len(batch["image"])
+        loss = F.cross_entropy(logits[:count].contiguous(), batch["labels"], self.class_weights)
+        scalars = {"synthetic": loss.detach()}
+        if "photo" in batch:
+            consistency, sure = self._consistency(logits[count:], batch)
+            loss = loss + self.recipe.photo_weight * consistency
+            scalars |= {"photo": consistency.detach(), "sure": sure}
+        self.context.minimise("parser", loss, clip_norm=5.0)
+        return scalars
+
+    def _consistency(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Weighted cross-entropy to the teacher's arg-max where it is sure; returns it and the share that is."""
+        with torch.no_grad():
+            teacher = self.context.best("parser").eval()
+            with self.context.fabric.autocast():
+                both = teacher(torch.cat([batch["photo"], batch["photo"].flip(-1)]))
+            direct, mirrored = both.float().softmax(1).chunk(2)
+            soft = (direct + flip_soft(mirrored, CELEBAMASK_HQ)) / 2
+            soft = F.grid_sample(soft, batch["grid"], padding_mode="border", align_corners=False)
+            confidence, target = soft.max(1)
+            weight = ((confidence - self.recipe.confident) / (1 - self.recipe.confident)).clamp(0, 1)
+        per_pixel = F.cross_entropy(logits.contiguous(), target, self.class_weights, reduction="none")
+        return (weight * per_pixel).mean(), (weight > 0).float().mean()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean IoU on unseen synthetic portraits, as rendered: over all 19 classes, and over the six parts people look
+        at."""
+        network = self.context.best("parser").eval()
+        matrix = torch.zeros(19, 19, dtype=torch.int64)
+        for start in range(0, len(self.test["images"]), 8):
+            image = cache.unpack_image(self.test["images"][start : start + 8]).to(self.context.device)
+            predicted = network(image).argmax(1).cpu()
+            truth = torch.from_numpy(self.test["labels"][start : start + 8].astype(np.int64))
+            matrix += torch.bincount((truth * 19 + predicted).flatten(), minlength=361).view(19, 19)
+        scores = intersection_over_union(matrix)
+        present = matrix.sum(1) > 0
+        named = {f"iou_{name}": scores[i].item() for i, name in enumerate(CELEBAMASK_HQ.classes) if present[i]}
+        return {"mean_iou": scores[present].mean().item(), **named}
+
+    @torch.no_grad()
+    def sample_sheet(self) -> Tensor:
+        """Rows of (image, prediction): degraded synthetic people, then photos when there are any."""
+        network = self.context.best("parser").eval()
+        images = [self.batch(0)["image"][:8].cpu()]
+        if self.photos is not None:
+            images += [cache.unpack_image(np.stack([self.photos[i] for i in range(k, k + 8)])) for k in (0, 40, 80)]
+        rows = []
+        for image in images:
+            labels = network(image.to(self.context.device)).argmax(1).cpu().numpy()
+            colours = torch.from_numpy(np.stack([CELEBAMASK_HQ.colorize(one) for one in labels]))
+            pixels = torch.from_numpy(cache.pack_image(image))
+            mixed = (pixels.float() * 0.45 + colours.float() * 0.55).to(torch.uint8)
+            rows += [torch.cat(list(pixels), 1), torch.cat(list(mixed), 1)]
+        return torch.cat(rows, 0)
+
+    def export(self, path: Path, metrics: dict[str, float]) -> None:
+        from faceedit.registry import save_weights
+
+        data = "synthetic portraits rendered by this project"
+        if self.recipe.photos is not None:
+            data += "; unlabelled public-domain portrait photographs (self-training)"
+        save_weights(
+            path,
+            "parser",
+            self.recipe.network,
+            self.context.best("parser").state_dict(),
+            licence="Apache-2.0",
+            training_data=data,
+            source="trained by this project",
+            recipe="parser-starter",
+            label_scheme=CELEBAMASK_HQ.name,
+            metrics={"synthetic_test_mean_iou": metrics["mean_iou"]} if metrics else None,
+        )
+
+
+def intersection_over_union(matrix: Tensor) -> Tensor:
+    """IoU by class of a confusion matrix K×K (rows are the truth)."""
+    hits = matrix.diagonal().double()
+    return hits / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal()).clamp(min=1)
+
+
+def _silent(line: str) -> None:
+    del line
+
+
+def _rendered(recipe: ParserRecipe, split: str, people: int, report: Callable[[str], Any]) -> dict[str, np.ndarray]:
+    """uint8 images P×S×S×3 and labels P×S×S; every third pair of training chunks has regions of random colour."""
+    size, seed = recipe.network.size_px, _PEOPLE_SEED if split == "train" else SPLIT_SEEDS[split]
+    renderer = list(Path(portraits.__file__ or "").parent.glob("*.py"))
+    values = {"split": split, "size": size, "people": people, "seed": seed, "version": 1}
+    folder = recipe.cache_dir or cache.default_cache_dir()
+    everyone = portraits.sample_parameters(people, seed)
+
+    def fill(start: int, stop: int) -> dict[str, np.ndarray]:
+        tinted = split == "train" and (start // _CHUNK // 2) % 3 == 0
+        batch = portraits.render(everyone.select(slice(start, stop)), size, tint_seed=1 if tinted else None)
+        return {"images": cache.pack_image(batch.image), "labels": batch.labels.to(torch.uint8).cpu().numpy()}
+
+    shapes = {"images": ((people, size, size, 3), "uint8"), "labels": ((people, size, size), "uint8")}
+    name = f"parser-{split}-{size}px-{cache.fingerprint(values, renderer)}"
+    return cache.build_cache(folder / name, shapes, _CHUNK, fill, report)
+
+
+def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> np.ndarray:
+    """uint8 crops N×S×S×3 of the photos, framed by the detector alone: the parser that would align them is being
+    trained."""
+    from faceedit.alignment import rough_alignment
+    from faceedit.detection import detect_faces
+    from faceedit.errors import FaceEditError
+    from faceedit.images import read_image
+
+    assert recipe.photos is not None
+    size = recipe.network.size_px
+    files = sorted(path for path in recipe.photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    require(bool(files), "photos", "a folder of photos", recipe.photos)
+
+    def fill(start: int, stop: int) -> dict[str, np.ndarray]:
+        crops = np.zeros((stop - start, size, size, 3), dtype=np.uint8)
+        usable = np.zeros(stop - start, dtype=bool)
+        for row, path in enumerate(files[start:stop]):
+            try:
+                pixels = read_image(path).pixels
+            except FaceEditError:
+                continue
+            boxes = detect_faces(pixels)
+            if boxes:
+                box = boxes[0]
+                crops[row] = rough_alignment((box.x, box.y, box.w, box.h), pixels.shape[:2], size).warp_image(pixels)
+                usable[row] = True
+        return {"crops": crops, "usable": usable}
+
+    values = {"size": size, "files": [(path.name, path.stat().st_size) for path in files], "version": 1}
+    folder = (recipe.cache_dir or cache.default_cache_dir()) / f"framed-photos-{size}px-{cache.fingerprint(values, [])}"
+    shapes = {"crops": ((len(files), size, size, 3), "uint8"), "usable": ((len(files),), "bool")}
+    arrays = cache.build_cache(folder, shapes, 16, fill, report)
+    return np.asarray(arrays["crops"])[np.asarray(arrays["usable"])]
+
+
+__all__ = ["ParserRecipe", "ParserTask", "intersection_over_union"]
