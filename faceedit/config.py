@@ -9,6 +9,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from faceedit.errors import UnknownNameError, UsageError, suggestion
@@ -19,7 +20,8 @@ T = TypeVar("T")
 def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T:
     """An instance of a dataclass from a plain mapping; fields that the mapping leaves out keep their defaults.
 
-    Nested dataclasses are read from nested mappings, tuples from lists, a float from an integer; nothing else converts.
+    Nested dataclasses are read from nested mappings, tuples from lists, a float from an integer, a path from a string;
+    nothing else converts.
 
     Args:    cls, a dataclass; mapping, as YAML or JSON gives it; where, what errors call this mapping (default: the
              class).
@@ -65,6 +67,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
     return value
 
 
@@ -73,6 +77,10 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, where=where)  # type: ignore[arg-type]
     if origin is typing.Literal:

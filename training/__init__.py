@@ -43,10 +43,10 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"train: recipe must be a name or a YAML file, got {name}; {suggestion(name, list_recipes())}"
         )
     values = read_recipe(source, overrides)
-    name = values.get("task")
-    if not isinstance(name, str):
+    task = values.get("task")
+    if not isinstance(task, str):
         raise UsageError(f"train: recipe must name its task, got none in {source}; start it with `task: NAME`")
-    resolved: Recipe = from_dict(task_class(name).recipe_class, values, where="recipe")
+    resolved: Recipe = from_dict(task_class(task).recipe_class, values, where="recipe")
     return resolved
 
 

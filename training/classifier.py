@@ -25,12 +25,12 @@ from faceedit.training import cache, losses
 from faceedit.training.config import AdamConfig, TrainerConfig, require
 from faceedit.training.data import AugmentConfig, SyntheticConfig, SyntheticPortraits, augment_images
 from faceedit.training.sheets import image_sheet
-from faceedit.training.task import Task, TrainingContext
+from faceedit.training.task import Report, Task, TrainingContext
 
 # What a region of random colour no longer says.
 _COLOUR_ATTRIBUTES = frozenset(
-    ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Pale_Skin", "Wearing_Lipstick", "Rosy_Cheeks")
-    + ("Heavy_Makeup", "Young")
+    {"Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair", "Pale_Skin", "Wearing_Lipstick", "Rosy_Cheeks", "Young"}
+    | {"Heavy_Makeup"}
 )
 
 
@@ -85,7 +85,7 @@ class ClassifierTask(Task[ClassifierRecipe]):
         self.network = context.add_network("classifier", network, recipe.adam, average=True)
 
     @classmethod
-    def prepare(cls, recipe: ClassifierRecipe, *, report: Callable[[str], Any]) -> None:
+    def prepare(cls, recipe: ClassifierRecipe, *, report: Report = print) -> None:
         _load_data(recipe, report)
 
     def batch(self, step: int) -> dict[str, Tensor]:

@@ -115,7 +115,12 @@ class SyntheticPortraits:
 
 
 def _cache_folder(config: SyntheticConfig, split: str, seed: int) -> Path:
-    values = {"size": config.size_px, "people": config.people, "variants": config.variants, "seed": seed}
+    values: dict[str, Any] = {
+        "size": config.size_px,
+        "people": config.people,
+        "variants": config.variants,
+        "seed": seed,
+    }
     values |= {"attributes": config.attributes, "tinted": config.tinted_share, "version": 1}
     renderer = Path(portraits.__file__ or "").parent
     key = cache.fingerprint(values, list(renderer.glob("*.py")))

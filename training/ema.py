@@ -28,5 +28,5 @@ class ExponentialMovingAverage:
         self.updates += 1
         for average, current in zip(self.module.parameters(), module.parameters(), strict=True):
             average.lerp_(current.to(average.dtype), 1 - decay)
-        for average, current in zip(self.module.buffers(), module.buffers(), strict=True):
-            average.copy_(current)
+        for buffer, latest in zip(self.module.buffers(), module.buffers(), strict=True):
+            buffer.copy_(latest)

@@ -22,7 +22,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN, resolve_conflicts
 from faceedit.networks.maggan import (
@@ -39,7 +39,7 @@ from faceedit.training.data import AugmentConfig, PairConfig, SyntheticConfig, S
 from faceedit.training.evaluation import classify_with, evaluate_editor
 from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
 from faceedit.training.sheets import image_sheet
-from faceedit.training.task import Task, TrainingContext
+from faceedit.training.task import Report, Task, TrainingContext
 
 _SHEET_EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open", "Eyeglasses")
 _KNOWN = 0.8  # a classifier this sure of a photo's attribute counts as knowing it
@@ -140,7 +140,7 @@ class MagGANTask(Task[MagGANRecipe]):
         self.bare_critic = cast(MagGANDiscriminator, context.networks["critic"])
 
     @classmethod
-    def prepare(cls, recipe: MagGANRecipe, *, report: Callable[[str], Any]) -> None:
+    def prepare(cls, recipe: MagGANRecipe, *, report: Report = print) -> None:
         _load_data(recipe, report)
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -272,10 +272,8 @@ class MagGANTask(Task[MagGANRecipe]):
             labels = attributes.repeat(1 if level == 0 else self.recipe.critic.crops, 1)
             terms["critic_attributes"].append(losses.attribute_bce(of_real.logits.float(), labels))
             # In float32 and on the bare network: half precision loses the second-order term.
-            penalty = losses.gradient_penalty(
-                lambda x, net=net: net(x).critic, seen_real[level].float(), seen_made[level].float(), generator
-            )
-            terms["penalty"].append(penalty)
+            ends = (seen_real[level].float(), seen_made[level].float())
+            terms["penalty"].append(losses.gradient_penalty(_critic_of(net), *ends, generator))
         means = {name: torch.stack(values).mean() for name, values in terms.items()}
         loss = (
             means["wasserstein"]
@@ -344,6 +342,10 @@ class MagGANTask(Task[MagGANRecipe]):
         )
 
 
+def _critic_of(level: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda x: level(x).critic
+
+
 def photo_edits(count: int, attributes: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:
     """Random single-attribute edits for photos.
 
@@ -371,7 +373,7 @@ def photo_edits(count: int, attributes: Tensor | None, generator: torch.Generato
 
 
 def _load_data(
-    recipe: MagGANRecipe, report: Callable[[str], Any]
+    recipe: MagGANRecipe, report: Report
 ) -> tuple[SyntheticPortraits, SyntheticPortraits, UnlabelledPhotos | None]:
     data = SyntheticPortraits(recipe.synthetic, "train", report)
     every = replace(recipe.synthetic, people=recipe.validation_people, variants=len(MAGGAN), attributes=MAGGAN)

@@ -21,7 +21,9 @@ from faceedit.training.sheets import write_png
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, threads and (in a git checkout) the commit that a run was made with."""
-    packages = {"torch": torch.__version__}  # with its CUDA build, which the package metadata leaves out
+    packages: dict[str, str] = {
+        "torch": str(torch.__version__)
+    }  # with its CUDA build, which the package metadata leaves out
     for name in ("faceedit", "lightning", "numpy"):
         try:
             packages[name] = importlib.metadata.version(name)

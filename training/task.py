@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from faceedit.errors import UnknownNameError, UsageError, suggestion
 from faceedit.training.config import AdamConfig, TrainerConfig
 from faceedit.training.ema import ExponentialMovingAverage
+
+Report = Callable[[str], Any]
+"""Receives one line of progress at a time."""
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -67,7 +71,7 @@ class TrainingContext:
         The returned wrapper applies precision and gradient synchronisation; `networks[name]` stays the bare network.
         """
         if self.config.channels_last:
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = network.to(memory_format=torch.channels_last)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(
             parameters, lr=adam.rate, betas=(adam.beta1, adam.beta2), weight_decay=adam.weight_decay
@@ -183,7 +187,7 @@ class Task(ABC, Generic[R]):
         """Write the network that users load, through `faceedit.registry.save_weights`."""
 
     @classmethod
-    def prepare(cls, recipe: R, *, report: Any = None) -> None:
+    def prepare(cls, recipe: R, *, report: Report = print) -> None:
         """Build what the task reads from disk (caches), once, before any process is launched."""
 
 

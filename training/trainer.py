@@ -8,7 +8,6 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -22,17 +21,16 @@ from faceedit.errors import FaceEditError, MissingExtraError, UsageError
 from faceedit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from faceedit.training.config import TrainerConfig, to_yaml
 from faceedit.training.run_directory import RunDirectory, describe_environment
-from faceedit.training.task import Recipe, Task, TrainingContext, derive_seed
+from faceedit.training.task import Recipe, Report, Task, TrainingContext, derive_seed
 
 StopReason = Literal["finished", "time limit", "interrupted"]
-Report = Callable[[str], None]
 
 
 class TrainingDivergedError(FaceEditError):
     """A logged scalar stopped being finite; the checkpoints before it are intact."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TrainingResult:
     """How a run ended. `weights` is None after an interruption, when only the checkpoint is written."""
 
