@@ -10,7 +10,7 @@ from torch import Tensor
 from faceedit.devices import resolve_device
 from faceedit.networks.classifier import AttributeClassifier
 
-STARTER = "classifier-starter"
+STARTER = "attribute-classifier-starter"
 
 
 def attribute_probabilities(classifier: AttributeClassifier, crop: Tensor) -> dict[str, float]:
@@ -28,6 +28,6 @@ def load_classifier(device: str = "cpu") -> AttributeClassifier | None:
 
     if not any(spec.name == STARTER for spec in list_weights()):
         return None
-    network = load_network(STARTER).to(resolve_device(device)).eval()
+    network = load_network(STARTER, resolve_device(device), kind="attribute-classifier")
     assert isinstance(network, AttributeClassifier)
     return network

@@ -9,10 +9,9 @@ alignment, and a face counts only when the second, aligned parse shows a plausib
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -88,13 +87,21 @@ class FaceParser:
     """A parsing network with the steps around it.
 
     Args: network maps N×3×256×256 in [-1, 1] to logits N×19×256×256; weights is its name for reports; flip_average
-          also parses the mirrored crop and averages (costs one more forward, steadies boundaries and left/right).
+          also parses the mirrored crop and averages (costs one more forward, steadies boundaries and left/right);
+          detect proposes boxes for a photo H×W×3, largest first.
     """
 
-    def __init__(self, network: nn.Module, weights: str = "custom", flip_average: bool = True) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: str = "custom",
+        flip_average: bool = True,
+        detect: Callable[[NDArray[np.uint8]], Sequence[FaceBox]] = detect_faces,
+    ) -> None:
         self.network = network.eval()
         self.weights = weights
         self.flip_average = flip_average
+        self.detect = detect
         self.device = next((p.device for p in network.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
@@ -120,7 +127,7 @@ class FaceParser:
             raise OutOfRangeError(f"find_face: face must be 0 or more, got {index}; 0 is the largest face")
         found: list[AlignedFace] = []
         refusals: list[FaceError] = []
-        for box in proposals(pixels):
+        for box in self._proposals(pixels, found):
             try:
                 face = self._align(pixels, box)
             except FaceError as refusal:
@@ -133,7 +140,7 @@ class FaceParser:
                 return face
         if found:
             raise NoFaceError(
-                f"find_face: face must be below the number of faces, got {index} with {len(found)} found; 0 is the largest"
+                f"find_face: face must be below the number of faces, {len(found)}, got {index}; 0 is the largest"
             )
         # The most specific refusal explains more than "no face": a face was there, but too small or cut off.
         for refusal in refusals:
@@ -143,20 +150,30 @@ class FaceParser:
             "find_face: photo must show a frontal face, got none; use a photo where eyes and mouth are visible"
         )
 
+    def _proposals(self, pixels: NDArray[np.uint8], found: list[AlignedFace]) -> Iterator[FaceBox]:
+        """The detector's boxes, largest first; then, while none of them was a face, guesses for a portrait."""
+        yield from self.detect(pixels)
+        if not found:
+            yield from portrait_guesses((pixels.shape[0], pixels.shape[1]))
+
     def parse(self, pixels: NDArray[np.uint8], face: AlignedFace) -> FaceRecord:
-        """Parse an aligned face. Raises FaceCutOffError when too much of it lies outside the photo."""
+        """Parse an aligned face. Raises NoFaceError when it shows none, FaceCutOffError when much of it is outside."""
         crop = image_tensor(face.alignment.warp_image(pixels))
         mask = self.parse_crop(crop)
+        check_plausible(mask)
         visible = face.alignment.in_photo_fraction(face_probability(mask).cpu().numpy())
         if visible < MIN_VISIBLE:
             raise FaceCutOffError(
-                f"find_face: face must lie inside the photo, got {visible:.0%} of it visible; use a photo that shows it whole"
+                f"find_face: face must lie inside the photo, got {visible:.0%} of it; use a photo that shows it whole"
             )
         return FaceRecord(face.box, face.landmarks, face.alignment, crop, mask)
 
     def _align(self, pixels: NDArray[np.uint8], box: FaceBox) -> AlignedFace:
         size: tuple[int, int] = (pixels.shape[0], pixels.shape[1])
-        alignment = rough_alignment((box.x, box.y, box.w, box.h), size, CROP_PX)
+        if box.landmarks is not None:
+            alignment = portrait_alignment(box.landmarks, size, CROP_PX)
+        else:
+            alignment = rough_alignment((box.x, box.y, box.w, box.h), size, CROP_PX, angle_deg=box.angle_deg)
         landmarks: NDArray[np.float64] | None = None
         for _ in range(2):
             mask = self.parse_crop(image_tensor(alignment.warp_image(pixels)))
@@ -170,7 +187,7 @@ class FaceParser:
         distance = float(np.linalg.norm(landmarks[1] - landmarks[0]))
         if distance < MIN_EYE_DISTANCE_PX:
             raise FaceTooSmallError(
-                f"find_face: eyes must be at least {MIN_EYE_DISTANCE_PX:g} px apart, got {distance:.1f}; use a larger photo"
+                f"find_face: eyes must be {MIN_EYE_DISTANCE_PX:g} px apart, got {distance:.1f}; use a larger photo"
             )
         height, width = size
         if ((landmarks < -0.5) | (landmarks > np.array([width, height]) - 0.5)).any():
@@ -180,17 +197,9 @@ class FaceParser:
         return AlignedFace(box, landmarks, alignment)
 
 
-def proposals(pixels: NDArray[np.uint8]) -> Iterator[FaceBox]:
-    """Boxes to try: the detector's, largest first, then guesses for a portrait that it missed.
-
-    The guesses suppose what portraits have in common: one face, near the middle, above the centre. They are offered
-    only when the detector found nothing, so they never outrank a detection.
-    """
-    boxes = detect_faces(pixels)
-    yield from boxes
-    if boxes:
-        return
-    height, width = pixels.shape[:2]
+def portrait_guesses(photo_size: tuple[int, int]) -> Iterator[FaceBox]:
+    """Boxes that suppose what portraits have in common: one face near the middle, a little above the centre."""
+    height, width = photo_size
     for share in (0.5, 0.36, 0.7):
         side = share * min(height, width)
         for centre in (0.45, 0.35):
@@ -226,5 +235,4 @@ def load_parser(device: str = "cpu", weights: str = "parser-starter") -> FacePar
     """The parser with registry weights on a device; loaded once a process. Raises WeightsError, DeviceError."""
     from faceedit.registry import load_network
 
-    network: Any = load_network(weights)
-    return FaceParser(network.to(resolve_device(device)), weights)
+    return FaceParser(load_network(weights, resolve_device(device), kind="parser"), weights)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
 
 import typer
 
+from faceedit import __version__
 from faceedit.cli import batch, doctor, editing, faces, synthesis, train, weights
 from faceedit.cli.output import print_error
 from faceedit.errors import FaceEditError
@@ -47,9 +49,7 @@ app.command("doctor")(doctor.doctor)
 
 def _print_version(requested: bool) -> None:
     if requested:
-        from importlib.metadata import version
-
-        typer.echo(f"faceedit {version('faceedit')}")
+        typer.echo(f"faceedit {__version__}")
         raise typer.Exit
 
 
@@ -79,7 +79,8 @@ def configure_environment() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; the installed script passes it to `sys.exit`."""
     configure_environment()
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         outcome = app(args=arguments, prog_name="faceedit", standalone_mode=False)
     except FaceEditError as error:

@@ -114,6 +114,7 @@ def batch(
     from faceedit.editors import AttributeEdit, load_editor
     from faceedit.editors.base import check_request, editor_spec
     from faceedit.parsing import load_parser
+    from faceedit.registry import find, sha256_of
 
     check_request(editor_spec(editor), AttributeEdit(values))
     photos = find_photos(in_dir, out_dir)
@@ -132,11 +133,10 @@ def batch(
 
     loaded = load_editor(editor, weights, device)
     parser = load_parser(device)
-    digest = hashlib.sha256(
-        json_format.dumps(
-            [editor, loaded.weights, parser.weights, sorted(values.items()), face, compare, seed]
-        ).encode()
-    ).hexdigest()[:16]
+    # The weights' own checksums, not their names: a retrained file of the same name edits everything again.
+    files = [sha256_of(find(name).path) for name in (loaded.weights, parser.weights)]
+    choices = [editor, files, sorted(values.items()), face, compare, seed]
+    digest = hashlib.sha256(json_format.dumps(choices).encode()).hexdigest()[:16]
     counts: Counter[str] = Counter()
     failures: list[Entry] = []
     try:

@@ -13,7 +13,7 @@ from faceedit.cli.output import print_json
 
 
 def doctor(json: options.Json = False) -> None:
-    """Report versions, compiled kernels, every op's backends, weights and extras. Exit code 1 if photos can't be edited.
+    """Report versions, compiled kernels, each op's backends, weights and extras; exit code 1 if no photo can be edited.
 
     Example: faceedit doctor --json
     """
@@ -36,9 +36,7 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     devices = report["devices"]
     lines.append(f"devices: cpu ({devices['cpu_threads']} threads), cuda: {', '.join(devices['cuda']) or 'none'}")
     lines.append("")
-    lines += [f"{key}: {value}" for key, value in report["kernels"]["build"].items()]
-    for name, backends in report["kernels"]["ops"].items():
-        lines.append(f"  {name:<24} " + ", ".join(f"{backend}: {state}" for backend, state in backends.items()))
+    lines += _describe_kernels(report["kernels"])
     lines.append("")
     lines.append("weights:" if report["weights"] else "weights: none installed; reinstall the package")
     for row in report["weights"]:
@@ -47,10 +45,26 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     lines.append("")
     lines.append("extras:")
     for name, extra in report["extras"].items():
-        state = (
-            "installed"
-            if extra["installed"]
-            else f"missing {', '.join(extra['missing'])}; pip install 'faceedit[{name}]'"
-        )
-        lines.append(f"  {name:<10} {state} (gives {extra['gives']})")
+        missing = f"missing {', '.join(extra['missing'])}; pip install 'faceedit[{name}]'"
+        lines.append(f"  {name:<10} {'installed' if extra['installed'] else missing} (gives {extra['gives']})")
+    return lines
+
+
+def _describe_kernels(kernels: Mapping[str, Any]) -> list[str]:
+    build = kernels["build"]
+    compiled = f"yes ({build['compiler']}; running {build['isa']} of {', '.join(build['isas'])})"
+    architectures = f"yes ({', '.join(build['cuda_architectures'])}; {build['cuda_compiler']})"
+    lines = [
+        f"C++ kernels: {compiled if build['cpp'] else 'no: ' + build['cpp_reason']}",
+        f"CUDA kernels: {architectures if build['cuda'] else 'no: ' + build['cuda_reason']}",
+        "ops:",
+    ]
+    for name, backends in kernels["ops"].items():
+        usable = [backend for backend, state in backends.items() if state["available"]]
+        lines.append(f"  {name:<24} runs on {', '.join(usable)}")
+        lines += [
+            f"  {'':<24}   not {backend}: {state['reason']}"
+            for backend, state in backends.items()
+            if not state["available"]
+        ]
     return lines

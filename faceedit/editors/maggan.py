@@ -16,7 +16,6 @@ from torch import Tensor
 from faceedit.attributes import MAGGAN, complete_request
 from faceedit.classification import attribute_probabilities, load_classifier
 from faceedit.editors.base import EDITORS, AttributeEdit, EditedFace, EditRequest, check_request
-from faceedit.errors import WeightsError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.classifier import AttributeClassifier
 from faceedit.networks.maggan import MagGANGenerator, resize_area
@@ -31,9 +30,9 @@ PRESET = "natural"
 def attribute_difference(requested: Mapping[str, float], present: Mapping[str, float]) -> dict[str, float]:
     """The signed difference, in [-1, 1], that takes a face to the requested intensities.
 
-    A requested 1 gives +1 and a requested 0 gives -1 whatever `present` says: the request is a command, the estimate may
-    be wrong. A value v between gives v - s, where s is the estimated state, 0 or 1. Attributes that the request rules
-    out (Black_Hair when Blond_Hair is set) get -1 only if they are estimated to be there.
+    A requested 1 gives +1 and a requested 0 gives -1 whatever `present` says: the request is a command, and the
+    estimate may be wrong. A value v between gives v - s, where s is the estimated state, 0 or 1. Attributes that the
+    request rules out (Black_Hair when Blond_Hair is set) get -1 only if they are estimated to be there.
 
     Args: requested name -> value in [0, 1]; present name -> probability, unknown ones count as absent.
     Raises: UnknownAttributeError; UsageError when requested attributes exclude each other.
@@ -74,16 +73,11 @@ class MagGANEditor:
     @classmethod
     def load(cls, weights: str | Path, device: torch.device) -> MagGANEditor:
         """Load from the registry: the tag "starter", a registry name or a path. Raises WeightsError."""
-        from faceedit.registry import load_network
+        from faceedit.registry import find, load_network
 
-        name = "maggan-starter" if str(weights) == "starter" else str(weights)
-        generator = load_network(name)
-        if not isinstance(generator, MagGANGenerator):
-            raise WeightsError(
-                f"load_editor: weights must be a MagGAN generator's, got {name} with a {type(generator).__name__}; "
-                "`faceedit weights list` shows what each file is for"
-            )
-        return cls(generator.to(device), name, load_classifier(str(device)))
+        generator = load_network(weights, device, kind="maggan")
+        assert isinstance(generator, MagGANGenerator)
+        return cls(generator, find(weights, "maggan").name, load_classifier(str(device)))
 
     def forward(self, image: Tensor, difference: Tensor, mask: Tensor) -> Tensor:
         """The pure graph that is exported and served: N×3×S×S, N×13, N×19×H×W -> N×3×S×S in [-1, 1]."""

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line end to end: what it writes, what it says, and that a failure is one line and leaves no file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.command_line import BAD_FILES, PACKAGE_ROOT, SET, Outcome, Run, read, subprocess_run
+from support.drawn_faces import DrawnFace
+
+from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
+
+COMMANDS = ("edit", "batch", "parse", "align", "sample", "synth", "train", "weights list", "weights show", "doctor")
+
+
+# Help and start-up
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_an_example(command: str, run: Run) -> None:
+    outcome = run(*command.split(), "--help")
+    assert outcome.code == 0
+    assert f"Example: faceedit {command}" in " ".join(outcome.out.split())
+
+
+def test_help_and_usage_errors_do_not_import_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from faceedit.cli import main; code = main(sys.argv[1:]);"
+        " print(code, 'torch' in sys.modules, 'cv2' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)}
+    for arguments in (["--help"], ["edit", "--help"], ["edit", "x.jpg"], ["edit", "x.jpg", "-o", "y", "--set", "Bald"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.splitlines()[-1].endswith("False False"), arguments
+
+
+def test_the_environment_is_set_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    run("--version")
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    del os.environ["THP_MEM_ALLOC_ENABLE"]
+
+
+# edit
+
+
+def test_edit_changes_the_region_only_and_reports(run: Run, photo: Path, drawn: DrawnFace, tmp_path: Path) -> None:
+    out, report = tmp_path / "out.png", tmp_path / "report.json"
+    outcome = run("edit", photo, "-o", out, *SET, "--compare", "--report", report, "--json")
+    assert outcome.code == 0, outcome.err
+    before, after = drawn.pixels, read(out)
+    assert after.shape == before.shape
+    changed = (before != after).any(-1)
+    assert changed.any()
+    hair = drawn.labels == CELEBAMASK_HQ.id("hair")
+    reach = np.asarray(Image.fromarray(hair).convert("L").resize((hair.shape[1] // 8, hair.shape[0] // 8)))
+    reach = np.asarray(Image.fromarray(reach).resize(hair.shape[::-1])) > 0
+    assert not (changed & ~(hair | reach)).any()
+    sheet = read(tmp_path / "out_compare.png")
+    assert sheet.shape[1] == 3 * sheet.shape[0]
+    written = json.loads(report.read_text())
+    assert written["requested"] == {"Blond_Hair": 1.0}
+    assert written["region"]["parts"] == ["hair"]
+    assert written["region"]["changed_px"] == int(changed.sum())
+    assert set(written["seconds"]) >= {"read", "find", "parse", "edit", "composite"}
+    printed = json.loads(outcome.out)
+    assert printed["written"] == [str(out), str(tmp_path / "out_compare.png")]
+
+
+def test_edit_is_silent_without_json(run: Run, photo: Path, tmp_path: Path) -> None:
+    assert run("edit", photo, "-o", tmp_path / "out.jpg", *SET) == Outcome(0, "", "")
+
+
+def test_same_seed_same_bytes(run: Run, photo: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        assert run("edit", photo, "-o", tmp_path / name, *SET, "--seed", 7).code == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("Blonde_Hair=1", ("Blond_Hair", "did you mean")),
+        ("Blond_Hair=1.5", ("between 0 and 1", "1.5")),
+        ("Blond_Hair=-1", ("between 0 and 1", "-1")),
+        ("Blond_Hair=nan", ("between 0 and 1", "nan")),
+        ("Blond_Hair=yes", ("number", "'yes'")),
+        ("Blond_Hair", ("NAME=VALUE",)),
+        ("=1", ("NAME=VALUE",)),
+    ],
+)
+def test_wrong_settings_are_usage_errors(
+    run: Run, photo: Path, tmp_path: Path, setting: str, words: tuple[str]
+) -> None:
+    run("edit", photo, "-o", tmp_path / "out.png", f"--set={setting}").refused(2, *words)
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_no_attribute_at_all_is_a_usage_error(run: Run, photo: Path, tmp_path: Path) -> None:
+    run("edit", photo, "-o", tmp_path / "out.png").refused(2, "at least one attribute")
+
+
+def test_conflicting_attributes_are_a_usage_error(run: Run, photo: Path, tmp_path: Path) -> None:
+    run("edit", photo, "-o", tmp_path / "o.png", *SET, "--set", "Black_Hair=1").refused(2, "exclude each other")
+
+
+def test_click_errors_are_one_line_too(run: Run) -> None:
+    run("edit").refused(2, "Missing")
+    run("edit", "x.jpg", "-o", "o.png", "--face", "two").refused(2, "--face")
+    run("edti").refused(2, "edti")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code", "word"),
+    [
+        ("--editor", "magan", 2, "maggan"),
+        ("--weights", "startr", 2, "starter"),
+        ("--weights", "none.safetensors", 1, "none.safetensors"),
+        ("--device", "gpu", 2, "cpu"),
+        ("--face", "-1", 2, "0 is the largest"),
+        ("--face", "5", 1, "number of faces, 1"),
+    ],
+)
+def test_wrong_options(run: Run, photo: Path, tmp_path: Path, option: str, value: str, code: int, word: str) -> None:
+    run("edit", photo, "-o", tmp_path / "out.png", *SET, option, value).refused(code, word)
+    assert not (tmp_path / "out.png").exists()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("command", ["edit", "parse", "align"])
+@pytest.mark.parametrize("name", [*BAD_FILES, "missing.jpg", "folder"])
+def test_bad_photos_are_refused_in_one_line(run: Run, tmp_path: Path, command: str, name: str) -> None:
+    bad, out = tmp_path / name, tmp_path / "out.png"
+    word = name
+    if name == "folder":
+        bad.mkdir()
+    elif name in BAD_FILES:
+        make, word = BAD_FILES[name]
+        make(bad)
+    run(command, bad, "-o", out, *(SET if command == "edit" else ())).refused(1, word)
+    assert [path.name for path in tmp_path.iterdir() if path != bad] == []
+
+
+@pytest.mark.parametrize("command", ["edit", "parse", "align"])
+@pytest.mark.parametrize("target", ["nowhere/out.png", "in", "out.xyz"])
+def test_unwritable_output_is_refused_in_one_line(
+    run: Run, photo: Path, tmp_path: Path, command: str, target: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    run(command, photo, "-o", tmp_path / target, *(SET if command == "edit" else ())).refused(1, "got")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_no_file(run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    for command, options in (("edit", SET), ("parse", ()), ("align", ())):
+        run(command, photo, "-o", tmp_path / "out.png", *options).refused(1, "No space left")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_errors_are_one_line_in_a_real_process(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no picture")
+    subprocess_run("edit", "text.jpg", "-o", "out.png", *SET, cwd=tmp_path).refused(1, "text.jpg")
+    subprocess_run("edit", "text.jpg", "-o", "out.png", "--set", "Blond=1", cwd=tmp_path).refused(2, "Blond_Hair")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.jpg"]
+
+
+# parse, align, synth, sample, weights, doctor
+
+
+@pytest.mark.parametrize("scheme", ["celebamask-hq", "helen"])
+def test_parse_writes_an_indexed_png_of_class_ids(
+    run: Run, photo: Path, drawn: DrawnFace, tmp_path: Path, scheme: str
+) -> None:
+    out, overlay = tmp_path / "mask.png", tmp_path / "overlay.png"
+    outcome = run("parse", photo, "-o", out, "--overlay", overlay, "--scheme", scheme, "--json")
+    assert outcome.code == 0, outcome.err
+    with Image.open(out) as mask:
+        assert mask.mode == "P"
+        assert mask.size == drawn.pixels.shape[1::-1]
+        palette = mask.getpalette() or []
+    wanted = {"celebamask-hq": CELEBAMASK_HQ, "helen": HELEN}[scheme]
+    assert palette[: 3 * wanted.num_classes] == wanted.png_palette()[: 3 * wanted.num_classes]
+    truth = convert_labels(drawn.labels, CELEBAMASK_HQ, wanted)
+    assert (read(out) == truth).mean() > 0.97
+    assert read(overlay).shape == drawn.pixels.shape
+    assert json.loads(outcome.out)["area_px"]["hair"] > 0
+
+
+def test_align_writes_a_square_of_the_face(run: Run, photo: Path, tmp_path: Path) -> None:
+    outcome = run("align", photo, "-o", tmp_path / "face.png", "--size", 96, "--json")
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "face.png").shape == (96, 96, 3)
+    assert len(json.loads(outcome.out)["landmarks"]) == 5
+    run("align", photo, "-o", tmp_path / "big.png", "--size", 9999).refused(2, "between 16 and 4096")
+
+
+def test_synth_writes_images_masks_and_a_listing(run: Run, tmp_path: Path) -> None:
+    outcome = run("synth", tmp_path / "s", "--count", 3, "--size", 48, "--seed", 5, "--json")
+    assert outcome.code == 0, outcome.err
+    listing = json.loads((tmp_path / "s" / "portraits.json").read_text())
+    assert [row["file"] for row in listing["portraits"]] == ["000000.png", "000001.png", "000002.png"]
+    for row in listing["portraits"]:
+        assert read(tmp_path / "s" / "images" / row["file"]).shape == (48, 48, 3)
+        mask = read(tmp_path / "s" / "masks" / row["file"])
+        assert mask.shape == (48, 48)
+        assert CELEBAMASK_HQ.id("skin") in mask
+        assert np.asarray(row["landmarks"]).shape == (5, 2)
+    run("synth", tmp_path / "more", "--count", 1, "--size", 48, "--seed", 5)
+    first = (tmp_path / "s" / "images" / "000000.png").read_bytes()
+    assert first == (tmp_path / "more" / "images" / "000000.png").read_bytes()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--count", 0), ("--size", 8), ("--seed", -1)])
+def test_synth_refuses_numbers_out_of_range(run: Run, tmp_path: Path, option: str, value: int) -> None:
+    run("synth", tmp_path / "s", option, value).refused(2, option)
+    assert not (tmp_path / "s").exists()
+
+
+def test_weights_list_and_show(run: Run) -> None:
+    listed = json.loads(run("weights", "list", "--json").out)
+    assert {"maggan-starter", "parser-starter"} <= {row["name"] for row in listed}
+    assert "maggan-starter" in run("weights", "list").out
+    shown = json.loads(run("weights", "show", "maggan-starter", "--json").out)
+    assert shown["kind"] == "maggan"
+    assert shown["licence"] == "Apache-2.0"
+    assert "training_data" in run("weights", "show", "maggan-starter").out
+    run("weights", "show", "magan-starter").refused(2, "maggan-starter")
+
+
+def test_train_dry_run_prints_the_recipe(run: Run, tmp_path: Path) -> None:
+    outcome = run("train", "maggan-starter", "trainer.steps=7", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "steps: 7" in outcome.out
+    run("train", "magan-starter", "--dry-run").refused(2, "maggan-starter")
+    run("train", "maggan-starter", "trainer.stesp=7", "--dry-run").refused(2, "steps")

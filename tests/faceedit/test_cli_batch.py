@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`faceedit batch` goes on past failures, resumes where it stopped, and says what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import BAD_FILES, SET, Run
+
+from faceedit.cli.batch import MANIFEST
+
+
+@pytest.fixture
+def folder(photo: Path) -> Path:
+    """Three photos of the drawn face, one of them in a subfolder."""
+    (photo.parent / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        shutil.copy(photo, photo.parent / name)
+    return photo.parent
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def test_batch_edits_every_photo_and_keeps_names(run: Run, folder: Path, tmp_path: Path) -> None:
+    outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["edited"] == 3
+    assert sorted(results(tmp_path / "out")) == ["a.png", "me.png", "sub/b.png"]
+
+
+def test_batch_goes_on_past_every_kind_of_bad_photo(run: Run, folder: Path, tmp_path: Path) -> None:
+    for name, (make, _) in BAD_FILES.items():
+        make(folder / name)
+    outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
+    assert outcome.code == 1
+    summary = json.loads(outcome.out)
+    assert (summary["edited"], summary["failed"], summary["photos"]) == (3, len(BAD_FILES), 3 + len(BAD_FILES))
+    assert summary["reasons"] == {"ImageReadError": 3, "ImageTooLargeError": 1, "NoFaceError": 1}
+    assert {row["photo"] for row in summary["failures"]} == set(BAD_FILES)
+    assert sorted(results(tmp_path / "out")) == ["a.png", "me.png", "sub/b.png"]
+    assert len(outcome.err.splitlines()) == len(BAD_FILES)
+    assert "Traceback" not in outcome.err
+
+
+def test_an_unexpected_fault_of_one_photo_is_reported_and_the_rest_done(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faceedit.pipeline
+
+    real = faceedit.pipeline.edit
+
+    def faulty(source: Any, **options: Any) -> Any:
+        if Path(source).name == "a.png":
+            raise RuntimeError("a bug\nover two lines")
+        return real(source, **options)
+
+    monkeypatch.setattr(faceedit.pipeline, "edit", faulty)
+    outcome = run("batch", folder, tmp_path / "out", *SET)
+    assert outcome.code == 1
+    assert "2 edited, 0 skipped, 1 failed of 3 photos (RuntimeError 1)" in outcome.out
+    assert outcome.err.splitlines() == ["failed: a.png: RuntimeError: a bug over two lines"]
+
+
+def test_finished_photos_are_skipped_until_something_changes(run: Run, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def counts(*options: str) -> tuple[int, int]:
+        summary = json.loads(run("batch", folder, out, *(options or SET), "--json").out)
+        return summary["edited"], summary["skipped"]
+
+    assert counts() == (3, 0)
+    assert counts() == (0, 3)
+    (out / "a.png").unlink()
+    assert counts() == (1, 2)
+    (out / "a.png").write_bytes(b"torn")
+    assert counts() == (1, 2)
+    os.utime(folder / "me.png", (1, 1))
+    assert counts() == (1, 2)
+    assert counts("--set", "Blond_Hair=0") == (3, 0)
+
+
+def test_failed_photos_are_tried_again(run: Run, folder: Path, tmp_path: Path) -> None:
+    good = (folder / "a.png").read_bytes()
+    (folder / "a.png").write_text("no picture")
+    assert run("batch", folder, tmp_path / "out", *SET).code == 1
+    (folder / "a.png").write_bytes(good)
+    outcome = run("batch", folder, tmp_path / "out", *SET)
+    assert outcome.code == 0
+    assert "1 edited, 2 skipped, 0 failed of 3 photos" in outcome.out
+
+
+def test_an_interrupted_batch_resumes_to_the_same_files(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faceedit.pipeline
+
+    assert run("batch", folder, tmp_path / "whole", *SET).code == 0
+    out, real = tmp_path / "out", faceedit.pipeline.edit
+    calls = 0
+
+    def interrupted(source: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(source, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faceedit.pipeline, "edit", interrupted)
+        run("batch", folder, out, *SET).refused(130, "interrupted after 1 of 3")
+    assert len(results(out)) == 1
+    assert not list(out.rglob("*.part"))
+    with (out / MANIFEST).open("a") as manifest:
+        manifest.write('{"photo": "torn li')
+    outcome = run("batch", folder, out, *SET)
+    assert outcome.code == 0
+    assert "2 edited, 1 skipped" in outcome.out
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_batch_does_not_eat_its_own_results(run: Run, folder: Path) -> None:
+    for expected in ((3, 0), (0, 3)):
+        summary = json.loads(run("batch", folder, folder / "edited", *SET, "--json").out)
+        assert (summary["edited"], summary["skipped"]) == expected
+
+
+def test_formats_that_cannot_be_written_become_png(run: Run, folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    with Image.open(folder / "a.png") as image:
+        image.convert("RGB").save(folder / "c.bmp")
+    assert run("batch", folder, tmp_path / "out", *SET).code == 0
+    assert (tmp_path / "out" / "c.bmp.png").is_file()
+
+
+def test_wrong_folders_are_refused(run: Run, folder: Path, photo: Path, tmp_path: Path) -> None:
+    run("batch", tmp_path / "nowhere", tmp_path / "out", *SET).refused(2, "nowhere")
+    run("batch", folder, folder, *SET).refused(2, "same folder")
+    run("batch", folder, photo, *SET).refused(1, "OUT_DIR", "me.png")
+    (tmp_path / "empty").mkdir()
+    run("batch", tmp_path / "empty", tmp_path / "out", *SET).refused(1, "none")
+    run("batch", folder, tmp_path / "out", "--set", "Blond=1").refused(2, "Blond_Hair")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doctor tells the truth about weights, kernels and extras."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.command_line import Run
+
+from faceedit import doctor, kernels
+from faceedit.registry import DIRECTORY_VARIABLE
+
+
+def test_report_is_json_and_covers_every_op(run: Run) -> None:
+    outcome = run("doctor", "--json")
+    report = json.loads(outcome.out)
+    assert report["kernels"] == kernels.backends_report()
+    assert set(report["kernels"]["ops"]) >= {"masked_mse", "noise_bias_act"}
+    assert set(report["extras"]) == set(doctor.EXTRAS)
+    assert report["packages"]["torch"]
+
+
+def test_text_names_what_the_json_reports(run: Run) -> None:
+    report, text = json.loads(run("doctor", "--json").out), run("doctor").out
+    for op, backends in report["kernels"]["ops"].items():
+        assert op in text
+        for state in backends.values():
+            assert state["reason"] in text
+    assert ("C++ kernels: yes" in text) == report["kernels"]["build"]["cpp"]
+    assert ("CUDA kernels: yes" in text) == report["kernels"]["build"]["cuda"]
+    for row in report["weights"]:
+        assert row["name"] in text
+
+
+def test_a_damaged_weights_file_is_named_and_fails_the_check(
+    weights_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    for file in weights_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    damaged = bytearray((tmp_path / "m.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "m.safetensors").write_bytes(damaged)
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    outcome = run("doctor", "--json")
+    rows = {row["name"]: row for row in json.loads(outcome.out)["weights"]}
+    assert outcome.code == 1
+    assert not rows["maggan-starter"]["verified"]
+    assert "SHA-256" in rows["maggan-starter"]["problem"]
+    assert rows["parser-starter"]["verified"]
+    assert "UNUSABLE" in run("doctor").out
+
+
+def test_a_missing_extra_is_named_with_what_it_gives(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = doctor.Extra(("json", "surely_not_installed"), "wings")
+    monkeypatch.setattr(doctor, "EXTRAS", {"wings": extra})
+    outcome = run("doctor")
+    assert "missing surely_not_installed; pip install 'faceedit[wings]' (gives wings)" in outcome.out
+
+
+def test_no_weights_is_unhealthy() -> None:
+    assert not doctor.is_healthy({"weights": []})
+    assert doctor.is_healthy({"weights": [{"verified": True}]})
+    assert not doctor.is_healthy({"weights": [{"verified": True}, {"verified": False}]})

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faces are found where they are, numbered by size, and refused with the reason that applies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.drawn_faces import DrawnFace, PaletteParser, draw_face, palette_parser
+
+from faceedit.detection import FaceBox
+from faceedit.errors import FaceCutOffError, FaceTooSmallError, NoFaceError, OutOfRangeError
+from faceedit.labels import CELEBAMASK_HQ, flip_soft
+from faceedit.parsing import CROP_PX, FaceParser, image_tensor
+
+
+def moved(box: FaceBox, dx: float = 0, dy: float = 0, grow: float = 1.0) -> FaceBox:
+    w, h = box.w * grow, box.h * grow
+    return FaceBox(box.x + dx + (box.w - w) / 2, box.y + dy + (box.h - h) / 2, w, h, box.score)
+
+
+def eye_distance(drawn: DrawnFace) -> float:
+    return float(np.linalg.norm(drawn.landmarks[1] - drawn.landmarks[0]))
+
+
+@pytest.mark.parametrize("seed", [3, 8, 21])
+def test_landmarks_match_the_truth(seed: int) -> None:
+    drawn = draw_face(seed)
+    face = palette_parser(drawn.box).find_face(drawn.pixels)
+    error = np.linalg.norm(face.landmarks - drawn.landmarks, axis=1)
+    # A parse gives centroids, the truth gives anatomical points: a seventh of the eye distance covers both.
+    assert error.max() < eye_distance(drawn) / 7
+
+
+def test_record_is_consistent(drawn: DrawnFace, parser: FaceParser) -> None:
+    face = parser.find_face(drawn.pixels)
+    assert face.crop.shape == (1, 3, CROP_PX, CROP_PX)
+    assert face.mask.shape == (1, 19, CROP_PX, CROP_PX)
+    torch.testing.assert_close(face.mask.sum(1), torch.ones(1, CROP_PX, CROP_PX))
+    assert face.labels.shape == (CROP_PX, CROP_PX)
+    assert not face.mask.is_inference()
+
+
+@pytest.mark.parametrize("shift", [(-12, 0), (12, 9), (0, -12)])
+@pytest.mark.parametrize("grow", [0.85, 1.2])
+def test_a_rough_box_leads_to_the_same_alignment(
+    drawn: DrawnFace, parser: FaceParser, shift: tuple[int, int], grow: float
+) -> None:
+    exact = parser.find_face(drawn.pixels)
+    rough = palette_parser(moved(drawn.box, *shift, grow)).find_face(drawn.pixels)
+    corners = np.array([(0.0, 0.0), (255.0, 0.0), (255.0, 255.0), (0.0, 255.0)])
+    error = np.linalg.norm(exact.alignment.to_photo(corners) - rough.alignment.to_photo(corners), axis=1)
+    assert error.max() < 0.12 * eye_distance(drawn)
+
+
+def test_photo_labels_agree_with_the_drawing(drawn: DrawnFace, parser: FaceParser) -> None:
+    labels = parser.find_face(drawn.pixels).photo_labels()
+    assert labels.shape == drawn.labels.shape
+    for part in ("hair", "skin", "nose", "l_eye", "r_eye", "l_brow", "r_brow"):
+        found, truth = labels == CELEBAMASK_HQ.id(part), drawn.labels == CELEBAMASK_HQ.id(part)
+        overlap = (found & truth).sum() / (found | truth).sum()
+        assert overlap > 0.8, part
+
+
+def test_a_mirrored_photo_gives_the_mirrored_mask(drawn: DrawnFace, parser: FaceParser) -> None:
+    crop = image_tensor(draw_face().pixels[80:336, 60:316])
+    mask = parser.parse_crop(crop)
+    torch.testing.assert_close(parser.parse_crop(crop.flip(-1)), flip_soft(mask), atol=1e-5, rtol=0)
+
+
+def test_flip_average_is_the_mean_of_both_views(drawn: DrawnFace) -> None:
+    network = torch.nn.Conv2d(3, 19, 3, padding=1)
+    crop = image_tensor(drawn.pixels[:256, :256])
+    one, both = (FaceParser(network, flip_average=flag, detect=lambda _: []) for flag in (False, True))
+    expected = (one.parse_crop(crop) + flip_soft(one.parse_crop(crop.flip(-1)))) / 2
+    torch.testing.assert_close(both.parse_crop(crop), expected)
+
+
+def test_a_face_the_detector_missed_is_found_in_a_portrait(drawn: DrawnFace) -> None:
+    face = palette_parser().find_face(drawn.pixels)
+    assert np.linalg.norm(face.landmarks - drawn.landmarks, axis=1).max() < eye_distance(drawn) / 7
+
+
+def two_faces() -> tuple[DrawnFace, DrawnFace, np.ndarray]:
+    large, small = draw_face(3, 256, 300, 300, 20, 20), draw_face(8, 128, 300, 300, 86, 86)
+    return large, small, np.concatenate([large.pixels, small.pixels], axis=1)
+
+
+def test_faces_are_numbered_as_proposed_and_duplicates_counted_once() -> None:
+    large, small, pixels = two_faces()
+    boxes = [large.box, moved(large.box, 4, 3), moved(small.box, 300)]
+    parser = palette_parser(*boxes)
+    assert parser.find_face(pixels, 0).landmarks[2, 0] < 300
+    assert parser.find_face(pixels, 1).landmarks[2, 0] > 300
+    with pytest.raises(NoFaceError, match="number of faces, 2, got 2"):
+        parser.find_face(pixels, 2)
+
+
+def test_a_false_alarm_does_not_hide_the_face(drawn: DrawnFace) -> None:
+    alarm = FaceBox(0, 300, 110, 110, 0.9)
+    face = palette_parser(alarm, drawn.box).find_face(drawn.pixels)
+    assert np.linalg.norm(face.landmarks[2] - drawn.landmarks[2]) < eye_distance(drawn) / 7
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (204, 0, 0), (0, 0, 204)])
+def test_a_photo_of_no_face_is_refused(colour: tuple[int, int, int]) -> None:
+    flat = np.full((300, 300, 3), colour, np.uint8)
+    with pytest.raises(NoFaceError):
+        palette_parser(FaceBox(90, 90, 120, 120, 0.9)).find_face(flat)
+
+
+def test_a_small_face_is_refused_by_name() -> None:
+    drawn = draw_face(3, 40, 200, 200, 80, 80)
+    with pytest.raises(FaceTooSmallError, match="px apart"):
+        palette_parser(drawn.box).find_face(drawn.pixels)
+
+
+def test_a_face_cut_off_is_refused_by_name(drawn: DrawnFace) -> None:
+    left, mouth = drawn.landmarks[0, 0], drawn.landmarks[3:, 1].max()
+    cut_x, cut_y = int(left + 4), int(mouth - 2)
+    for pixels, box in (
+        (drawn.pixels[:, cut_x:], moved(drawn.box, -cut_x)),
+        (drawn.pixels[:cut_y], drawn.box),
+    ):
+        with pytest.raises((FaceCutOffError, NoFaceError)):
+            palette_parser(box).find_face(np.ascontiguousarray(pixels))
+
+
+def test_an_eye_at_the_edge_is_cut_off(drawn: DrawnFace) -> None:
+    cut = int(drawn.landmarks[0, 0] - 6)
+    with pytest.raises(FaceCutOffError):
+        palette_parser(moved(drawn.box, -cut)).find_face(np.ascontiguousarray(drawn.pixels[:, cut:]))
+
+
+def test_a_negative_index_is_out_of_range(drawn: DrawnFace, parser: FaceParser) -> None:
+    with pytest.raises(OutOfRangeError, match="0 is the largest"):
+        parser.find_face(drawn.pixels, -1)
+
+
+def test_the_palette_parser_can_be_wrong() -> None:
+    """The oracle these tests lean on reads colours: another colour, another class."""
+    crop = image_tensor(np.full((32, 32, 3), CELEBAMASK_HQ.palette[CELEBAMASK_HQ.id("hat")], np.uint8))
+    assert (PaletteParser()(crop).argmax(1) == CELEBAMASK_HQ.id("hat")).all()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A photo edited end to end: what changes, what never does, and what the result says about it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.drawn_faces import DrawnFace, palette_parser
+
+from faceedit import pipeline
+from faceedit.attributes import MAGGAN
+from faceedit.editors import AttributeEdit
+from faceedit.editors.maggan import MagGANEditor
+from faceedit.errors import NoFaceError, UsageError
+from faceedit.parsing import FaceParser
+
+
+@pytest.fixture(scope="module")
+def result(drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor) -> pipeline.EditResult:
+    return pipeline.edit(drawn.pixels, {"Blond_Hair": 1.0}, editor=editor, parser=parser)
+
+
+def test_result_has_the_photo_size_and_the_crop_maps(result: pipeline.EditResult, drawn: DrawnFace) -> None:
+    assert result.image.size == drawn.pixels.shape[1::-1]
+    assert result.face.size == (256, 256)
+    for labels in (result.mask, result.edited_mask):
+        assert labels.shape == (256, 256)
+        assert labels.dtype == np.uint8
+    assert result.mask.max() < 19
+
+
+@pytest.mark.parametrize("attribute", MAGGAN)
+def test_pixels_outside_the_region_are_byte_identical(
+    attribute: str, drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor
+) -> None:
+    result = pipeline.edit(drawn.pixels, {attribute: 1.0}, editor=editor, parser=parser)
+    outside = result.region == 0
+    assert outside.any()
+    assert (~outside).any()
+    assert np.array_equal(result.pixels[outside], drawn.pixels[outside])
+    assert not np.array_equal(result.pixels, drawn.pixels)
+
+
+def test_the_input_is_not_written_to(drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor) -> None:
+    before = drawn.pixels.copy()
+    pipeline.edit(drawn.pixels, {"Pale_Skin": 1.0}, editor=editor, parser=parser)
+    assert np.array_equal(before, drawn.pixels)
+
+
+def test_path_image_and_array_give_the_same_result(
+    drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor, tmp_path: Path
+) -> None:
+    path = tmp_path / "me.png"
+    Image.fromarray(drawn.pixels).save(path)
+    sources = (path, str(path), Image.fromarray(drawn.pixels), drawn.pixels)
+    first, *others = (pipeline.edit(s, {"Bangs": 1.0}, editor=editor, parser=parser).pixels for s in sources)
+    assert all(np.array_equal(first, other) for other in others)
+
+
+def test_the_stages_compose_to_the_whole(
+    drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor, result: pipeline.EditResult
+) -> None:
+    photo = pipeline.read(drawn.pixels)
+    record = pipeline.parse(photo, pipeline.find(photo, parser), parser)
+    edited = pipeline.apply(record, editor, AttributeEdit({"Blond_Hair": 1.0}))
+    pixels, region = pipeline.composite(photo, record, edited)
+    assert np.array_equal(pixels, result.pixels)
+    assert np.array_equal(region, result.region)
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_a_larger_photo_is_edited_at_its_own_resolution(drawn: DrawnFace, editor: MagGANEditor, scale: int) -> None:
+    large = np.repeat(np.repeat(drawn.pixels, scale, 0), scale, 1)
+    box = type(drawn.box)(*(scale * v for v in (drawn.box.x, drawn.box.y, drawn.box.w, drawn.box.h)), score=0.9)
+    result = pipeline.edit(large, {"Blond_Hair": 1.0}, editor=editor, parser=palette_parser(box))
+    assert result.pixels.shape == large.shape
+    outside = result.region == 0
+    assert np.array_equal(result.pixels[outside], large[outside])
+
+
+def test_report_is_json_and_true(result: pipeline.EditResult, drawn: DrawnFace) -> None:
+    report = json.loads(json.dumps(result.report))
+    assert report["seed"] == 0
+    assert report["editor"] == "maggan"
+    assert report["weights"]["parser"] == "palette"
+    assert report["requested"] == {"Blond_Hair": 1.0}
+    assert report["applied_difference"]["Blond_Hair"] == 1.0
+    assert report["region"]["area_px"] == int((result.region > 0).sum())
+    assert report["region"]["changed_px"] == int((result.pixels != drawn.pixels).any(-1).sum())
+    assert all(seconds >= 0 for seconds in report["seconds"].values())
+
+
+def test_comparison_sheet_shows_before_mask_after(result: pipeline.EditResult) -> None:
+    sheet = pipeline.comparison_sheet(result)
+    side = sheet.shape[0]
+    assert sheet.shape == (side, 3 * side, 3)
+    before, mask, after = (sheet[:, i * side : (i + 1) * side] for i in range(3))
+    assert not np.array_equal(before, after)
+    assert not np.array_equal(before, mask)
+
+
+def test_overlay_leaves_the_background_alone() -> None:
+    pixels = np.full((4, 4, 3), 200, np.uint8)
+    labels = np.zeros((4, 4), np.uint8)
+    labels[1, 1] = 13
+    laid = pipeline.overlay(pixels, labels)
+    assert (laid[labels == 0] == 200).all()
+    assert (laid[1, 1] != 200).any()
+
+
+def test_attributes_and_request_together_are_refused(
+    drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor
+) -> None:
+    with pytest.raises(UsageError, match="both"):
+        pipeline.edit(drawn.pixels, {"Bald": 1.0}, request=AttributeEdit({"Bald": 1.0}), editor=editor, parser=parser)
+
+
+def test_no_face_is_refused(editor: MagGANEditor) -> None:
+    with pytest.raises(NoFaceError):
+        pipeline.edit(np.full((200, 200, 3), 127, np.uint8), {"Bald": 1.0}, editor=editor, parser=palette_parser())
