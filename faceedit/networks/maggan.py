@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN
+from faceedit.kernels import noise_bias_act
 from faceedit.labels import scheme
 from faceedit.relations import Relations, influence_mask, mask_guided_conditioning, relation_matrices
 
@@ -106,6 +107,17 @@ def _upsampling(in_channels: int, out_channels: int, *, bias: bool) -> nn.ConvTr
     return nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1, bias=bias)
 
 
+class _ConvAct(nn.Conv2d):
+    """Conv3 whose bias and activation are one pass over memory."""
+
+    def __init__(self, in_channels: int, out_channels: int, act: str) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return noise_bias_act(self._conv_forward(x, self.weight, None), bias=self.bias, act=self.act)
+
+
 class _EncoderStage(nn.Module):
     """Conv4 s2, norm, leaky ReLU."""
 
@@ -131,14 +143,14 @@ class SelectiveTransferUnit(nn.Module):
     def __init__(self, state_channels: int, channels: int) -> None:
         super().__init__()
         self.up = _upsampling(state_channels + NUM_ATTRIBUTES, channels, bias=True)
-        self.gates = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1)
-        self.candidate = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        self.gates = _ConvAct(2 * channels, 2 * channels, "sigmoid")
+        self.candidate = _ConvAct(2 * channels, channels, "tanh")
 
     def forward(self, feature: Tensor, state: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.up(_join(state, condition))
-        reset, update = torch.sigmoid(self.gates(_join(hidden, feature))).chunk(2, dim=1)
+        reset, update = self.gates(_join(hidden, feature)).chunk(2, dim=1)
         state = reset * hidden
-        candidate = torch.tanh(self.candidate(_join(state, feature)))
+        candidate = self.candidate(_join(state, feature))
         return torch.lerp(hidden, candidate, update), state
 
 
@@ -150,7 +162,7 @@ class _SpadeStage(nn.Module):
         # Only the layer norm leaves a channel's bias standing.
         self.up = _upsampling(in_channels, out_channels, bias=config.decoder_norm == "layer")
         self.norm = _norm(config.decoder_norm, out_channels, affine=False)
-        self.hidden = nn.Conv2d(NUM_ATTRIBUTES + skip_channels, config.spade_width, 3, padding=1)
+        self.hidden = _ConvAct(NUM_ATTRIBUTES + skip_channels, config.spade_width, "relu")
         self.scale_shift = nn.Conv2d(config.spade_width, 2 * out_channels, 3, padding=1)
         self.out_channels = out_channels
 
@@ -158,7 +170,7 @@ class _SpadeStage(nn.Module):
         x = self.up(x)
         normal = self.norm(x).to(x.dtype)
         guide = condition.to(x.dtype) if skip is None else _join(skip, condition)
-        scale, shift = self.scale_shift(F.relu(self.hidden(guide))).chunk(2, dim=1)
+        scale, shift = self.scale_shift(self.hidden(guide)).chunk(2, dim=1)
         return F.relu(torch.addcmul(shift, 1 + scale, normal))
 
 

@@ -192,15 +192,18 @@ def test_relations_follow_the_network():
     assert not any("relation" in name for name in network.state_dict())
 
 
+def unit_conv(layer, *features):
+    return torch.nn.functional.conv2d(torch.cat(features, 1), layer.weight, layer.bias, padding=1)
+
+
 def test_transfer_unit_matches_its_equations():
     torch.manual_seed(1)
     unit = SelectiveTransferUnit(6, 4).double()
     feature, state = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 6, 4, 4).double()
     condition = torch.randn(2, 13, 4, 4).double()
     hidden = unit.up(torch.cat([state, condition], 1))
-    gates = unit.gates(torch.cat([hidden, feature], 1))
-    reset, update = gates[:, :4].sigmoid(), gates[:, 4:].sigmoid()
-    candidate = unit.candidate(torch.cat([reset * hidden, feature], 1)).tanh()
+    reset, update = unit_conv(unit.gates, hidden, feature).sigmoid().split(4, dim=1)
+    candidate = unit_conv(unit.candidate, reset * hidden, feature).tanh()
     transferred, carried = unit(feature, state, condition)
     torch.testing.assert_close(carried, reset * hidden)
     torch.testing.assert_close(transferred, (1 - update) * hidden + update * candidate)
