@@ -85,6 +85,34 @@ def recolour_regions(image: Tensor, labels: Tensor, generator: torch.Generator) 
     return image.clamp(0, 1)
 
 
+def backdrops(photos: Tensor, generator: torch.Generator) -> Tensor:
+    """Backgrounds N×3×S×S cut from portrait crops N×3×S×S: an upper corner, beside the head, tiled by mirroring.
+
+    Flags, shelves and picture frames are what a parser that grew up on drawn backgrounds takes for hair.
+    """
+    count, _, size, _ = photos.shape
+    side = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    line = torch.linspace(-1, 1, size)
+    turn = torch.rand(count, generator=generator) < 0.35
+    across = torch.where(turn[:, None, None], line[None, :, None], line[None, None, :]).expand(count, size, size)
+    down = torch.where(turn[:, None, None], line[None, None, :], line[None, :, None]).expand(count, size, size)
+    zoom, phase = _uniform(count, 0.6, 3.5, generator, 1, 1), _uniform(count, 0, 4, generator, 2, 1, 1)
+
+    def folded(value: Tensor) -> Tensor:
+        return (torch.remainder(value, 2) - 1).abs()  # a triangle wave in [0, 1]
+
+    x = (1 - 0.36 * folded(across * zoom + phase[:, 0])) * side[:, None, None]
+    y = -1 + 1.1 * folded(down * zoom * 0.4 + phase[:, 1])
+    return F.grid_sample(photos, torch.stack([x, y], -1), padding_mode="border", align_corners=False)
+
+
+def replace_background(image: Tensor, labels: Tensor, ground: Tensor, chosen: Tensor) -> Tensor:
+    """`ground` wherever the label is background, in the `chosen` samples; edges stay antialiased."""
+    region = ((labels == CELEBAMASK_HQ.id("background")) & chosen[:, None, None])[:, None].float()
+    region = F.avg_pool2d(F.pad(region, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return image + region * (ground - image)
+
+
 def photograph(image: Tensor, generator: torch.Generator) -> Tensor:
     """Light, tone, blur, noise and JPEG on N×3×S×S in [0,1]."""
     count, _, size, _ = image.shape

@@ -27,11 +27,13 @@ from faceedit.training import synthetic as portraits
 from faceedit.training.config import AdamConfig, TrainerConfig, require
 from faceedit.training.data import SPLIT_SEEDS
 from faceedit.training.degradation import (
+    backdrops,
     flip_some,
     occlude,
     photograph,
     random_warp,
     recolour_regions,
+    replace_background,
     warp_image,
     warp_labels,
 )
@@ -57,6 +59,7 @@ _THIN = {"eye_g": 1.5, "ear_r": 2.5, "neck_l": 2.5}
 @dataclass(frozen=True, slots=True)
 class ParserRecipe:
     """`photos` None trains on synthetic portraits alone. `photo_from` is the share of the run after which photos join;
+    `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background;
     `initial_weights` continues from an exported or registered parser."""
 
     trainer: TrainerConfig
@@ -72,6 +75,7 @@ class ParserRecipe:
     photo_batch: int = 6
     photo_weight: float = 1.0
     photo_from: float = 0.3
+    photo_backdrops: float = 0.55
     confident: float = 0.8
     initial_weights: str | None = None
     cache_dir: Path | None = None
@@ -120,6 +124,11 @@ class ParserTask(Task[ParserRecipe]):
         labels = torch.from_numpy(np.stack([self.people["labels"][r] for r in rows]).astype(np.int64))
         image, labels = flip_some(image, labels, generator)
         image = recolour_regions(image, labels, generator)
+        if self.photos is not None:
+            others = torch.randint(len(self.photos), (len(rows),), generator=generator).tolist()
+            ground = backdrops((cache.unpack_image(np.stack([self.photos[r] for r in others])) + 1) / 2, generator)
+            chosen = torch.rand(len(rows), generator=generator) < self.recipe.photo_backdrops
+            image = replace_background(image, labels, ground, chosen)
         grid = random_warp(len(rows), image.shape[-1], generator)
         image, labels = occlude(warp_image(image, grid), warp_labels(labels, grid), generator)
         batch = {"image": photograph(image, generator) * 2 - 1, "labels": labels}
