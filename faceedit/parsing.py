@@ -32,7 +32,10 @@ MIN_EYE_DISTANCE_PX = 8.0
 """Eyes nearer than this in the photo leave brows and lids less than two pixels; nothing useful can be parsed."""
 
 MIN_VISIBLE = 0.85
-"""Least share of the face (skin, eyes, brows, nose, mouth) that must lie inside the photo."""
+"""Least share of the middle of the face that must lie inside the photo."""
+
+# Brows to lower lip and cheek to cheek, as shares of the aligned crop: (top, bottom), (left, right).
+_FACE_MIDDLE = ((0.40, 0.78), (0.30, 0.70))
 
 FACE_PARTS = ("skin", "nose", "eye_g", "l_eye", "r_eye", "l_brow", "r_brow", "mouth", "u_lip", "l_lip")
 
@@ -158,15 +161,26 @@ class FaceParser:
 
     def parse(self, pixels: NDArray[np.uint8], face: AlignedFace) -> FaceRecord:
         """Parse an aligned face. Raises NoFaceError when it shows none, FaceCutOffError when much of it is outside."""
-        crop = image_tensor(face.alignment.warp_image(pixels))
-        mask = self.parse_crop(crop)
-        check_plausible(mask)
-        visible = face.alignment.in_photo_fraction(face_probability(mask).cpu().numpy())
+        middle = np.zeros((CROP_PX, CROP_PX), np.float32)
+        rows, columns = (slice(round(low * CROP_PX), round(high * CROP_PX)) for low, high in _FACE_MIDDLE)
+        middle[rows, columns] = 1
+        visible = face.alignment.in_photo_fraction(middle)
         if visible < MIN_VISIBLE:
             raise FaceCutOffError(
                 f"find_face: face must lie inside the photo, got {visible:.0%} of it; use a photo that shows it whole"
             )
+        crop, mask = self._parse_photo(pixels, face.alignment)
+        check_plausible(mask)
         return FaceRecord(face.box, face.landmarks, face.alignment, crop, mask)
+
+    def _parse_photo(self, pixels: NDArray[np.uint8], alignment: Alignment) -> tuple[Tensor, Tensor]:
+        """Crop and soft mask of one square. Beyond its border the photo is mirrored, and parsed as background."""
+        crop = image_tensor(alignment.warp_image(pixels))
+        mask = self.parse_crop(crop)
+        inside = torch.from_numpy(inside_photo(alignment))
+        mask = mask * inside
+        mask[:, :1] += 1 - inside
+        return crop, mask
 
     def _align(self, pixels: NDArray[np.uint8], box: FaceBox) -> AlignedFace:
         size: tuple[int, int] = (pixels.shape[0], pixels.shape[1])
@@ -176,7 +190,7 @@ class FaceParser:
             alignment = rough_alignment((box.x, box.y, box.w, box.h), size, CROP_PX, angle_deg=box.angle_deg)
         landmarks: NDArray[np.float64] | None = None
         for _ in range(2):
-            mask = self.parse_crop(image_tensor(alignment.warp_image(pixels)))
+            _, mask = self._parse_photo(pixels, alignment)
             check_plausible(mask)
             points = landmarks_from_mask(mask[0])
             if points is None:
@@ -195,6 +209,15 @@ class FaceParser:
                 "find_face: eyes, nose and mouth must lie inside the photo, got some outside; use the whole photo"
             )
         return AlignedFace(box, landmarks, alignment)
+
+
+def inside_photo(alignment: Alignment) -> NDArray[np.float32]:
+    """1 where a crop pixel's centre lies in the photo, else 0; float32 S×S."""
+    steps = np.arange(alignment.size_px)
+    points = alignment.to_photo(np.stack(np.meshgrid(steps, steps), axis=-1))
+    height, width = alignment.photo_size
+    inside = (points >= -0.5) & (points <= np.array([width, height]) - 0.5)
+    return np.asarray(inside.all(-1), dtype=np.float32)
 
 
 def portrait_guesses(photo_size: tuple[int, int]) -> Iterator[FaceBox]:

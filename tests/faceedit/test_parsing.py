@@ -11,7 +11,7 @@ from support.drawn_faces import DrawnFace, PaletteParser, draw_face, palette_par
 from faceedit.detection import FaceBox
 from faceedit.errors import FaceCutOffError, FaceTooSmallError, NoFaceError, OutOfRangeError
 from faceedit.labels import CELEBAMASK_HQ, flip_soft
-from faceedit.parsing import CROP_PX, FaceParser, image_tensor
+from faceedit.parsing import CROP_PX, FaceParser, image_tensor, inside_photo
 
 
 def moved(box: FaceBox, dx: float = 0, dy: float = 0, grow: float = 1.0) -> FaceBox:
@@ -109,27 +109,37 @@ def test_a_photo_of_no_face_is_refused(colour: tuple[int, int, int]) -> None:
         palette_parser(FaceBox(90, 90, 120, 120, 0.9)).find_face(flat)
 
 
-def test_a_small_face_is_refused_by_name() -> None:
-    drawn = draw_face(3, 40, 200, 200, 80, 80)
+def test_a_face_below_the_smallest_size_is_refused_by_name(
+    drawn: DrawnFace, parser: FaceParser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("faceedit.parsing.MIN_EYE_DISTANCE_PX", eye_distance(drawn) + 5)
     with pytest.raises(FaceTooSmallError, match="px apart"):
-        palette_parser(drawn.box).find_face(drawn.pixels)
+        parser.find_face(drawn.pixels)
+
+
+def cut(drawn: DrawnFace, left: int = 0, bottom: int | None = None) -> tuple[np.ndarray, FaceParser]:
+    return np.ascontiguousarray(drawn.pixels[:bottom, left:]), palette_parser(moved(drawn.box, -left))
 
 
 def test_a_face_cut_off_is_refused_by_name(drawn: DrawnFace) -> None:
-    left, mouth = drawn.landmarks[0, 0], drawn.landmarks[3:, 1].max()
-    cut_x, cut_y = int(left + 4), int(mouth - 2)
-    for pixels, box in (
-        (drawn.pixels[:, cut_x:], moved(drawn.box, -cut_x)),
-        (drawn.pixels[:cut_y], drawn.box),
+    for pixels, parser in (
+        cut(drawn, left=int(drawn.landmarks[0, 0] - 6)),
+        cut(drawn, bottom=int(drawn.landmarks[3:, 1].max() + 4)),
     ):
-        with pytest.raises((FaceCutOffError, NoFaceError)):
-            palette_parser(box).find_face(np.ascontiguousarray(pixels))
+        with pytest.raises(FaceCutOffError, match="inside the photo"):
+            parser.find_face(pixels)
 
 
-def test_an_eye_at_the_edge_is_cut_off(drawn: DrawnFace) -> None:
-    cut = int(drawn.landmarks[0, 0] - 6)
-    with pytest.raises(FaceCutOffError):
-        palette_parser(moved(drawn.box, -cut)).find_face(np.ascontiguousarray(drawn.pixels[:, cut:]))
+def test_a_tight_crop_is_still_parsed_and_nothing_is_invented_outside(drawn: DrawnFace) -> None:
+    left = int(drawn.landmarks[0, 0] - 20)
+    pixels, parser = cut(drawn, left=left)
+    face = parser.find_face(pixels)
+    assert (
+        np.linalg.norm(face.landmarks + np.array([left, 0]) - drawn.landmarks, axis=1).max() < eye_distance(drawn) / 7
+    )
+    outside = inside_photo(face.alignment) == 0
+    assert outside.mean() > 0.1
+    assert (face.labels[outside] == 0).all()
 
 
 def test_a_negative_index_is_out_of_range(drawn: DrawnFace, parser: FaceParser) -> None:
