@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic of every element: the CPU kernels and the CUDA kernels call these same functions.
+#pragma once
+
+#include <cstring>
+
+#include "common.h"
+
+namespace fe {
+
+enum Activation : int32_t { kLinear = 0, kRelu = 1, kLeakyRelu = 2, kTanh = 3, kSigmoid = 4, kSilu = 5 };
+enum Relax : int32_t { kClamp = 0, kMinMax = 1 };
+
+namespace FE_ISA {
+
+FE_HD float bits_to_float(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+#endif
+}
+
+FE_HD uint32_t float_to_bits(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+#endif
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+FE_HD float load(float value) { return value; }
+FE_HD float load(uint8_t value) { return static_cast<float>(value); }
+FE_HD float load(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+
+FE_HD float load(Float16 value) {
+#if defined(__CUDA_ARCH__)
+  return __half2float(__ushort_as_half(value.bits));
+#else
+  // Branch-free, so that it vectorises on every instruction set; subnormals are renormalised by one subtraction.
+  const uint32_t shifted = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;
+  const uint32_t exponent = shifted & 0x0f800000u;
+  const uint32_t normal = shifted + ((127u - 15u) << 23);
+  const float subnormal = bits_to_float(normal + (1u << 23)) - bits_to_float(113u << 23);
+  const uint32_t special = normal + ((128u - 16u) << 23);
+  const uint32_t magnitude =
+      exponent == 0x0f800000u ? special : (exponent == 0u ? float_to_bits(subnormal) : normal);
+  return bits_to_float(magnitude | (static_cast<uint32_t>(value.bits & 0x8000u) << 16));
+#endif
+}
+
+FE_HD void store(float value, float* out) { *out = value; }
+
+FE_HD void store(float value, BFloat16* out) {
+  // Round to nearest even; a NaN stays a NaN (plain rounding could carry its mantissa away).
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (bits >> 16) | 0x0040u;
+  out->bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+}
+
+FE_HD void store(float value, Float16* out) {
+#if defined(__CUDA_ARCH__)
+  out->bits = __half_as_ushort(__float2half_rn(value));
+#else
+  const uint32_t bits = float_to_bits(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  // Adding 0.5 aligns the mantissa so that the addition itself rounds a subnormal result.
+  const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - float_to_bits(0.5f);
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t result =
+      magnitude >= (143u << 23) ? special : (magnitude < (113u << 23) ? subnormal : normal);
+  out->bits = static_cast<uint16_t>(result | sign);
+#endif
+}
+
+// exp by range reduction and a degree-7 polynomial: at most 2 ulp, exact at the ends (0 and inf), NaN stays NaN.
+// Own code because compilers vectorise the library's expf only under fast-math.
+FE_HD float exponential(float x) {
+  const float low = x < -105.0f ? -105.0f : x;
+  const float bounded = low > 89.0f ? 89.0f : low;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const float turns = (bounded * 1.44269504088896341f + magic) - magic;
+  const float r = (bounded - turns * 0.693359375f) + turns * 2.12194440e-4f;
+  float poly = 1.9841269841e-4f;
+  poly = poly * r + 1.3888888889e-3f;
+  poly = poly * r + 8.3333333333e-3f;
+  poly = poly * r + 4.1666666667e-2f;
+  poly = poly * r + 1.6666666667e-1f;
+  poly = poly * r + 0.5f;
+  poly = poly * r * r + r + 1.0f;
+  // 2^turns in two factors: turns spans [-151, 128], which one float exponent cannot hold.
+  const int32_t whole = static_cast<int32_t>(turns == turns ? turns : 0.0f);
+  const int32_t half = whole / 2;
+  const float first = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
+  const float second = bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
+  return poly * first * second;
+}
+
+FE_HD float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+FE_HD float hyperbolic_tangent(float x) {
+  const float magnitude = x < 0.0f ? -x : x;
+  const float tail = 1.0f - 2.0f / (exponential(2.0f * magnitude) + 1.0f);
+  // Near zero the subtraction above cancels: odd polynomial (minimax on |x| < 0.625) instead.
+  const float square = x * x;
+  float poly = -5.70498872745e-3f;
+  poly = poly * square + 2.06390887954e-2f;
+  poly = poly * square - 5.37397155531e-2f;
+  poly = poly * square + 1.33314422036e-1f;
+  poly = poly * square - 3.33332819422e-1f;
+  const float centre = x + x * square * poly;
+  return magnitude < 0.625f ? centre : (x < 0.0f ? -tail : tail);
+}
+
+template <int ACT>
+FE_HD float activate(float z, float slope) {
+  if (ACT == kRelu) return z < 0.0f ? 0.0f : z;
+  if (ACT == kLeakyRelu) return z < 0.0f ? z * slope : z;
+  if (ACT == kTanh) return hyperbolic_tangent(z);
+  if (ACT == kSigmoid) return sigmoid(z);
+  if (ACT == kSilu) return z * sigmoid(z);
+  return z;
+}
+
+template <int ACT>
+FE_HD float activation_slope(float z, float slope) {
+  if (ACT == kRelu) return z <= 0.0f ? 0.0f : 1.0f;
+  if (ACT == kLeakyRelu) return z < 0.0f ? slope : 1.0f;
+  if (ACT == kTanh) {
+    const float t = hyperbolic_tangent(z);
+    return 1.0f - t * t;
+  }
+  if (ACT == kSigmoid) {
+    const float s = sigmoid(z);
+    return s * (1.0f - s);
+  }
+  if (ACT == kSilu) {
+    const float s = sigmoid(z);
+    return s * (1.0f + z * (1.0f - s));
+  }
+  return 1.0f;
+}
+
+// Written with comparisons that are false for NaN, so that NaN passes through.
+FE_HD float clamp_symmetric(float value, float limit) {
+  const float below = value > limit ? limit : value;
+  return below < -limit ? -limit : below;
+}
+
+template <int ACT>
+FE_HD float finish(float z, float slope, float gain, float clamp) {
+  const float y = activate<ACT>(z, slope) * gain;
+  return clamp < 0.0f ? y : clamp_symmetric(y, clamp);
+}
+
+// dy/dz from the pre-activation z.
+template <int ACT>
+FE_HD float slope_from_input(float z, float slope, float gain, float clamp) {
+  const float y = activate<ACT>(z, slope) * gain;
+  const float magnitude = y < 0.0f ? -y : y;
+  const bool clamped = clamp >= 0.0f && magnitude >= clamp;
+  return clamped ? 0.0f : activation_slope<ACT>(z, slope) * gain;
+}
+
+// dy/dz from the output y of a piecewise linear activation with gain > 0 and slope > 0: y has z's sign. `clamp` is
+// already rounded to y's storage type. y == 0 counts as the positive side of a leaky ReLU, and as the flat side of a ReLU.
+template <int ACT>
+FE_HD float slope_from_output(float y, float slope, float gain, float clamp) {
+  const float magnitude = y < 0.0f ? -y : y;
+  const bool clamped = clamp >= 0.0f && magnitude >= clamp;
+  return clamped ? 0.0f : activation_slope<ACT>(y, slope) * gain;
+}
+
+// The CUDA kernels switch per element on a value every thread shares, which costs nothing in a kernel bound by memory and
+// keeps one binary per dtype instead of six.
+#define FE_FOR_ACTIVATION(ACT, EXPRESSION)      \
+  switch (ACT) {                                \
+    case kRelu:                                 \
+      return EXPRESSION(kRelu);                 \
+    case kLeakyRelu:                            \
+      return EXPRESSION(kLeakyRelu);            \
+    case kTanh:                                 \
+      return EXPRESSION(kTanh);                 \
+    case kSigmoid:                              \
+      return EXPRESSION(kSigmoid);              \
+    case kSilu:                                 \
+      return EXPRESSION(kSilu);                 \
+    default:                                    \
+      return EXPRESSION(kLinear);               \
+  }
+
+FE_HD float finish(int32_t act, float z, float slope, float gain, float clamp) {
+#define FE_EXPRESSION(ACT) finish<ACT>(z, slope, gain, clamp)
+  FE_FOR_ACTIVATION(act, FE_EXPRESSION)
+#undef FE_EXPRESSION
+}
+
+FE_HD float slope_from_input(int32_t act, float z, float slope, float gain, float clamp) {
+#define FE_EXPRESSION(ACT) slope_from_input<ACT>(z, slope, gain, clamp)
+  FE_FOR_ACTIVATION(act, FE_EXPRESSION)
+#undef FE_EXPRESSION
+}
+
+FE_HD float slope_from_output(int32_t act, float y, float slope, float gain, float clamp) {
+  if (act == kRelu) return slope_from_output<kRelu>(y, slope, gain, clamp);
+  if (act == kLeakyRelu) return slope_from_output<kLeakyRelu>(y, slope, gain, clamp);
+  return slope_from_output<kLinear>(y, slope, gain, clamp);
+}
+
+#undef FE_FOR_ACTIVATION
+
+FE_HD float clamp_unit(float value) {
+  const float low = value < 0.0f ? 0.0f : value;
+  return low > 1.0f ? 1.0f : low;
+}
+
+// The mask a pixel of masked_mse is weighted with, NaN kept. `relax` is a Relax value.
+FE_HD float exclude_from(float mask, float excluded, int32_t relax) {
+  if (relax == kClamp) return clamp_unit(mask - excluded);
+  const float limit = 1.0f - excluded;
+  return (mask != mask || mask < limit) ? mask : limit;
+}
+
+FE_HD float include_in(float mask, float included, int32_t relax) {
+  if (relax == kClamp) return clamp_unit(mask + included);
+  return (mask != mask || mask > included) ? mask : included;
+}
+
+}  // namespace FE_ISA
+}  // namespace fe

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled module `_C`, what was built into it, and why it is missing when it is."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch  # before _C: both ask for libgomp.so.1, and torch's copy must be the one that serves the process
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
+
+
+def _build_info() -> dict[str, Any]:
+    try:
+        return json.loads(Path(__file__).with_name("build_info.json").read_text())
+    except OSError:
+        reason = "never built; run `pip install .` or `python setup.py build_ext --inplace`"
+        return {"native": False, "cuda": False, "reason": reason, "cuda_reason": "the native module was not built"}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("faceedit.kernels._C"), ""
+    except ImportError as error:
+        info = _build_info()
+        return None, str(error) if info["native"] else info["reason"]
+
+
+_C, MISSING_REASON = _load()
+
+
+def module() -> Any:
+    """Return the compiled module; RuntimeError with the reason when there is none."""
+    if _C is None:
+        raise RuntimeError(f"faceedit.kernels: native module is missing: {MISSING_REASON}")
+    return _C
+
+
+def cuda_missing_reason() -> str:
+    """Return why CUDA kernels are not in this build, or an empty string."""
+    if _C is None:
+        return f"the native module is missing: {MISSING_REASON}"
+    if _C.cuda_architectures:
+        return ""
+    return _build_info()["cuda_reason"] or "this build holds no CUDA kernels"
+
+
+def build_report() -> dict[str, Any]:
+    """Describe the build in plain values, for `faceedit doctor` and benchmark records."""
+    return {
+        "cpp": _C is not None,
+        "cpp_reason": MISSING_REASON,
+        "compiler": _C.compiler if _C else "",
+        "isa": _C.isa() if _C else "",
+        "isas": list(_C.isas()) if _C else [],
+        "cuda": bool(_C and _C.cuda_architectures),
+        "cuda_reason": cuda_missing_reason(),
+        "cuda_compiler": _C.cuda_compiler if _C else "",
+        "cuda_architectures": _C.cuda_architectures.split() if _C else [],
+    }
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    """Use another instruction set's CPU kernels for the whole process, to test or compare them."""
+    before = module().isa()
+    module().set_isa(name)
+    try:
+        yield
+    finally:
+        module().set_isa(before)
+
+
+def target(x: torch.Tensor) -> Any:
+    """Say where a call on `x` runs: the CPU with torch's thread count, or x's CUDA device on the current stream."""
+    if x.device.type == "cuda":
+        return module().Target(x.device.index, 1, torch.cuda.current_stream(x.device).cuda_stream)
+    # Starting a team costs more than it saves below about sixteen thousand elements.
+    return module().Target(-1, torch.get_num_threads() if x.numel() > 16384 else 1, 0)
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Return the data pointer, 0 for an absent operand."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory formats, argument checks and output allocation shared by every op."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return the format an op computes and answers in for the image-like `x` (N,C,H,W).
+
+    channels_last only when x is that and not plainly contiguous too: a tensor with C = 1 or H = W = 1 is both.
+    """
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def as_float(tensor: Tensor | None) -> Tensor | None:
+    """Return a per-channel vector, map or scalar as native kernels read it: float32, contiguous, detached."""
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
+def describe(tensor: Tensor) -> str:
+    """Return dtype and shape as error messages show them, e.g. `float32 of shape (2, 3)`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def check_image(op: str, name: str, x: Tensor) -> None:
+    """Raise unless x is a floating point (N,C,H,W) tensor."""
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name} must be of shape (N, C, H, W), got {describe(x)}; add the missing axes")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {describe(x)}; cast it first")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[int, ...]) -> None:
+    """Raise unless `tensor` has one of the allowed shapes and lies on x's device."""
+    if not any(
+        tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True))
+        for shape in allowed
+    ):
+        wanted = " or ".join(str(tuple(shape)) for shape in allowed)
+        raise ValueError(f"{op}: {name} must be of shape {wanted}, got {describe(tensor)}; reshape or expand it")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}; move it there")
+
+
+@dataclass(slots=True)
+class Guards:
+    """The buffers handed out while outputs were poisoned, for a test to look round their edges."""
+
+    buffers: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def untouched(self) -> bool:
+        """Return whether every guard band still holds nothing but the fill value."""
+        return all(
+            bool(buffer[:GUARD].isnan().all() and buffer[GUARD + used :].isnan().all()) for buffer, used in self.buffers
+        )
+
+
+GUARD = 64  # elements either side of a poisoned buffer
+_poison: Guards | None = None
+
+
+@contextmanager
+def poison() -> Iterator[Guards]:
+    """Fill every output and workspace with NaN before its kernel runs, between guard bands: a test instrument.
+
+    An element the kernel fails to write stays NaN; a write outside the buffer shows in `Guards.untouched()`.
+    """
+    global _poison
+    before, _poison = _poison, Guards()
+    try:
+        yield _poison
+    finally:
+        _poison = before
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
+    """Allocate an output or workspace on like's device, uninitialised (poisoned inside `poison()`)."""
+    if _poison is None:
+        return torch.empty(shape, device=like.device, dtype=dtype, memory_format=fmt)
+    layout = torch.empty(shape, device="meta", dtype=dtype, memory_format=fmt)
+    buffer = torch.full((layout.numel() + 2 * GUARD,), float("nan"), device=like.device, dtype=dtype)
+    _poison.buffers.append((buffer, layout.numel()))
+    return buffer[GUARD : GUARD + layout.numel()].as_strided(layout.shape, layout.stride(), GUARD)
+
+
+def empty_like(x: Tensor, fmt: torch.memory_format) -> Tensor:
+    """Allocate an output of x's shape and dtype in format `fmt`."""
+    return empty(tuple(x.shape), x, x.dtype, fmt)
+
+
+def empty_float(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Allocate a float32 (or wider) vector, map or workspace."""
+    return empty(shape, like, dtype, torch.contiguous_format)

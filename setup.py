@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build faceedit: ordinary package discovery, and the native kernels through CMakeLists.txt.
+
+A build that cannot compile still installs: the package then runs on eager PyTorch and Triton, and `build_info.json`
+beside the module keeps the reason for `faceedit doctor`. Environment:
+
+FACEEDIT_NATIVE  auto (default) | off | require   `require` turns a failed native build into an error, for CI
+FACEEDIT_CUDA    auto (default) | off | require   the same for the CUDA kernels
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+MODULE = "faceedit.kernels._C"
+
+
+class BuildFailedError(Exception):
+    """One line that says why the native module could not be built."""
+
+
+def setting(name: str) -> str:
+    value = os.environ.get(name, "auto")
+    if value not in ("auto", "off", "require"):
+        raise SystemExit(f"setup.py: {name} must be auto, off or require, got {value!r}")
+    return value
+
+
+def run(command: list[str]) -> str:
+    """Run a build command; a failure becomes one line, with the whole output on stderr."""
+    try:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildFailedError(f"{command[0]} could not be started: {error.strerror}") from error
+    if done.returncode:
+        sys.stderr.write(done.stdout)
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        reason = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
+        # CMake prints "CMake Error at file:line (call):" and the message on the next line.
+        if reason.startswith("CMake Error") and lines[-1] != reason:
+            reason = lines[lines.index(reason) + 1]
+        raise BuildFailedError(f"{Path(command[0]).name} exited with {done.returncode}: {reason}")
+    return done.stdout
+
+
+class CMakeBuild(build_ext):
+    """Build the one extension with CMake, and record what was built."""
+
+    def build_extension(self, ext: Extension) -> None:
+        info: dict[str, object] = {"native": False, "cuda": False, "reason": "", "cuda_reason": ""}
+        try:
+            self.build_native(Path(self.get_ext_fullpath(ext.name)).resolve(), info)
+        except BuildFailedError as error:
+            info["reason"] = str(error)
+            if setting("FACEEDIT_NATIVE") == "require":
+                raise SystemExit(f"setup.py: the native kernels could not be built: {error}") from error
+            self.warn(f"native kernels left out: {error}")
+        if not info["native"]:
+            info["cuda_reason"] = info["cuda_reason"] or "the native module was not built"
+        if setting("FACEEDIT_CUDA") == "require" and not info["cuda"]:
+            raise SystemExit(f"setup.py: the CUDA kernels could not be built: {info['cuda_reason']}")
+        self.record = Path(self.get_ext_fullpath(ext.name)).with_name("build_info.json")
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        self.record.write_text(json.dumps(info, indent=2) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """In-place and editable builds: the record goes where the module goes."""
+        super().copy_extensions_to_source()
+        package = self.get_finalized_command("build_py").get_package_dir("faceedit.kernels")
+        shutil.copy2(self.record, Path(package) / "build_info.json")
+
+    def build_native(self, module: Path, info: dict[str, object]) -> None:
+        if setting("FACEEDIT_NATIVE") == "off":
+            raise BuildFailedError("FACEEDIT_NATIVE=off")
+        try:
+            import pybind11
+        except ImportError as error:
+            raise BuildFailedError("pybind11 is not installed in the build environment") from error
+        cmake = shutil.which("cmake")
+        if not cmake:
+            raise BuildFailedError("cmake was not found")
+        build = Path(self.build_temp).resolve() / "cmake"
+        configure = [
+            cmake,
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
+        ]
+        if shutil.which("ninja"):
+            configure.append("-GNinja")
+        compile_command = [cmake, "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 8))]
+        with_cuda = setting("FACEEDIT_CUDA") != "off"
+        if not with_cuda:
+            info["cuda_reason"] = "FACEEDIT_CUDA=off"
+        try:
+            # A build directory made by another compiler or another build environment would be reused silently.
+            shutil.rmtree(build, ignore_errors=True)
+            output = run([*configure, f"-DFACEEDIT_CUDA={'ON' if with_cuda else 'OFF'}"])
+            run(compile_command)
+            info["cuda"] = with_cuda and "Looking for a CUDA compiler - NOTFOUND" not in output
+            if with_cuda and not info["cuda"]:
+                info["cuda_reason"] = "no CUDA compiler (nvcc) was found"
+        except BuildFailedError as error:
+            if not with_cuda:
+                raise
+            # nvcc may be there and unusable (a host compiler it refuses, say): the CPU kernels need none of it.
+            info["cuda_reason"] = str(error)
+            shutil.rmtree(build, ignore_errors=True)
+            run([*configure, "-DFACEEDIT_CUDA=OFF"])
+            run(compile_command)
+        built = next((build / "out").glob("_C*.so"), None) or next((build / "out").glob("_C*.pyd"), None)
+        if built is None:
+            raise BuildFailedError("the build left no module")
+        module.parent.mkdir(parents=True, exist_ok=True)
+        # A running process may have the old module mapped: replace it, never write into it.
+        fresh = module.with_name(module.name + ".new")
+        shutil.copy2(built, fresh)
+        os.replace(fresh, module)
+        info["native"] = True
+
+
+setup(ext_modules=[Extension(MODULE, sources=[], optional=True)], cmdclass={"build_ext": CMakeBuild})
