@@ -105,7 +105,7 @@ def test_yunet_rows_become_boxes_of_the_photo(tmp_path: Path, monkeypatch: pytes
     model.write_bytes(b"x")
     rows: list[Any] = [_YuNet.row]
     monkeypatch.setattr(cv2.FaceDetectorYN, "create", lambda path, config, size, *rest: _YuNet(size, rows[0]))
-    photo = np.zeros((960, 1280, 3), np.uint8)  # searched at half size
+    photo = np.zeros((768, 1024, 3), np.uint8)  # searched at half size
     (box,) = detect_faces(photo, yunet=model)
     assert (box.x, box.y, box.w, box.h) == (100, 80, 120, 160)
     assert box.score == pytest.approx(0.9)
