@@ -142,14 +142,16 @@ def _border_ramp(size: int) -> NDArray[np.float32]:
 def _spread(residual: NDArray[np.float32], mask: NDArray[Any]) -> NDArray[np.float32]:
     """Carry the residual of the mask's inside over its soft rim, where a coarse edit fades although strands do not.
 
-    A mask-weighted blur (normalised convolution, Knutsson and Westin 1993) fills in where the mask is weak.
+    On the rim residual = mask * change; the change is fitted by least squares over a Gaussian neighbourhood in which
+    the core counts most (normalised convolution, Knutsson and Westin 1993), and takes over where the mask is weak.
     """
-    weight = np.clip(mask.astype(np.float32), 0.0, 1.0) ** 4  # the core speaks, not the rim
+    alpha = np.clip(mask.astype(np.float32), 0.0, 1.0)
     sigma = max(residual.shape[0] / 32.0, 1.0)
-    blurred = cv2.GaussianBlur(residual * weight[..., None], (0, 0), sigma)
-    total = cv2.GaussianBlur(weight, (0, 0), sigma)[..., None]
-    filled = blurred / np.maximum(total, 1e-3)
-    return np.asarray(residual * weight[..., None] + filled * (1 - weight[..., None]), dtype=np.float32)
+    weighted = cv2.GaussianBlur(residual * (alpha**3)[..., None], (0, 0), sigma)
+    total = cv2.GaussianBlur(alpha**4, (0, 0), sigma)[..., None]
+    change = weighted / np.maximum(total, 1e-3)
+    own = (alpha**4)[..., None]
+    return np.asarray(residual * own + change * (1 - own), dtype=np.float32)
 
 
 def _on_box(region: PhotoRegion, box: Box) -> NDArray[np.float32]:

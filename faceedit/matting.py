@@ -43,23 +43,25 @@ def guided_filter(
             "guided_filter: radius_px and subsample must be at least 1 and eps positive,"
             f" got {radius_px}, {subsample} and {eps}; use for instance 8, 1 and 1e-4"
         )
-    colours = _unit_range(guide)
-    # The fit does not depend on the origin of colour space; at the mean, variances lose least to rounding.
-    colours = colours - colours.mean((0, 1), keepdims=True)
-    target = mask.astype(np.float32, copy=False)
-    height, width = mask.shape
-    small_colours, small_target, radius = colours, target, radius_px
+    size = (max(round(mask.shape[1] / subsample), 1), max(round(mask.shape[0] / subsample), 1))
     trust = np.ones(mask.shape, np.float32) if weights is None else weights.astype(np.float32, copy=False)
-    if subsample > 1:
-        size = (max(round(width / subsample), 1), max(round(height / subsample), 1))
-        small_colours, small_target, trust = (
-            _resized(values, size, cv2.INTER_AREA) for values in (colours, target, trust)
-        )
-        radius = max(round(radius_px / subsample), 1)
-    slope, offset = _local_fit(small_colours, small_target, trust, radius, eps)
-    if subsample > 1:
-        slope, offset = (_resized(values, (width, height), cv2.INTER_LINEAR) for values in (slope, offset))
-    return np.asarray(np.einsum("hwc,hwc->hw", slope, colours) + offset, dtype=np.float32)
+    colours = _resized(guide, size, cv2.INTER_AREA).astype(np.float32)
+    unit = np.float32(1 / 255 if guide.dtype == np.uint8 else 1)
+    # The fit does not depend on the origin of colour space; at the mean, variances lose least to rounding.
+    origin = colours.mean((0, 1))
+    slope, offset = _local_fit(
+        (colours - origin) * unit,
+        _resized(mask.astype(np.float32, copy=False), size, cv2.INTER_AREA),
+        _resized(trust, size, cv2.INTER_AREA),
+        max(round(radius_px / subsample), 1),
+        eps,
+    )
+    full = (mask.shape[1], mask.shape[0])
+    filtered = np.array(_resized(offset, full, cv2.INTER_LINEAR), dtype=np.float32)
+    for channel in range(3):  # one at a time: at 24 megapixels three planes of floats are what memory is spent on
+        plane = (guide[..., channel].astype(np.float32) - origin[channel]) * unit
+        filtered += _resized(slope[..., channel], full, cv2.INTER_LINEAR) * plane
+    return filtered
 
 
 def refine_mask(
@@ -103,13 +105,10 @@ def refine_mask(
     return refined
 
 
-def _unit_range(guide: NDArray[Any]) -> NDArray[np.float32]:
-    colours = guide.astype(np.float32)
-    return colours / np.float32(255) if guide.dtype == np.uint8 else colours
-
-
-def _resized(values: NDArray[np.float32], size: tuple[int, int], interpolation: int) -> NDArray[np.float32]:
-    return np.asarray(cv2.resize(values, size, interpolation=interpolation), dtype=np.float32)
+def _resized(values: NDArray[Any], size: tuple[int, int], interpolation: int) -> NDArray[Any]:
+    if values.shape[1::-1] == size:
+        return values
+    return np.asarray(cv2.resize(values, size, interpolation=interpolation))
 
 
 def _local_fit(
