@@ -10,6 +10,7 @@ FACEEDIT_CUDA    auto (default) | off | require   the same for the CUDA kernels
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -43,11 +44,27 @@ def run(command: list[str]) -> str:
         sys.stderr.write(done.stdout)
         lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
         reason = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
-        # CMake prints "CMake Error at file:line (call):" and the message on the next line.
-        if reason.startswith("CMake Error") and lines[-1] != reason:
-            reason = lines[lines.index(reason) + 1]
+        if reason.startswith("CMake Error"):
+            # CMake prints "CMake Error at file:line (call):" and the message on the lines below.
+            start = lines.index(reason) + 1
+            reason = " ".join(lines[start : start + 3]) or reason
         raise BuildFailedError(f"{Path(command[0]).name} exited with {done.returncode}: {reason}")
     return done.stdout
+
+
+PTXAS_ENTRY = re.compile(
+    r"Compiling entry function '(?P<kernel>\S+)' for '(?P<architecture>sm_\w+)'"
+    r".*?(?P<stack>\d+) bytes stack frame, (?P<spill_stores>\d+) bytes spill stores, "
+    r"(?P<spill_loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers",
+    re.DOTALL,
+)
+
+
+def cuda_resources(output: str) -> list[dict[str, str | int]]:
+    """Read what each CUDA kernel uses on each architecture from the compiler's own report."""
+    rows = [match.groupdict() for match in PTXAS_ENTRY.finditer(output)]
+    return [{key: int(value) if value.isdigit() else value for key, value in row.items()} for row in rows]
 
 
 class CMakeBuild(build_ext):
@@ -107,7 +124,8 @@ class CMakeBuild(build_ext):
             # A build directory made by another compiler or another build environment would be reused silently.
             shutil.rmtree(build, ignore_errors=True)
             output = run([*configure, f"-DFACEEDIT_CUDA={'ON' if with_cuda else 'OFF'}"])
-            run(compile_command)
+            compiled = run(compile_command)
+            info["cuda_resources"] = cuda_resources(compiled)
             info["cuda"] = with_cuda and "Looking for a CUDA compiler - NOTFOUND" not in output
             if with_cuda and not info["cuda"]:
                 info["cuda_reason"] = "no CUDA compiler (nvcc) was found"

@@ -110,7 +110,11 @@ FE_HD float exponential(float x) {
   return poly * first * second;
 }
 
-FE_HD float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+// From exp(-|x|), which cannot overflow: the tail keeps its relative precision down to the smallest numbers.
+FE_HD float sigmoid(float x) {
+  const float e = exponential(x < 0.0f ? x : -x);
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
 
 FE_HD float hyperbolic_tangent(float x) {
   const float magnitude = x < 0.0f ? -x : x;

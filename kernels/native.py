@@ -64,6 +64,11 @@ def build_report() -> dict[str, Any]:
     }
 
 
+def cuda_resources() -> list[dict[str, Any]]:
+    """Return what ptxas reported per kernel and architecture when the CUDA kernels were compiled."""
+    return _build_info().get("cuda_resources", [])
+
+
 @contextmanager
 def isa(name: str) -> Iterator[None]:
     """Use another instruction set's CPU kernels for the whole process, to test or compare them."""

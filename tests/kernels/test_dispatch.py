@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import threading
+
+import pytest
+import torch
+
+from faceedit import kernels
+from faceedit.kernels import dispatch, native
+
+X = torch.zeros(1, 2, 3, 3)
+needs_cpp = pytest.mark.skipif(not native.build_report()["cpp"], reason="native module is missing")
+
+
+def ran(name: str, x: torch.Tensor = X) -> str:
+    with kernels.backend(name):
+        kernels.noise_bias_act(x)
+    return kernels.last_backend("noise_bias_act")
+
+
+@needs_cpp
+def test_automatic_choice_takes_the_compiled_kernel() -> None:
+    assert ran("auto") == "cpu"
+    assert ran("eager") == "eager"
+
+
+def test_automatic_choice_falls_back_for_float64_and_empty_input() -> None:
+    assert ran("auto", X.double()) == "eager"
+    assert ran("auto", X[:0]) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "reason"),
+    [
+        ("cuda", X, "it needs CUDA tensors, got cpu|native module is missing|CUDA"),
+        ("triton", X, "TRITON_INTERPRET=1|triton is not installed"),
+        ("cpu", X.double(), "it runs float32, float16 and bfloat16, got torch.float64"),
+    ],
+)
+def test_forced_backend_that_cannot_run_names_the_reason(name: str, x: torch.Tensor, reason: str) -> None:
+    with kernels.backend(name), pytest.raises(RuntimeError, match=f"backend '{name}' cannot run: .*({reason})"):
+        kernels.noise_bias_act(x)
+
+
+def test_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="name must be one of"), kernels.backend("gpu"):
+        pass
+
+
+@needs_cpp
+def test_scope_ends_with_the_block_and_stays_in_its_thread() -> None:
+    with pytest.raises(KeyError), kernels.backend("eager"):
+        raise KeyError
+    assert dispatch.requested_backend() == "auto"
+    seen: list[str] = []
+    with kernels.backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@needs_cpp
+def test_backward_runs_where_the_forward_was_asked_to() -> None:
+    for name in ("eager", "cpu"):
+        x = X.clone().requires_grad_()
+        with kernels.backend(name):
+            y = kernels.noise_bias_act(x)
+        y.sum().backward()
+        assert kernels.last_backend("noise_bias_act_backward") == name
+
+
+def test_report_is_plain_and_covers_every_op() -> None:
+    report = kernels.backends_report()
+    assert json.loads(json.dumps(report)) == report
+    assert {"noise_bias_act", "noise_bias_act_backward", "masked_mse", "masked_mse_backward"} <= set(report["ops"])
+    for backends in report["ops"].values():
+        assert set(backends) == set(dispatch.BACKENDS)
+        assert backends["eager"] == {"available": True, "reason": ""}
+        for state in backends.values():
+            assert state["available"] is not bool(state["reason"])
+
+
+def test_every_public_op_has_a_page_and_a_benchmark(request: pytest.FixtureRequest) -> None:
+    root = request.config.rootpath
+    for name in set(kernels.__all__) - {"backend", "backends_report", "last_backend"}:
+        assert (root / "docs" / "kernels" / f"{name}.md").is_file(), name
+        assert (root / "tests" / "benchmarks" / f"test_{name}.py").is_file(), name
