@@ -142,8 +142,9 @@ def write_image(
     The file appears whole or not at all: it is written beside the target under another name, then moved over it.
     JPEG is written at quality 95 without chroma subsampling; PNG and TIFF are lossless (TIFF uncompressed, because
     Pillow's libtiff path fails on EXIF). Of `photo` the file keeps alpha (JPEG cannot: transparent parts go white),
-    resolution, an sRGB profile if it had one, and the EXIF fields on camera, exposure, date and authorship. GPS position, maker notes, serial numbers, thumbnails and old XMP are
-    deliberately not copied. With `provenance` an XMP packet says that a trained model made part of the picture.
+    resolution, an sRGB profile if it had one, and the EXIF fields on camera, exposure, date and authorship. GPS
+    position, maker notes, serial numbers, thumbnails and old XMP are deliberately not copied. With `provenance` an XMP
+    packet says that a trained model made part of the picture.
     Raises: ImageWriteError when the target cannot be written; ValueError for another shape or dtype.
     """
     path = Path(path)
