@@ -146,9 +146,9 @@ class FaceParser:
                 f"find_face: face must be below the number of faces, {len(found)}, got {index}; 0 is the largest"
             )
         # The most specific refusal explains more than "no face": a face was there, but too small or cut off.
-        for refusal in refusals:
-            if not isinstance(refusal, NoFaceError):
-                raise refusal
+        for reason in refusals:
+            if not isinstance(reason, NoFaceError):
+                raise reason
         raise NoFaceError(
             "find_face: photo must show a frontal face, got none; use a photo where eyes and mouth are visible"
         )

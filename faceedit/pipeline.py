@@ -21,13 +21,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from faceedit.alignment import PhotoRegion
 from faceedit.classification import STARTER, attribute_probabilities, load_classifier
-from faceedit.compositing import paste_back
+from faceedit.compositing import Composite, paste_back
 from faceedit.editors.base import AttributeEdit, EditedFace, Editor, EditRequest, load_editor
 from faceedit.errors import UsageError
 from faceedit.images import Photo, read_image
 from faceedit.labels import CELEBAMASK_HQ
+from faceedit.matting import refine_mask
 from faceedit.networks.classifier import AttributeClassifier
+from faceedit.networks.maggan import resize_area
 from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, FaceRecord, image_tensor, label_map, load_parser
 
 FEATHER_PX = 3.0
@@ -38,12 +41,12 @@ FEATHER_PX = 3.0
 class EditResult:
     """An edited photo with everything needed to judge the edit.
 
-    pixels:       uint8 H×W×3, the photo's own size; byte-identical to the input wherever `region` is 0.
+    pixels:             uint8 H×W×3, the photo's own size; byte-identical to the input wherever `region` is 0.
     record:             the aligned, parsed face before the edit.
     face:               the aligned crop after it, 256×256.
     mask, edited_mask:  uint8 label maps of that crop, before and after.
-    region:       float32 H×W in [0, 1], the composited region in the photo.
-    report:       seed, weights, requested and measured attributes, edited area, seconds by stage (JSON-ready).
+    region:             float32 H×W in [0, 1], the composited region in the photo.
+    report:             seed, weights, requested and measured attributes, edited area, seconds (JSON-ready).
     """
 
     photo: Photo
@@ -81,13 +84,22 @@ def apply(face: FaceRecord, editor: Editor, request: EditRequest, seed: int = 0)
     return editor.apply(face, request, seed)
 
 
-def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Put the edit back into the photo as a residual; also returns the region H×W it was confined to."""
-    region = edited.region[0, 0].cpu().numpy()
-    pixels = paste_back(
-        photo.pixels, _crop_array(edited.before), _crop_array(edited.after), face.alignment, region, FEATHER_PX
-    )
-    return pixels, region
+def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
+    """Add what the edit changed to the photo, at the photo's resolution and inside the edit's region only.
+
+    Hair ends in strands that a crop of 256 pixels cannot resolve, so a region with hair in it is first refined against
+    the photo itself; other regions keep the parse's own soft edge, feathered.
+    """
+    side = edited.before.shape[-1]
+    alignment = face.alignment.resized(side)
+    region = np.ascontiguousarray(resize_area(edited.region, side)[0, 0].float().cpu().numpy())
+    detail = None
+    if "hair" in edited.parts:
+        coarse = face.alignment.unwarp_soft(np.ascontiguousarray(edited.region[0, 0].float().cpu().numpy()))
+        refined = refine_mask(photo.pixels[coarse.slices()], coarse.values)
+        detail = PhotoRegion(refined, coarse.box, coarse.photo_size)
+    before, after = _crop_array(edited.before), _crop_array(edited.after)
+    return paste_back(photo.pixels, before, after, alignment, region, FEATHER_PX * side / CROP_PX, detail)
 
 
 def _crop_array(crop: Tensor) -> NDArray[np.float32]:
@@ -134,7 +146,8 @@ def edit(
     with _timed(seconds, "edit"):
         edited = apply(record, loaded, wanted, seed)
     with _timed(seconds, "composite"):
-        pixels, region = composite(source, record, edited)
+        composited = composite(source, record, edited)
+        pixels, region = composited.pixels, composited.mask()
     with _timed(seconds, "measure"):
         edited_crop = image_tensor(record.alignment.warp_image(pixels))
         edited_labels = label_map(parser.parse_crop(edited_crop))

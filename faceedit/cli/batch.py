@@ -8,13 +8,17 @@ import json as json_format
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from faceedit.cli import options
 from faceedit.cli.output import print_json, progress_bar
 from faceedit.errors import FaceEditError, ImageReadError, ImageWriteError, UsageError
+
+if TYPE_CHECKING:
+    from faceedit.editors.base import Editor
+    from faceedit.parsing import FaceParser
 
 MANIFEST = ".faceedit-batch.jsonl"
 READABLE = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".avif"})
@@ -37,6 +41,20 @@ class Entry:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is done to every photo; `digest` changes when any of it would change a result."""
+
+    out_dir: Path
+    values: dict[str, float]
+    editor: Editor
+    parser: FaceParser
+    face: int
+    compare: bool
+    seed: int
+    digest: str
+
+
 class Manifest:
     """The outcomes of earlier runs in an output folder, one JSON line a photo; the last line of a photo wins.
 
@@ -47,7 +65,9 @@ class Manifest:
         self.folder = folder
         self.path = folder / MANIFEST
         self.entries: dict[str, Entry] = {}
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        self._separator = "" if not text or text.endswith("\n") else "\n"  # a torn last line stays by itself
+        for line in text.splitlines():
             try:
                 entry = Entry(**json_format.loads(line))
             except (ValueError, TypeError):
@@ -68,10 +88,16 @@ class Manifest:
         )
 
     def add(self, entry: Entry) -> None:
-        """Append one outcome."""
+        """Append one outcome. Raises ImageWriteError when the folder takes no more."""
         self.entries[entry.photo] = entry
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json_format.dumps(asdict(entry)) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as lines:
+                lines.write(f"{self._separator}{json_format.dumps(asdict(entry))}\n")
+            self._separator = ""
+        except OSError as error:
+            raise ImageWriteError(
+                f"batch: OUT_DIR must stay writable, got {self.path} ({error.strerror}); free some space and go on"
+            ) from error
 
 
 def find_photos(in_dir: Path, out_dir: Path) -> list[Path]:
@@ -137,6 +163,7 @@ def batch(
     files = [sha256_of(find(name).path) for name in (loaded.weights, parser.weights)]
     choices = [editor, files, sorted(values.items()), face, compare, seed]
     digest = hashlib.sha256(json_format.dumps(choices).encode()).hexdigest()[:16]
+    job = Job(out_dir, values, loaded, parser, face, compare, seed, digest)
     counts: Counter[str] = Counter()
     failures: list[Entry] = []
     try:
@@ -144,10 +171,10 @@ def batch(
             task = progress.add_task("editing", total=len(photos))
             for source in photos:
                 name = source.relative_to(in_dir)
-                if manifest.is_done(name.as_posix(), source, digest):
+                if manifest.is_done(name.as_posix(), source, job.digest):
                     counts["skipped"] += 1
                 else:
-                    entry = _edit_one(source, name, out_dir, digest, values, loaded, parser, face, compare, seed)
+                    entry = _edit_one(job, source, name)
                     manifest.add(entry)
                     counts[entry.status] += 1
                     if entry.status == "failed":
@@ -171,45 +198,33 @@ def batch(
         raise typer.Exit(1)
 
 
-def _edit_one(
-    source: Path,
-    name: Path,
-    out_dir: Path,
-    digest: str,
-    values: dict[str, float],
-    editor: object,
-    parser: object,
-    face: int,
-    compare: bool,
-    seed: int,
-) -> Entry:
+def _edit_one(job: Job, source: Path, name: Path) -> Entry:
     """Edit one photo and say what happened, whatever happened."""
     from faceedit.cli.editing import write_outputs
     from faceedit.pipeline import edit as edit_photo
 
     state = source.stat()
     target = output_name(name)
-    output = out_dir / target
-    status, reason, message = "edited", "", ""
+    output = job.out_dir / target
+    reason, message = "", ""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        result = edit_photo(source, attributes=values, editor=editor, parser=parser, face=face, seed=seed)
-        write_outputs(result, output, compare)
+        result = edit_photo(source, job.values, editor=job.editor, parser=job.parser, face=job.face, seed=job.seed)
+        write_outputs(result, output, job.compare)
     except FaceEditError as error:
-        status, reason, message = "failed", type(error).__name__, str(error)
+        reason, message = type(error).__name__, str(error)
     except Exception as error:  # a fault of this one photo must not lose the folder; its type is reported
-        status, reason, message = "failed", type(error).__name__, " ".join(str(error).split()) or "no message"
-    output_size = output.stat().st_size if status == "edited" else 0
+        reason, message = type(error).__name__, " ".join(str(error).split()) or "no message"
     return Entry(
-        name.as_posix(),
-        state.st_size,
-        state.st_mtime_ns,
-        digest,
-        target.as_posix(),
-        output_size,
-        status,
-        reason,
-        message,
+        photo=name.as_posix(),
+        size=state.st_size,
+        modified_ns=state.st_mtime_ns,
+        options=job.digest,
+        output=target.as_posix(),
+        output_size=0 if reason else output.stat().st_size,
+        status="failed" if reason else "edited",
+        reason=reason,
+        message=message,
     )
 
 

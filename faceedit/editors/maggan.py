@@ -77,7 +77,8 @@ class MagGANEditor:
 
         generator = load_network(weights, device, kind="maggan")
         assert isinstance(generator, MagGANGenerator)
-        return cls(generator, find(weights, "maggan").name, load_classifier(str(device)))
+        row = find(weights, "maggan")
+        return cls(generator, row.name if row.sha256 else str(row.path), load_classifier(str(device)))
 
     def forward(self, image: Tensor, difference: Tensor, mask: Tensor) -> Tensor:
         """The pure graph that is exported and served: N×3×S×S, N×13, N×19×H×W -> N×3×S×S in [-1, 1]."""

@@ -127,6 +127,7 @@ def test_an_interrupted_batch_resumes_to_the_same_files(
     assert outcome.code == 0
     assert "2 edited, 1 skipped" in outcome.out
     assert results(out) == results(tmp_path / "whole")
+    assert "0 edited, 3 skipped" in run("batch", folder, out, *SET).out
 
 
 def test_batch_does_not_eat_its_own_results(run: Run, folder: Path) -> None:

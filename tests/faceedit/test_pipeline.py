@@ -67,9 +67,9 @@ def test_the_stages_compose_to_the_whole(
     photo = pipeline.read(drawn.pixels)
     record = pipeline.parse(photo, pipeline.find(photo, parser), parser)
     edited = pipeline.apply(record, editor, AttributeEdit({"Blond_Hair": 1.0}))
-    pixels, region = pipeline.composite(photo, record, edited)
-    assert np.array_equal(pixels, result.pixels)
-    assert np.array_equal(region, result.region)
+    composited = pipeline.composite(photo, record, edited)
+    assert np.array_equal(composited.pixels, result.pixels)
+    assert np.array_equal(composited.mask(), result.region)
 
 
 @pytest.mark.parametrize("scale", [2, 3])
