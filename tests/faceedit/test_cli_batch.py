@@ -60,10 +60,10 @@ def test_an_unexpected_fault_of_one_photo_is_reported_and_the_rest_done(
 
     real = faceedit.pipeline.edit
 
-    def faulty(source: Any, **options: Any) -> Any:
+    def faulty(source: Any, *arguments: Any, **options: Any) -> Any:
         if Path(source).name == "a.png":
             raise RuntimeError("a bug\nover two lines")
-        return real(source, **options)
+        return real(source, *arguments, **options)
 
     monkeypatch.setattr(faceedit.pipeline, "edit", faulty)
     outcome = run("batch", folder, tmp_path / "out", *SET)
@@ -109,12 +109,12 @@ def test_an_interrupted_batch_resumes_to_the_same_files(
     out, real = tmp_path / "out", faceedit.pipeline.edit
     calls = 0
 
-    def interrupted(source: Any, **options: Any) -> Any:
+    def interrupted(source: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
-        return real(source, **options)
+        return real(source, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(faceedit.pipeline, "edit", interrupted)
