@@ -67,7 +67,7 @@ def test_edit_changes_the_region_only_and_reports(run: Run, photo: Path, drawn: 
     assert changed.any()
     hair = drawn.labels == CELEBAMASK_HQ.id("hair")
     reach = cv2.dilate(hair.astype(np.uint8), np.ones((15, 15), np.uint8)) > 0
-    # Where two other colours blend at an edge, the palette parser reads a little hair: 2.3 % of the changed pixels here.
+    # Where two other colours blend at an edge, the palette parser reads hair: 2.3 % of the changed pixels here.
     assert (changed & ~reach).sum() < 0.05 * changed.sum()
     sheet = read(tmp_path / "out_compare.png")
     assert sheet.shape[1] == 3 * sheet.shape[0]
