@@ -60,7 +60,7 @@ def _under(provider: str, op: Callable[..., Tensor], reference: Callable[..., Te
 
 
 @pytest.fixture
-def row(benchmark: Any, provider: str, device: str) -> Callable[..., None]:
+def row(provider: str, benchmark: Any, device: str) -> Callable[..., None]:
     """Check one provider against eager and time it, forward or forward and backward."""
 
     def time_row(
