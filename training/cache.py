@@ -99,7 +99,7 @@ def pack_image(image: Tensor) -> NDArray[np.uint8]:
 
 def unpack_image(pixels: NDArray[np.uint8]) -> Tensor:
     """uint8 N×S×S×3 to N×3×S×S in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def pack_mask(mask: Tensor) -> NDArray[np.uint8]:
@@ -115,7 +115,7 @@ def pack_mask(mask: Tensor) -> NDArray[np.uint8]:
 
 def unpack_mask(packed: NDArray[np.uint8], num_classes: int = CELEBAMASK_HQ.num_classes) -> Tensor:
     """Inverse of `pack_mask`: N×19×S×S float summing to 1."""
-    values = torch.from_numpy(np.ascontiguousarray(packed)).permute(3, 0, 1, 2)
+    values = torch.from_numpy(np.array(packed)).permute(3, 0, 1, 2)
     share = values[2][:, None].float() / 255
     shape = (share.shape[0], num_classes, *share.shape[2:])
     mask = torch.zeros(shape).scatter_(1, values[0][:, None].long(), share)

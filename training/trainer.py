@@ -120,8 +120,19 @@ def train(
              non-finite scalar; whatever the task raises.
     """
     config = recipe.trainer
+    threads = torch.get_num_threads()
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
+    try:
+        return _train(task_type, recipe, directory, resume, report)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(
+    task_type: type[Task[Any]], recipe: Recipe, directory: Path, resume: Path | None, report: Report
+) -> TrainingResult:
+    config = recipe.trainer
     state = load_checkpoint(find_checkpoint(resume)) if resume is not None else None
     if state is not None and state["task"] != recipe.task:
         raise UsageError(f"train: checkpoint must be of task {recipe.task}, got {state['task']}; resume another run")

@@ -1,77 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task small enough to train in a test: two networks, two optimisers, an average."""
-
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor, nn
 
-from faceedit.training.config import AdamConfig, TrainerConfig
-from faceedit.training.sheets import image_sheet
-from faceedit.training.task import TASKS, Task, TrainingContext
-
-
-@dataclass(frozen=True, slots=True)
-class ToyRecipe:
-    task: str
-    trainer: TrainerConfig
-    width: int = 8
-    adam: AdamConfig = field(default_factory=lambda: AdamConfig(rate=0.01))
-    explode_at: int = -1
-
-
-class ToyTask(Task[ToyRecipe]):
-    """Fit a noisy line with one network while a second one learns to tell its outputs from targets."""
-
-    recipe_class = ToyRecipe
-
-    def __init__(self, recipe: ToyRecipe, context: TrainingContext) -> None:
-        super().__init__(recipe, context)
-        width = recipe.width
-        layers = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.Dropout(0.1), nn.Conv2d(width, 3, 1)]
-        self.generator = context.add_network("generator", nn.Sequential(*layers), recipe.adam, average=True)
-        critic = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 1, 1))
-        self.critic = context.add_network("critic", critic, recipe.adam)
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        generator = self.context.generator("data", step)
-        return self.context.to_device({"x": torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1})
-
-    def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        x = batch["x"]
-        target = 0.5 * x.flip(1) - 0.2
-        made = self.generator(x)
-        critic_loss = self.critic(made.detach()).mean() - self.critic(target).mean()
-        self.context.minimise("critic", critic_loss + 0.1 * critic_loss**2)
-        fit = (made - target).square().mean()
-        loss = fit - 0.001 * self.critic(made).mean()
-        self.context.minimise("generator", loss, clip_norm=1.0)
-        return {"fit": fit / 0 if step == self.recipe.explode_at else fit, "critic": critic_loss}
-
-    def sample_sheet(self) -> Tensor:
-        x = self.batch(0)["x"]
-        return image_sheet([x, self.context.best("generator")(x)])
-
-    def validate(self) -> dict[str, float]:
-        x = self.batch(10**6)["x"]
-        made = self.context.best("generator")(x)
-        return {"error": (made - (0.5 * x.flip(1) - 0.2)).square().mean().item()}
-
-    def export(self, path: Path, metrics: dict[str, float]) -> None:
-        from safetensors.torch import save_file
-
-        weights = {key: value.contiguous() for key, value in self.context.best("generator").state_dict().items()}
-        save_file(weights, path, metadata={"error": str(metrics["error"])})
+from faceedit.training.task import TASKS
 
 
 @pytest.fixture
 def toy_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe file of the toy task, which is registered for the length of one test."""
-    monkeypatch.setitem(TASKS, "toy", f"{__name__}:ToyTask")
+    monkeypatch.setitem(TASKS, "toy", "support.toy_task:ToyTask")
     path = tmp_path / "toy.yaml"
-    path.write_text("task: toy\ntrainer:\n  steps: 12\n  accelerator: cpu\n  log_every: 4\n  checkpoint_every: 0\n")
+    path.write_text(
+        "task: toy\ntrainer:\n  steps: 12\n  accelerator: cpu\n  cpu_threads: 1\n  log_every: 4\n"
+        "  checkpoint_every: 0\n"
+    )
     return path

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The MagGAN and classifier tasks at a size that trains in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.toy_task import FakeFace
+
+from faceedit import training
+from faceedit.attributes import MAGGAN
+from faceedit.registry import load_network
+from faceedit.training.checkpoint import load_checkpoint
+from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_at_random
+from faceedit.training.config import to_yaml
+from faceedit.training.maggan import MagGANTask, photo_edits
+from faceedit.training.task import TrainingContext
+from faceedit.training.trainer import make_fabric, seed_step
+
+
+def quiet(line: str) -> None:
+    """A report that keeps test output readable."""
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def tiny_maggan(cache_dir: Path, *more: str) -> Any:
+    overrides = [
+        "trainer={steps: 6, accelerator: cpu, progress_by: steps, cpu_threads: 1, log_every: 2, checkpoint_every: 0}",
+        "trainer={sample_every: 0, validate_every: 0}",
+        "network={size_px: 32, base_width: 8, max_width: 16, encoder_stages: 3, stu_units: 2, spade_width: 8}",
+        "critic={input_px: 16, base_width: 8, max_width: 16, stages: 2, head_width: 8}",
+        f"synthetic={{size_px: 32, people: 8, variants: 2, cache_dir: {cache_dir}}}",
+        "batch={pairs: 4, copies: 1, photos: 2, photo_edits: 1}",
+        "adversarial={start_step: 0, every: 2, critic_steps: 2}",
+        "validation_people=1",
+    ]
+    return training.resolve("maggan-starter", [*overrides, *more])
+
+
+def build(recipe: Any, task_type: Any) -> Any:
+    task_type.prepare(recipe, report=quiet)
+    seed_step(recipe.trainer, -1, 0)
+    return task_type(recipe, TrainingContext(make_fabric(recipe.trainer), recipe.trainer))
+
+
+@pytest.fixture
+def photo_recipe(cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A recipe with photos whose faces are found by a stand-in, so that no parser weights are needed."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(b"x")
+    monkeypatch.setattr("faceedit.training.photos.face_finder", lambda parser: lambda path: FakeFace(int(path.stem)))
+    return tiny_maggan(cache_dir, f"photos={{folder: {folder}, size_px: 32, cache_dir: {tmp_path / 'cache'}}}")
+
+
+def _copy(gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return None if gradient is None else gradient.clone()
+
+
+def test_every_parameter_gets_a_finite_gradient(photo_recipe: Any) -> None:
+    task = build(photo_recipe, MagGANTask)
+    gradients: dict[str, dict[str, torch.Tensor | None]] = {}
+    plain = task.context.minimise
+
+    def minimise(name: str, loss: torch.Tensor, **options: Any) -> None:
+        plain(name, loss, **options)
+        network = task.context.networks[name]
+        gradients[name] = {key: _copy(p.grad) for key, p in network.named_parameters() if p.requires_grad}
+
+    task.context.minimise = minimise
+    task.training_step(task.batch(0), 0)
+    assert gradients.keys() == {"generator", "critic"}
+    for name, found in gradients.items():
+        for key, gradient in found.items():
+            assert gradient is not None, (name, key)
+            assert gradient.isfinite().all(), (name, key)
+            # E D(x̂) − E D(x) does not depend on the critic's last bias.
+            assert gradient.abs().sum() > 0 or key.endswith("critic.2.bias"), (name, key)
+
+
+def test_generator_overfits_one_batch(cache_dir: Path) -> None:
+    recipe = tiny_maggan(cache_dir, "generator_adam.rate=0.005", "generator_adam.warmup_steps=0")
+    task = build(replace(recipe, adversarial=replace(recipe.adversarial, start_step=10**6)), MagGANTask)
+    batch = task.batch(0)
+    task.context.set_rates(0, 0.0)
+    losses = [task.training_step(batch, step)["generator"].item() for step in range(60)]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_critic_runs_on_its_schedule(cache_dir: Path) -> None:
+    task = build(tiny_maggan(cache_dir, "adversarial={start_step: 1, every: 2, critic_steps: 3}"), MagGANTask)
+    updates: list[str] = []
+    plain = task.context.minimise
+    task.context.minimise = lambda name, loss: (updates.append(name), plain(name, loss))
+    scalars = [task.training_step(task.batch(step), step) for step in range(4)]
+    assert updates == ["generator", *["critic"] * 3, "generator", "generator", *["critic"] * 3, "generator"]
+    assert ["penalty" in values for values in scalars] == [False, True, False, True]
+
+
+def test_several_patch_levels_train(cache_dir: Path) -> None:
+    critic = "critic={input_px: 16, base_width: 8, max_width: 8, stages: 2, head_width: 8, is_pooled: true, levels: 2}"
+    task = build(tiny_maggan(cache_dir, critic), MagGANTask)
+    scalars = task.training_step(task.batch(0), 0)
+    assert all(value.isfinite() for value in scalars.values())
+
+
+def test_maggan_run_resumes_exports_and_loads(photo_recipe: Any, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(photo_recipe))
+    half = ["trainer.precision=bf16-mixed", "trainer.checkpoint_every=3", "trainer.keep_checkpoints=9"]
+    whole = training.run(path, half, output_dir=tmp_path / "whole", report=quiet)
+    assert whole is not None
+    assert whole.weights is not None
+    middle = tmp_path / "whole" / "checkpoints" / "step_00000003.pt"
+    resumed = training.run(path, half, output_dir=tmp_path / "resumed", resume=middle, report=quiet)
+    assert resumed is not None
+    one, other = (load_checkpoint(result.checkpoint)["context"]["networks"] for result in (whole, resumed))
+    for name in one:
+        for key in one[name]:
+            assert torch.equal(one[name][key], other[name][key]), (name, key)
+    assert resumed.metrics == whole.metrics
+    network: Any = load_network(whole.weights)
+    assert network.config == photo_recipe.network
+    assert network.header.attributes == MAGGAN
+    assert network.header.metrics["psnr_db"] == pytest.approx(whole.metrics["psnr_db"])
+    image = torch.zeros(1, 3, 32, 32)
+    mask = torch.zeros(1, 19, 32, 32).index_fill_(1, torch.tensor(13), 1.0)
+    assert network(image, torch.ones(1, 13), mask).shape == (1, 3, 32, 32)
+
+
+def test_photo_edits_flip_one_known_attribute() -> None:
+    attributes = torch.zeros(64, 13)
+    black, blond = MAGGAN.index("Black_Hair"), MAGGAN.index("Blond_Hair")
+    attributes[:, black] = 0.9
+    attributes[:, MAGGAN.index("Male")] = 0.6
+    batch = photo_edits(64, attributes, torch.Generator().manual_seed(0))
+    difference = batch["photo_difference"]
+    present = (attributes > 0.5).float()
+    assert torch.equal(batch["photo_target_attributes"], present + difference)
+    dyed = difference[:, blond] == 1
+    assert dyed.any()
+    assert (difference[dyed][:, black] == -1).all()
+    assert ((difference != 0).sum(1) <= 2).all()
+    # A guess counts only where it is the bit that the edit sets.
+    male = MAGGAN.index("Male")
+    assert torch.equal(batch["photo_known"][:, male], (difference[:, male] != 0).float())
+    blind = photo_edits(64, None, torch.Generator().manual_seed(0))
+    assert blind.keys() == {"photo_difference"}
+    assert (blind["photo_difference"].abs().sum(1) == 1).all()
+
+
+def tiny_classifier(cache_dir: Path) -> Any:
+    return training.resolve(
+        "classifier-starter",
+        [
+            "trainer={steps: 4, accelerator: cpu, cpu_threads: 1, checkpoint_every: 0, sample_every: 0}",
+            "trainer={progress_by: steps, validate_every: 0}",
+            "network={size_px: 32, base_width: 8, stages: 3, hidden_width: 32,"
+            " attributes: [Blond_Hair, Male, Smiling]}",
+            f"synthetic={{size_px: 32, people: 16, variants: 2, tinted_share: 0.5, cache_dir: {cache_dir}}}",
+            "adam={rate: 0.003, beta1: 0.9}",
+            "batch_size=8",
+            "validation_people=8",
+        ],
+    )
+
+
+def test_classifier_overfits_and_ignores_the_colours_of_tinted_people(cache_dir: Path) -> None:
+    task = build(tiny_classifier(cache_dir), ClassifierTask)
+    batch = task.batch(0)
+    tinted = batch["weight"][:, 0] == 0
+    assert 0 < tinted.sum() < 8
+    assert (batch["weight"][:, 1:] == 1).all()
+    losses = [task.training_step(batch, step)["loss"].item() for step in range(40)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_classifier_run_exports_what_loads(cache_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(tiny_classifier(cache_dir)))
+    result = training.run(path, output_dir=tmp_path / "run", report=quiet)
+    assert result is not None
+    assert {"accuracy", "flip", "accuracy_maggan", "accuracy_Male"} <= result.metrics.keys()
+    network: Any = load_network(result.weights or "")
+    assert network.config.attributes == ("Blond_Hair", "Male", "Smiling")
+
+
+def test_placement_without_spread_changes_nothing() -> None:
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    still = place_at_random(image, PlacementConfig(0, 0, 0, 0), torch.Generator().manual_seed(0))
+    moved = place_at_random(image, PlacementConfig(), torch.Generator().manual_seed(0))
+    assert torch.allclose(still, image, atol=1e-5)
+    assert (moved - image).abs().mean() > 0.05
