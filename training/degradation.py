@@ -5,9 +5,12 @@ the parser sees; every function draws from the generator it is given and from no
 
 from __future__ import annotations
 
+from typing import Any
+
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -141,7 +144,7 @@ def photograph(image: Tensor, generator: torch.Generator) -> Tensor:
     return (image + noise).clamp(0, 1)
 
 
-def _camera(pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
+def _camera(pixels: NDArray[Any], draw: NDArray[Any]) -> NDArray[Any]:
     """Blur by resampling (faces in web photos are often 40–120 px), lens blur, then JPEG, each some of the time."""
     size = pixels.shape[0]
     if draw[0] < 0.5:
@@ -149,7 +152,8 @@ def _camera(pixels: np.ndarray, draw: np.ndarray) -> np.ndarray:
         pixels = cv2.resize(pixels, (small, small), interpolation=cv2.INTER_AREA)
     if draw[2] < 0.5:
         quality = int(25 + 70 * draw[3])
-        pixels = cv2.imdecode(cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
+        coded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+        pixels = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR))
     if pixels.shape[0] != size:
         pixels = cv2.resize(pixels, (size, size), interpolation=cv2.INTER_CUBIC if draw[4] < 0.7 else cv2.INTER_LINEAR)
     elif draw[4] < 0.25:
