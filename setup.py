@@ -76,6 +76,8 @@ class CMakeBuild(build_ext):
             self.build_native(Path(self.get_ext_fullpath(ext.name)).resolve(), info)
         except BuildFailedError as error:
             info["reason"] = str(error)
+            # A module left by an earlier build would be packaged as if it were this one's.
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
             if setting("FACEEDIT_NATIVE") == "require":
                 raise SystemExit(f"setup.py: the native kernels could not be built: {error}") from error
             self.warn(f"native kernels left out: {error}")

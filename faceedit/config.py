@@ -79,8 +79,6 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return value
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is Path and isinstance(value, str):
-        return Path(value)
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, where=where)  # type: ignore[arg-type]
     if origin is typing.Literal:
@@ -95,7 +93,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if len(kinds) == len(value):
             pairs = zip(kinds, value, strict=True)
             return tuple(_convert(item_kind, item, f"{where}[{i}]") for i, (item_kind, item) in enumerate(pairs))
-    elif origin in (list, Sequence) or (origin is not None and origin.__name__ == "Sequence"):
+    elif origin in (list, Sequence):
         if isinstance(value, Sequence) and not isinstance(value, str):
             return [_convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
     elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):

@@ -81,8 +81,13 @@ def _weights() -> list[dict[str, Any]]:
     from faceedit.errors import FaceEditError
     from faceedit.registry import list_weights, sha256_of
 
+    try:
+        specs = list_weights()
+    except FaceEditError as error:
+        index = {"name": "index.json", "kind": "unknown", "path": "", "bytes": 0, "verified": False}
+        return [{**index, "problem": str(error)}]
     rows = []
-    for spec in list_weights():
+    for spec in specs:
         problem = ""
         try:
             if sha256_of(spec.path) != spec.sha256:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from faceedit.atomic import replacing
 from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError
 from faceedit.provenance import save_arguments
 
@@ -180,22 +180,15 @@ def write_image(
 
 
 def _replace(path: Path, image: Image.Image, image_format: str, arguments: dict[str, Any]) -> None:
-    part = path.with_name(f".faceedit-{secrets.token_hex(6)}.part")
     try:
-        # "x" creates the file with the user's own permissions, which tempfile would narrow.
-        with part.open("xb") as file:
+        with replacing(path) as file:
             image.save(file, format=image_format, **arguments)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ImageWriteError(
             f"write_image: path must be writable as {image_format}, got {path} ({reason});"
             " choose another place or format"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read_file(file: BinaryIO, name: str, limits: ImageLimits) -> Photo:

@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from faceedit.atomic import replacing, write_text
 from faceedit.config import from_dict, to_dict
 from faceedit.errors import FaceEditError, UnknownNameError, UsageError, WeightsError, suggestion
 from faceedit.networks import network_kind
@@ -206,8 +207,7 @@ def save_weights(
              unknown licence.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     config_class, _ = network_kind(kind).classes()
     if not isinstance(config, config_class):
@@ -237,15 +237,12 @@ def save_weights(
                     "pass half=False"
                 )
         tensors[name] = stored
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.partial")
     try:
-        save_file(tensors, partial, metadata={METADATA_KEY: json.dumps(to_dict(header), sort_keys=True)})
-        os.replace(partial, target)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            file.write(save(tensors, metadata={METADATA_KEY: json.dumps(to_dict(header), sort_keys=True)}))
+    except OSError as error:
         raise WeightsError(
-            f"save_weights: path must be writable, got {target} ({error}); choose another folder"
+            f"save_weights: path must be writable, got {path} ({error}); choose another folder"
         ) from error
     return header
 
@@ -257,7 +254,7 @@ def pin_weights(name: str, path: str | os.PathLike[str], *, card: str = "", url:
     row = WeightSpec(name, target.name, sha256_of(target), target.stat().st_size, card, url, target)
     rows = {other.name: other for other in _read_index(target.parent)} | {name: row}
     index = [{k: v for k, v in dataclasses.asdict(rows[n]).items() if k != "path"} for n in sorted(rows)]
-    (target.parent / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_text(target.parent / "index.json", json.dumps(index, indent=2) + "\n")
     return row
 
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from faceedit.atomic import write_text
 from faceedit.labels import CELEBAMASK_HQ
 
 Arrays = dict[str, NDArray[Any]]
@@ -79,15 +80,11 @@ def build_cache(
             arrays[name][start:stop] = values
         for array in arrays.values():
             array.flush()
-        partial = folder / "progress.partial"
-        partial.write_text(str(stop))
-        os.replace(partial, progress)
+        write_text(progress, str(stop))
         if stop * 10 // total > lines or stop == total:
             lines = stop * 10 // total
             report(f"cache {folder.name}: {stop} of {total}")
-    partial = folder / "complete.partial"
-    partial.write_text(json.dumps({"arrays": list(shapes), "count": total}) + "\n")
-    os.replace(partial, folder / "complete.json")
+    write_text(folder / "complete.json", json.dumps({"arrays": list(shapes), "count": total}) + "\n")
     return open_cache(folder)
 
 

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from faceedit.atomic import replacing
 from faceedit.errors import UsageError, WeightsError
 
 FORMAT = 1
@@ -45,12 +45,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, int(state["step"]))
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as stream:
         torch.save({"format": FORMAT, **state}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink()
     return path

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score an attribute editor on synthetic people it never saw, against the counterfactual truth.
 
-python -m faceedit.training.evaluation maggan-starter --classifier classifier-starter --output report/
+python -m faceedit.training.evaluation maggan-starter --output report/
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN, attribute_index, resolve_conflicts
+from faceedit.classification import STARTER
 from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
@@ -250,7 +251,7 @@ def load_classify(weights: str) -> Classify:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m faceedit.training.evaluation", description=__doc__)
     parser.add_argument("weights", help="generator: a registry name or a .safetensors file")
-    parser.add_argument("--classifier", default="classifier-starter", help="judge of edit success, trained apart")
+    parser.add_argument("--classifier", default=STARTER, help="judge of edit success, trained apart")
     parser.add_argument("--people", type=int, default=96)
     parser.add_argument("--size", type=int, default=None, help="pixels; default: what the network was trained at")
     parser.add_argument("--output", type=Path, required=True)

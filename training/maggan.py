@@ -117,6 +117,9 @@ class MagGANRecipe:
         require(self.critic.size_px <= size, "critic size", f"at most network.size_px = {size}", self.critic.size_px)
         if self.photos is not None:
             require(self.photos.size_px == size, "photos.size_px", f"network.size_px = {size}", self.photos.size_px)
+        require(
+            self.synthetic.variants > 0, "synthetic.variants", "positive (pairs need them)", self.synthetic.variants
+        )
         require(self.validation_people > 0, "validation_people", "positive", self.validation_people)
 
 

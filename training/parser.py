@@ -192,8 +192,10 @@ class ParserTask(Task[ParserRecipe]):
         """Rows of (image, prediction): degraded synthetic people, then photos when there are any."""
         network = self.context.best("parser").eval()
         images = [self.batch(0)["image"][:8].cpu()]
+        columns = len(images[0])
         if self.photos is not None:
-            images += [cache.unpack_image(np.stack([self.photos[i] for i in range(k, k + 8)])) for k in (0, 40, 80)]
+            chosen = np.linspace(0, len(self.photos) - 1, 3 * columns).astype(int).reshape(3, columns)
+            images += [cache.unpack_image(self.photos[row]) for row in chosen]
         rows = []
         for image in images:
             labels = network(image.to(self.context.device)).argmax(1).cpu().numpy()
@@ -283,7 +285,9 @@ def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> np.ndarray:
     folder = (recipe.cache_dir or cache.default_cache_dir()) / f"framed-photos-{size}px-{cache.fingerprint(values, [])}"
     shapes = {"crops": ((len(files), size, size, 3), "uint8"), "usable": ((len(files),), "bool")}
     arrays = cache.build_cache(folder, shapes, 16, fill, report)
-    return np.asarray(arrays["crops"])[np.asarray(arrays["usable"])]
+    usable = np.asarray(arrays["usable"])
+    require(bool(usable.any()), "photos", "a folder of photos that show faces", recipe.photos)
+    return np.asarray(arrays["crops"])[usable]
 
 
 __all__ = ["ParserRecipe", "ParserTask", "intersection_over_union"]

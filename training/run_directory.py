@@ -8,12 +8,14 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from faceedit.atomic import write_text
 from faceedit.errors import MissingExtraError, UsageError
 from faceedit.training.checkpoint import list_checkpoints
 from faceedit.training.sheets import write_png
@@ -75,7 +77,12 @@ class RunDirectory:
             raise MissingExtraError(
                 "train: tensorboard must be installed; run pip install 'faceedit[train]'"
             ) from error
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"train: output_dir must be creatable, got {root} ({error.strerror or error}); choose another place"
+            ) from error
         if resume_step is not None:
             self._forget_after(resume_step)
         self._board = SummaryWriter(str(root / "tensorboard"), purge_step=resume_step)
@@ -84,14 +91,16 @@ class RunDirectory:
         """Drop metric lines past the checkpoint: the resumed run writes them again."""
         if not self._metrics.exists():
             return
-        lines = [line for line in self._metrics.read_text().splitlines() if json.loads(line)["step"] <= step]
-        self.write_text("metrics.jsonl", "".join(line + "\n" for line in lines))
+        kept = []
+        for line in self._metrics.read_text().splitlines():
+            with suppress(ValueError):  # a line torn by a crash came after the checkpoint
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        self.write_text("metrics.jsonl", "".join(kept))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the run atomically."""
-        partial = self.root / (name + ".partial")
-        partial.write_text(text)
-        os.replace(partial, self.root / name)
+        write_text(self.root / name, text)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         self.write_text(name, json.dumps(value, indent=2) + "\n")

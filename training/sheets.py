@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from faceedit.atomic import replacing
 
 
 def image_sheet(columns: Sequence[Tensor], gap_px: int = 2) -> Tensor:
@@ -32,6 +33,5 @@ def image_sheet(columns: Sequence[Tensor], gap_px: int = 2) -> Tensor:
 def write_png(path: Path, pixels: Tensor) -> None:
     """Write uint8 H×W×3 pixels; the file appears only when complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(partial, format="PNG")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        Image.fromarray(np.ascontiguousarray(pixels.numpy())).save(file, format="PNG")

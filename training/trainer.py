@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from faceedit.errors import FaceEditError, MissingExtraError, UsageError
+from faceedit.errors import DeviceError, FaceEditError, MissingExtraError, UsageError
 from faceedit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from faceedit.training.config import TrainerConfig, to_yaml
 from faceedit.training.run_directory import RunDirectory, describe_environment
@@ -87,13 +87,22 @@ class _Averager:
 
 
 def make_fabric(config: TrainerConfig) -> Any:
-    """A Fabric for `config`. Raises MissingExtraError without the `train` extra."""
+    """A Fabric for `config`. Raises MissingExtraError without the `train` extra, DeviceError for an absent device."""
     try:
         from lightning.fabric import Fabric
     except ImportError as error:
         raise MissingExtraError("train: lightning must be installed; run pip install 'faceedit[train]'") from error
     strategy = "auto" if config.devices == 1 else "ddp"
-    return Fabric(accelerator=config.accelerator, devices=config.devices, precision=config.precision, strategy=strategy)
+    try:
+        return Fabric(
+            accelerator=config.accelerator, devices=config.devices, precision=config.precision, strategy=strategy
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DeviceError(
+            f"train: trainer.accelerator and devices must exist here, got {config.accelerator} x {config.devices} "
+            f"({reason}); try trainer.accelerator=auto"
+        ) from error
 
 
 def seed_step(config: TrainerConfig, step: int, rank: int) -> None:

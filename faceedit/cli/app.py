@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 could not be done, 2 asked wrongly, 130 interrupted. Every
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -87,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_error(error)
         return error.exit_code
     except _ClickException as error:
-        if getattr(error, "ctx", None) is not None and type(error).__name__ == "NoArgsIsHelpError":
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]  # the whole help, on stderr
             return 2
         print_error(getattr(error, "format_message", error.__str__)())
         return int(getattr(error, "exit_code", 2))
@@ -98,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away; leave quietly and keep the interpreter from flushing into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        print_error("out of memory; use a smaller photo or close other programs")
+    except (MemoryError, RuntimeError) as error:
+        # torch has no class of its own for memory that the CPU cannot give.
+        if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory|allocate", str(error)):
+            raise
+        print_error("out of memory; use a smaller photo or ask for less at once")
         return 1
     return outcome if isinstance(outcome, int) else 0

@@ -79,6 +79,8 @@ class Manifest:
         entry = self.entries.get(name)
         if entry is None or entry.status != "edited" or entry.options != digest:
             return False
+        if not source.exists():
+            return False  # it vanished since the folder was listed; editing it says so
         state = source.stat()
         output = self.folder / entry.output
         return (
@@ -203,25 +205,28 @@ def _edit_one(job: Job, source: Path, name: Path) -> Entry:
     from faceedit.cli.editing import write_outputs
     from faceedit.pipeline import edit as edit_photo
 
-    state = source.stat()
     target = output_name(name)
     output = job.out_dir / target
     reason, message = "", ""
+    size, modified_ns, output_size = 0, 0, 0
     try:
+        state = source.stat()  # before it is read: a photo that changes meanwhile is then done again
+        size, modified_ns = state.st_size, state.st_mtime_ns
         output.parent.mkdir(parents=True, exist_ok=True)
         result = edit_photo(source, job.values, editor=job.editor, parser=job.parser, face=job.face, seed=job.seed)
         write_outputs(result, output, job.compare)
+        output_size = output.stat().st_size
     except FaceEditError as error:
         reason, message = type(error).__name__, str(error)
     except Exception as error:  # a fault of this one photo must not lose the folder; its type is reported
         reason, message = type(error).__name__, " ".join(str(error).split()) or "no message"
     return Entry(
         photo=name.as_posix(),
-        size=state.st_size,
-        modified_ns=state.st_mtime_ns,
+        size=size,
+        modified_ns=modified_ns,
         options=job.digest,
         output=target.as_posix(),
-        output_size=0 if reason else output.stat().st_size,
+        output_size=output_size,
         status="failed" if reason else "edited",
         reason=reason,
         message=message,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from faceedit.cli import options
-from faceedit.cli.files import write_text
+from faceedit.cli.files import check_folder, write_text
 from faceedit.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ def edit(
     check_request(editor_spec(editor), AttributeEdit(values))
     for path in [output] if not compare else [output, compare_path(output)]:
         check_writable(path)
+    if report is not None:
+        check_folder(report)
     source = read_image(photo)
     result = edit_photo(source, attributes=values, editor=load_editor(editor, weights, device), face=face, seed=seed)
     written = write_outputs(result, output, compare)

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from faceedit.atomic import replacing
 from faceedit.errors import ImageWriteError
 
 if TYPE_CHECKING:
@@ -21,18 +21,20 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside `path` that takes its place when the block ends well, and disappears when it does not."""
-    part = path.with_name(f".faceedit-{secrets.token_hex(6)}.part")
+    """`atomic.replacing`, whose OSError becomes an ImageWriteError that names the file."""
     try:
-        with part.open("xb") as file:
+        with replacing(path) as file:
             yield file
-        os.replace(part, path)
     except OSError as error:
         raise ImageWriteError(
             f"write: path must be writable, got {path} ({error.strerror or error}); choose another place"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def check_folder(path: Path) -> None:
+    """Raise ImageWriteError now if `path` could not be written later, before any work is done for it."""
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ImageWriteError(f"write: path must be a file in a writable folder, got {path}; choose another place")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ Settings = Annotated[
     ),
 ]
 Face = Annotated[int, typer.Option("--face", "-f", metavar="N", help="Which face: 0 is the largest, 1 the next.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", "-d", help="cpu, cuda, cuda:N or auto.")]
 Scheme = Annotated[str, typer.Option("--scheme", help="Label scheme of the mask file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]

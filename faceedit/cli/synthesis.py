@@ -51,8 +51,6 @@ def synth(
         raise OutOfRangeError(f"synth: --count must be 1 or more, got {count}; ask for at least one portrait")
     if not 16 <= size <= 2048:
         raise OutOfRangeError(f"synth: --size must be between 16 and 2048, got {size}; 256 is what the editors use")
-    if seed < 0:
-        raise OutOfRangeError(f"synth: --seed must be 0 or more, got {seed}; use any other number")
     import numpy as np
 
     from faceedit.attributes import CELEBA

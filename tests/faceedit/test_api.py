@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from support.command_line import PACKAGE_ROOT
 
 import faceedit
 
@@ -37,13 +39,17 @@ def test_unknown_name_is_an_attribute_error():
         _ = faceedit.edti
 
 
-def test_import_loads_nothing_heavy():
+def test_import_loads_nothing_heavy(tmp_path):
     code = (
         "import sys, faceedit; "
         "heavy = {'torch', 'numpy', 'cv2', 'PIL', 'triton', 'lightning', 'safetensors'} & set(sys.modules); "
         "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

@@ -45,6 +45,13 @@ def test_help_and_usage_errors_do_not_import_torch(tmp_path: Path) -> None:
         assert done.stdout.splitlines()[-1].endswith("False False"), arguments
 
 
+@pytest.mark.parametrize("group", [(), ("weights",)])
+def test_no_command_at_all_is_answered_with_the_help(run: Run, group: tuple[str, ...]) -> None:
+    outcome = run(*group)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Usage: faceedit" in outcome.err
+
+
 def test_the_environment_is_set_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
@@ -132,9 +139,14 @@ def test_click_errors_are_one_line_too(run: Run) -> None:
         ("--device", "gpu", 2, "cpu"),
         ("--face", "-1", 2, "0 is the largest"),
         ("--face", "5", 1, "number of faces, 1"),
+        ("--seed", "99999999999999999999", 2, "--seed"),
+        ("--report", "nowhere/report.json", 1, "report.json"),
+        ("--report", "in/me.png/report.json", 1, "report.json"),
     ],
 )
 def test_wrong_options(run: Run, photo: Path, tmp_path: Path, option: str, value: str, code: int, word: str) -> None:
+    if option == "--report":
+        value = str(tmp_path / value)
     run("edit", photo, "-o", tmp_path / "out.png", *SET, option, value).refused(code, word)
     assert not (tmp_path / "out.png").exists()
 
@@ -174,6 +186,16 @@ def test_a_full_disk_leaves_no_file(run: Run, photo: Path, tmp_path: Path, monke
     for command, options in (("edit", SET), ("parse", ()), ("align", ())):
         run(command, photo, "-o", tmp_path / "out.png", *options).refused(1, "No space left")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_memory_that_torch_cannot_get_is_one_line(
+    run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starved(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr("faceedit.pipeline.edit", starved)
+    run("edit", photo, "-o", tmp_path / "out.png", *SET).refused(1, "out of memory")
 
 
 def test_errors_are_one_line_in_a_real_process(tmp_path: Path) -> None:

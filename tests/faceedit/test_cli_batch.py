@@ -72,6 +72,20 @@ def test_an_unexpected_fault_of_one_photo_is_reported_and_the_rest_done(
     assert outcome.err.splitlines() == ["failed: a.png: RuntimeError: a bug over two lines"]
 
 
+def test_a_photo_that_vanishes_meanwhile_is_one_failure(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faceedit.cli.batch
+
+    listed = faceedit.cli.batch.find_photos(folder, tmp_path / "out")
+    monkeypatch.setattr(faceedit.cli.batch, "find_photos", lambda *_: listed)
+    assert run("batch", folder, tmp_path / "out", *SET).code == 0
+    (folder / "a.png").unlink()
+    outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
+    assert outcome.code == 1
+    assert [row["photo"] for row in json.loads(outcome.out)["failures"]] == ["a.png"]
+
+
 def test_finished_photos_are_skipped_until_something_changes(run: Run, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 

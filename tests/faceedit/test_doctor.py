@@ -59,6 +59,15 @@ def test_a_missing_extra_is_named_with_what_it_gives(run: Run, monkeypatch: pyte
     assert "missing surely_not_installed; pip install 'faceedit[wings]' (gives wings)" in outcome.out
 
 
+def test_a_damaged_index_is_reported_and_not_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    (tmp_path / "index.json").write_text("[")
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    outcome = run("doctor")
+    assert outcome.code == 1
+    assert "UNUSABLE" in outcome.out
+    assert "index.json" in outcome.out
+
+
 def test_no_weights_is_unhealthy() -> None:
     assert not doctor.is_healthy({"weights": []})
     assert doctor.is_healthy({"weights": [{"verified": True}]})

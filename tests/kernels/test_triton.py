@@ -11,20 +11,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.command_line import PACKAGE_ROOT
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
 
-ROOT = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
 
 
 def run_script(script: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", script],
-        cwd=ROOT / "tests",
-        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | environment,
+        cwd=TESTS,
+        env=os.environ | {"PYTHONPATH": f"{PACKAGE_ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         check=False,

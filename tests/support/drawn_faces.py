@@ -37,7 +37,7 @@ class PaletteParser(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         colours: Tensor = self.colours  # type: ignore[assignment]
         distance = (image[:, None] - colours[None, :, :, None, None]).square().sum(2)
-        logits = -12.0 * distance
+        logits = -40.0 * distance
         half = image.shape[-1] // 2
         for left, right in SHARED.items():
             logits[:, CELEBAMASK_HQ.id(left), :, :half] -= 50

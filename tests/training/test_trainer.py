@@ -89,7 +89,7 @@ def test_run_directory_holds_the_run(toy_recipe: Path, tmp_path: Path) -> None:
     assert result.weights is not None
     average = load_checkpoint(result.checkpoint)["context"]["averages"]["generator"]["weights"]
     assert_same(load_file(result.weights), dict(sorted(average.items())))
-    assert not list(run.rglob("*.partial"))
+    assert not list(run.rglob("*.part*"))
 
 
 def test_training_lowers_the_loss(toy_recipe: Path, tmp_path: Path) -> None:
