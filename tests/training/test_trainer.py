@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from faceedit import training
-from faceedit.errors import UsageError, WeightsError
+from faceedit.errors import DeviceError, UsageError, WeightsError
 from faceedit.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from faceedit.training.trainer import TrainingDivergedError
 
@@ -141,6 +141,23 @@ def test_used_directory_is_refused(toy_recipe: Path, tmp_path: Path) -> None:
     training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
     with pytest.raises(UsageError, match="output_dir must hold no earlier run"):
         training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
+
+
+def test_a_metrics_line_torn_by_a_crash_does_not_keep_a_run_from_resuming(toy_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    training.run(toy_recipe, output_dir=run, report=quiet)
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 1')
+    resumed = training.run(toy_recipe, ["trainer.steps=16"], resume=run, report=quiet)
+    assert resumed is not None
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 16
+
+
+def test_absent_devices_and_unusable_folders_are_typed_errors(toy_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match="accelerator=auto"):
+        training.run(toy_recipe, ["trainer.accelerator=abacus"], output_dir=tmp_path / "run", report=quiet)
+    with pytest.raises(UsageError, match="must be creatable"):
+        training.run(toy_recipe, output_dir=toy_recipe / "run", report=quiet)
 
 
 def test_checkpoint_of_another_shape_is_refused(toy_recipe: Path, tmp_path: Path) -> None:

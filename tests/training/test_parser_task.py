@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parser's own task: synthetic portraits, then photos by the mean teacher; few photos are enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from faceedit import detection, training
+from faceedit.detection import FaceBox
+from faceedit.errors import UsageError
+from faceedit.registry import load_network
+
+
+def quiet(line: str) -> None:
+    """A report that keeps test output readable."""
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "torn.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def train(cache_dir: Path, output_dir: Path, *more: str) -> Any:
+    overrides = [
+        "trainer={steps: 4, accelerator: cpu, precision: 32-true, cpu_threads: 1, log_every: 1, checkpoint_every: 0}",
+        "trainer={sample_every: 0, validate_every: 0}",
+        "network={size_px: 64, widths: [4, 4, 8, 8, 8], blocks: [1, 1, 1, 1, 1]}",
+        *("people=8", "test_people=4", "batch=4", "photo_batch=2", f"cache_dir={cache_dir}"),
+    ]
+    return training.run("parser-starter", [*overrides, *more], output_dir=output_dir, report=quiet)
+
+
+def test_a_run_with_few_photos_exports_what_loads(
+    cache_dir: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detection, "detect_faces", lambda pixels: [FaceBox(10, 15, 30, 30, 1.0)])
+    result = train(cache_dir, tmp_path / "run", f"photos={photos}", "photo_from=0.5")
+    logged = [line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"train"' in line]
+    assert ['"photo"' in line for line in logged] == [False, False, True, True]
+    assert 0 <= result.metrics["mean_iou"] <= 1
+    network: Any = load_network(result.weights, kind="parser")
+    assert network.config.widths == (4, 4, 8, 8, 8)
+    assert "photographs" in network.header.training_data
+    sheet = Image.open(tmp_path / "run" / "samples" / "step_00000004.png")
+    assert sheet.size == (4 * 64, (1 + 3) * 2 * 64)
+
+
+def test_photos_without_a_face_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "detect_faces", lambda pixels: [])
+    with pytest.raises(UsageError, match="photos that show faces"):
+        train(tmp_path / "cache", tmp_path / "run", f"photos={photos}")
