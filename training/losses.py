@@ -20,27 +20,13 @@ def masked_l1(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (mask * (image - target)).abs().mean()
 
 
-def masked_l2(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """mean of mask ⊙ (image − target)² over every element."""
-    return (mask * (image - target).square()).mean()
-
-
 def region_l1(image: Tensor, target: Tensor, region: Tensor) -> Tensor:
     """|image − target| averaged inside each sample's soft region, then over the samples that have one.
 
     Unlike `masked_l1` a small region (brows) counts as much as a large one (hair). 0 when no sample has a region.
     """
-    return _by_region((image - target).abs(), region)
-
-
-def region_l2(image: Tensor, target: Tensor, region: Tensor) -> Tensor:
-    """As `region_l1` with squared differences."""
-    return _by_region((image - target).square(), region)
-
-
-def _by_region(difference: Tensor, region: Tensor) -> Tensor:
     area = region.sum(dim=(1, 2, 3))
-    inside = (region * difference).mean(dim=1).sum(dim=(1, 2)) / area.clamp_min(_TINY)
+    inside = (region * (image - target).abs()).mean(dim=1).sum(dim=(1, 2)) / area.clamp_min(_TINY)
     # Below one pixel a region is the tail of a blurred boundary, and its average would be noise.
     present = (area >= 1).to(inside.dtype)
     return (inside * present).sum() / present.sum().clamp_min(1)
