@@ -63,13 +63,16 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """Weights of the terms (SYSTEMS 3.3); `edit` is this project's and weighs the mean inside the region."""
+    """Weights of the terms (SYSTEMS 3.3). `edit` and `moved` are this project's: means over the influence region, and
+    over those of its pixels that the true edit changes. Bushy brows change few pixels of a region that holds all skin;
+    without `moved` the mean over the region is smallest when nothing is done."""
 
     adversarial: float = 1.0
     reconstruction: float = 100.0
     attributes: float = 10.0
     preserve: float = 100.0
     edit: float = 100.0
+    moved: float = 0.0
     gradient_penalty: float = 10.0
     critic_attributes: float = 1.0
 
@@ -206,6 +209,7 @@ class MagGANTask(Task[MagGANRecipe]):
         preserve = 1 - influence_mask(differences[edited], masks[edited], self.relations)
         parts = {
             "edit": losses.region_l1(made[:pairs], batch["target"], batch["influence"]),
+            "moved": losses.region_l1(made[:pairs], batch["target"], batch["influence"] * moved_pixels(batch)),
             "preserve": losses.masked_l1(made[edited], images[edited], preserve),
         }
         if copied.any():
@@ -347,6 +351,11 @@ class MagGANTask(Task[MagGANRecipe]):
 
 def _critic_of(level: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: level(x).critic
+
+
+def moved_pixels(batch: dict[str, Tensor]) -> Tensor:
+    """Where the true edit changes a pixel, N×1×S×S: from 0 at no difference to 1 at a twentieth of the range."""
+    return ((batch["target"] - batch["source"]).abs().mean(1, keepdim=True) * 10).clamp(max=1)
 
 
 def photo_edits(count: int, attributes: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:

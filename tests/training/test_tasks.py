@@ -17,7 +17,7 @@ from faceedit.registry import load_network
 from faceedit.training.checkpoint import load_checkpoint
 from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_at_random
 from faceedit.training.config import to_yaml
-from faceedit.training.maggan import MagGANTask, photo_edits
+from faceedit.training.maggan import MagGANTask, moved_pixels, photo_edits
 from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import make_fabric, seed_step
 
@@ -200,3 +200,15 @@ def test_placement_without_spread_changes_nothing() -> None:
     moved = place_at_random(image, PlacementConfig(), torch.Generator().manual_seed(0))
     assert torch.allclose(still, image, atol=1e-5)
     assert (moved - image).abs().mean() > 0.05
+
+
+def test_moved_weighs_what_the_true_edit_changes() -> None:
+    source = torch.zeros(1, 3, 4, 4)
+    target = source.clone()
+    target[..., 0, 0] = 0.5  # clearly moved
+    target[..., 0, 1] = 0.05  # half way to counting
+    weight = moved_pixels({"source": source, "target": target})
+    assert weight.shape == (1, 1, 4, 4)
+    assert weight[0, 0, 0, 0] == 1
+    torch.testing.assert_close(weight[0, 0, 0, 1], torch.tensor(0.5))
+    assert weight.sum() == pytest.approx(1.5)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A contact sheet to judge an editor by eye: many photos, the same edits on each.
+
+python -m faceedit.training.contact_sheet FOLDER -o docs/images/photo-edits.jpg --count 48
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from faceedit import pipeline
+from faceedit.editors.base import AttributeEdit, load_editor
+from faceedit.errors import FaceEditError
+from faceedit.parsing import FaceParser, load_parser
+
+EDITS = ("Blond_Hair", "Black_Hair", "Brown_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open")
+_CAPTION_PX = 14
+
+
+def edits_of(photo: Path, editor: pipeline.Editor, parser: FaceParser, names: Sequence[str]) -> list[NDArray[np.uint8]]:
+    """The aligned face 256×256×3 before and after each edit, all through the photo, as a user gets them.
+
+    Raises: FaceEditError where a user would get one.
+    """
+    source = pipeline.read(photo)
+    face = pipeline.parse(source, pipeline.find(source, parser), parser)
+    tiles = [face.alignment.warp_image(source.pixels)]
+    for name in names:
+        edited = pipeline.apply(face, editor, AttributeEdit({name: 1.0}))
+        tiles.append(face.alignment.warp_image(pipeline.composite(source, face, edited).pixels))
+    return tiles
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[NDArray[np.uint8]]], names: Sequence[str], tile_px: int, columns: int
+) -> Image.Image:
+    """Rows of tiles (before, then one an edit), `columns` photos side by side, captions on top."""
+    wide = (1 + len(names)) * tile_px
+    high = -(-len(rows) // columns)
+    sheet = Image.new("RGB", (columns * (wide + 6) - 6, high * tile_px + _CAPTION_PX), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column in range(columns):
+        for k, name in enumerate(("before", *names)):
+            pen.text((column * (wide + 6) + k * tile_px + 2, 1), name.replace("_", " "), fill="black")
+    for i, tiles in enumerate(rows):
+        x, y = i % columns * (wide + 6), i // columns * tile_px + _CAPTION_PX
+        for k, tile in enumerate(tiles):
+            small = Image.fromarray(tile).resize((tile_px, tile_px), Image.Resampling.LANCZOS)
+            sheet.paste(small, (x + k * tile_px, y))
+    return sheet
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: see the module's first lines."""
+    parse = argparse.ArgumentParser(prog="contact_sheet", description=__doc__)
+    parse.add_argument("folder", type=Path)
+    parse.add_argument("-o", "--output", type=Path, required=True)
+    parse.add_argument("--count", type=int, default=48)
+    parse.add_argument("--seed", type=int, default=0, help="which photos are drawn")
+    parse.add_argument("--tile", type=int, default=96, help="side of a tile in pixels")
+    parse.add_argument("--columns", type=int, default=2, help="photos side by side")
+    parse.add_argument("--weights", default="starter", help="weights of the maggan editor")
+    options = parse.parse_args(arguments)
+    files = sorted(path for path in options.folder.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    random.Random(options.seed).shuffle(files)
+    editor, parser = load_editor("maggan", options.weights), load_parser()
+    rows: list[list[NDArray[np.uint8]]] = []
+    for path in files:
+        if len(rows) == options.count:
+            break
+        try:
+            rows.append(edits_of(path, editor, parser, EDITS))
+        except FaceEditError as error:
+            print(f"{path.name}: {error}", file=sys.stderr)
+    contact_sheet(rows, EDITS, options.tile, options.columns).save(options.output, quality=88)
+    print(f"{len(rows)} photos on {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
