@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from faceedit import detection, training
 from faceedit.detection import FaceBox
 from faceedit.errors import UsageError
+from faceedit.labels import CELEBAMASK_HQ
 from faceedit.registry import load_network
+from faceedit.training.parser import pseudo_labels
 
 
 def quiet(line: str) -> None:
@@ -65,3 +68,18 @@ def test_photos_without_a_face_are_refused(photos: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr(detection, "detect_faces", lambda pixels: [])
     with pytest.raises(UsageError, match="photos that show faces"):
         train(tmp_path / "cache", tmp_path / "run", f"photos={photos}")
+
+
+def test_pseudo_labels_do_not_wear_thin_parts_away() -> None:
+    skin, brow = CELEBAMASK_HQ.id("skin"), CELEBAMASK_HQ.id("l_brow")
+    soft = torch.zeros(1, 19, 1, 4)
+    soft[0, skin, 0] = torch.tensor([0.99, 0.85, 0.40, 0.70])
+    soft[0, brow, 0] = torch.tensor([0.01, 0.15, 0.60, 0.0])
+    soft[0, 0, 0, 3] = 0.30
+    target, weight = pseudo_labels(soft, confident=0.8)
+    assert target[0, 0].tolist() == [skin, skin, brow, skin]
+    sure, contested, thin, doubtful = weight[0, 0].tolist()
+    assert sure == pytest.approx(0.95)
+    assert contested == 0  # skin by 85 %, but the rest says brow
+    assert thin == pytest.approx(0.2)
+    assert doubtful == 0
