@@ -32,8 +32,8 @@ MIN_EYE_DISTANCE_PX = 8.0
 """Eyes nearer than this in the photo leave brows and lids less than two pixels; nothing useful can be parsed."""
 
 MIN_SURENESS = 0.90
-"""Least mean probability of the winning class over an aligned crop. Portraits lie between 0.92 and 0.98 with the starter
-parser; a retina scan, textures and a far profile lie below. Heads engraved on coins and a cat's face pass."""
+"""Least mean probability of the winning class over an aligned crop. Portraits lie between 0.92 and 0.98 with the
+starter parser; a retina scan, textures and a far profile lie below. Heads engraved on coins and a cat's face pass."""
 
 MIN_VISIBLE = 0.85
 """Least share of the middle of the face that must lie inside the photo."""
