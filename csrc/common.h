@@ -49,4 +49,15 @@ FE_HD BlockPlan plan_cuda_blocks(int64_t pixels, int64_t channels) {
   return plan_blocks(pixels, channels, 16384, 32, 256);
 }
 
+FE_HD BlockPlan plan_blocks(bool cuda, int64_t pixels, int64_t channels) {
+  return cuda ? plan_cuda_blocks(pixels, channels) : plan_cpu_blocks(pixels, channels);
+}
+
+// A planar map of its own dtype, [batch or 1, pixels]; a null pointer stands for an absent one.
+struct MaskOperand {
+  const void* data;
+  int64_t stride;  // pixels, or 0 when one map serves the batch
+  int32_t dtype;
+};
+
 }  // namespace fe

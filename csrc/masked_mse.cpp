@@ -4,7 +4,6 @@
 #include "elementwise.h"
 
 namespace fe {
-FE_DECLARE_MASKED_MSE(FE_ISA)
 namespace FE_ISA {
 namespace {
 

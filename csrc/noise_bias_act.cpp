@@ -4,7 +4,6 @@
 #include "elementwise.h"
 
 namespace fe {
-FE_DECLARE_NOISE_BIAS_ACT(FE_ISA)
 namespace FE_ISA {
 namespace {
 
@@ -127,7 +126,7 @@ void backward_run(const NoiseBiasActParams& p, int64_t base, int64_t count, cons
 
 template <class T, int ACT, bool FROM_INPUT>
 void backward_block(const NoiseBiasActParams& p, const BlockPlan& plan, const Block& block) {
-  const NoiseBiasActWorkspace offsets = noise_bias_act_workspace(p, plan);
+  const NoiseBiasActOffsets offsets = noise_bias_act_offsets(p, plan);
   const int64_t channels = p.channels;
   float* bias_sums = p.grad_bias ? p.workspace + offsets.bias + block.index * channels : nullptr;
   float* scale_sums = p.grad_scale ? p.workspace + offsets.scale + block.index * channels : nullptr;
@@ -254,7 +253,7 @@ void backward(const NoiseBiasActParams& p, int threads) {
     else
       backward_block<T, ACT, true>(p, plan, block);
   }
-  const NoiseBiasActWorkspace offsets = noise_bias_act_workspace(p, plan);
+  const NoiseBiasActOffsets offsets = noise_bias_act_offsets(p, plan);
   if (p.grad_bias) combine(p.workspace + offsets.bias, blocks, p.channels, p.grad_bias);
   if (p.grad_strength) combine(p.workspace + offsets.strength, blocks, 1, p.grad_strength);
   if (p.grad_scale) {

@@ -67,7 +67,7 @@ struct BackwardElement {
 
 template <class T, bool FROM_INPUT>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(const NoiseBiasActParams p, const BlockPlan plan, const NoiseBiasActWorkspace offsets) {
+    backward_kernel(const NoiseBiasActParams p, const BlockPlan plan, const NoiseBiasActOffsets offsets) {
   __shared__ float rows[kWarps][256];             // per warp: sum over channels of each pixel
   __shared__ float sums[2][kWarps][kWarp];        // channels_last: bias and scale sums of 32 channels
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -179,7 +179,7 @@ void forward(const NoiseBiasActParams& p, cudaStream_t stream) {
 template <class T>
 void backward(const NoiseBiasActParams& p, cudaStream_t stream) {
   const BlockPlan plan = plan_cuda_blocks(p.pixels, p.channels);
-  const NoiseBiasActWorkspace offsets = noise_bias_act_workspace(p, plan);
+  const NoiseBiasActOffsets offsets = noise_bias_act_offsets(p, plan);
   const int64_t blocks = p.batch * plan.blocks_per_sample;
   const unsigned grid = static_cast<unsigned>(blocks);
   if (p.saved_is_input)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = clamp(act(x * scale + noise * strength + bias) * gain): parameters and entry points.
+// y = clamp(act(x * scale + noise * strength + bias) * gain): parameters and their checks.
 #pragma once
 
 #include "common.h"
@@ -22,7 +22,7 @@ struct NoiseBiasActParams {
   float* grad_noise;      // [batch, pixels]
   float* grad_strength;   // one value
   float* grad_bias;       // [channels]
-  float* workspace;       // noise_bias_act_workspace() floats, only for the reductions
+  float* workspace;       // noise_bias_act_bwd_workspace() floats, only for the reductions
   int64_t batch;
   int64_t channels;
   int64_t pixels;
@@ -36,13 +36,25 @@ struct NoiseBiasActParams {
   float clamp;  // negative: none
 };
 
-struct NoiseBiasActWorkspace {
-  int64_t bias, scale, strength, total;  // offsets in floats
+template <class Visit>
+void visit_fields(NoiseBiasActParams& p, Visit&& visit) {
+  visit("x", p.x), visit("y", p.y), visit("grad", p.grad), visit("saved", p.saved), visit("grad_x", p.grad_x);
+  visit("scale", p.scale), visit("noise", p.noise), visit("strength", p.strength), visit("bias", p.bias);
+  visit("grad_scale", p.grad_scale), visit("grad_noise", p.grad_noise), visit("grad_strength", p.grad_strength);
+  visit("grad_bias", p.grad_bias), visit("workspace", p.workspace);
+  visit("batch", p.batch), visit("channels", p.channels), visit("pixels", p.pixels);
+  visit("noise_stride", p.noise_stride), visit("dtype", p.dtype), visit("act", p.act);
+  visit("channels_last", p.channels_last), visit("saved_is_input", p.saved_is_input);
+  visit("slope", p.slope), visit("gain", p.gain), visit("clamp", p.clamp);
+}
+
+struct NoiseBiasActOffsets {
+  int64_t bias, scale, strength, total;  // in floats of the workspace
 };
 
-inline NoiseBiasActWorkspace noise_bias_act_workspace(const NoiseBiasActParams& p, const BlockPlan& plan) {
+inline NoiseBiasActOffsets noise_bias_act_offsets(const NoiseBiasActParams& p, const BlockPlan& plan) {
   const int64_t rows = p.batch * plan.blocks_per_sample;
-  NoiseBiasActWorkspace w{};
+  NoiseBiasActOffsets w{};
   w.bias = 0;
   w.scale = w.bias + (p.grad_bias ? rows * p.channels : 0);
   w.strength = w.scale + (p.grad_scale ? rows * p.channels : 0);
@@ -50,26 +62,31 @@ inline NoiseBiasActWorkspace noise_bias_act_workspace(const NoiseBiasActParams& 
   return w;
 }
 
-inline Error check_noise_bias_act(const NoiseBiasActParams& p, bool backward) {
+// Floats of workspace that the backward pass needs for the gradients asked for.
+inline int64_t noise_bias_act_bwd_workspace(const NoiseBiasActParams& p, bool cuda) {
+  return noise_bias_act_offsets(p, plan_blocks(cuda, p.pixels, p.channels)).total;
+}
+
+inline Error check_noise_bias_act(const NoiseBiasActParams& p) {
   if (p.dtype != kFloat32 && p.dtype != kFloat16 && p.dtype != kBFloat16) return "dtype is not supported";
   if (p.act < 0 || p.act > 5) return "act is not a known activation";
   if (p.batch < 1 || p.channels < 1 || p.pixels < 1) return "x must not be empty";
   if (p.noise_stride != 0 && p.noise_stride != p.pixels) return "noise must have the pixels of x";
-  if (!backward && (!p.x || !p.y)) return "x and y must not be null";
-  if (backward && (!p.grad || !p.saved || !p.grad_x)) return "grad, saved and grad_x must not be null";
-  if (backward && p.grad_scale && !p.saved_is_input) return "the gradient to scale needs the saved input";
-  if (backward && (p.grad_bias || p.grad_scale || p.grad_strength) && !p.workspace) return "workspace must not be null";
-  if (backward && p.grad_strength && !p.noise) return "the gradient to strength needs the noise";
   return nullptr;
 }
 
-#define FE_DECLARE_NOISE_BIAS_ACT(ISA)                                       \
-  namespace ISA {                                                            \
-  void noise_bias_act_fwd(const NoiseBiasActParams& params, int threads);    \
-  void noise_bias_act_bwd(const NoiseBiasActParams& params, int threads);    \
-  }
+inline Error check_noise_bias_act_fwd(const NoiseBiasActParams& p) {
+  if (Error error = check_noise_bias_act(p)) return error;
+  return p.x && p.y ? nullptr : "x and y must not be null";
+}
 
-Error noise_bias_act_fwd_cuda(const NoiseBiasActParams& params, int device, void* stream);
-Error noise_bias_act_bwd_cuda(const NoiseBiasActParams& params, int device, void* stream);
+inline Error check_noise_bias_act_bwd(const NoiseBiasActParams& p) {
+  if (Error error = check_noise_bias_act(p)) return error;
+  if (!p.grad || !p.saved || !p.grad_x) return "grad, saved and grad_x must not be null";
+  if (p.grad_scale && !p.saved_is_input) return "the gradient to scale needs the saved input";
+  if ((p.grad_bias || p.grad_scale || p.grad_strength) && !p.workspace) return "workspace must not be null";
+  if (p.grad_strength && !p.noise) return "the gradient to strength needs the noise";
+  return nullptr;
+}
 
 }  // namespace fe

@@ -7,7 +7,7 @@ follows the scope it is called in.
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -87,19 +87,27 @@ def _machine_reason(name: str, device: str | None) -> str:
     return ""
 
 
+def _first_tensor(arguments: Sequence[Any]) -> Tensor:
+    """Return the tensor that decides device and dtype: the first argument, or the first of a list there."""
+    first = arguments[0]
+    return first if isinstance(first, Tensor) else first[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Dispatcher:
     """One op's implementations, by backend. All take the same arguments; the first tensor decides device and dtype."""
 
     name: str
     implementations: dict[str, Callable[..., Any]]
+    dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES
 
     def reason(self, name: str, x: Tensor) -> str:
         """Return why backend `name` cannot run on `x`, an empty string when it can."""
         if name not in self.implementations:
             return f"{self.name} has no {name} implementation"
-        if name != "eager" and x.dtype not in NATIVE_DTYPES:
-            return f"it runs float32, float16 and bfloat16, got {x.dtype}"
+        if name != "eager" and x.dtype not in self.dtypes:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"it runs {known}, got {str(x.dtype).removeprefix('torch.')}"
         return _machine_reason(name, x.device.type)
 
     def choose(self, asked: str, x: Tensor) -> str:
@@ -114,24 +122,18 @@ class Dispatcher:
         return next((name for name in order if not self.reason(name, x)), "eager")
 
     def __call__(self, *arguments: Any, asked: str = "auto") -> Any:
-        x = arguments[0]
+        x = _first_tensor(arguments)
         chosen = self.choose(_requested.get() if asked == "auto" else asked, x)
         _last[self.name] = chosen
         return self.implementations[chosen](*arguments)
 
 
-def dispatcher(name: str, **implementations: Callable[..., Any]) -> Dispatcher:
-    """Register the implementations of op `name`, keyed by backend."""
-    _ops[name] = Dispatcher(name, implementations)
+def dispatcher(
+    name: str, *, dtypes: tuple[torch.dtype, ...] = NATIVE_DTYPES, **implementations: Callable[..., Any]
+) -> Dispatcher:
+    """Register the implementations of op `name`, keyed by backend. `dtypes`: what those other than eager run."""
+    _ops[name] = Dispatcher(name, implementations, dtypes)
     return _ops[name]
-
-
-def register_onnx_decomposition(op: Any, reference: Callable[..., Any]) -> None:
-    """Let torch.onnx.export write `op` as the standard operators of its eager reference.
-
-    Only the ONNX exporter reads this table: compiled graphs and exported programs keep the op.
-    """
-    torch._decomp.register_decomposition([op])(reference)
 
 
 def backends_report() -> dict[str, Any]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import native
-from faceedit.kernels.dispatch import dispatcher, register_onnx_decomposition, requested_backend
+from faceedit.kernels.dispatch import dispatcher, requested_backend
+from faceedit.kernels.operator import define_op, mapped_first, register_onnx_decomposition
 from faceedit.kernels.tensors import check_image, check_shape, describe, empty_float, empty_like, memory_format
 
 RELAX = ("clamp", "minmax")
@@ -153,26 +154,22 @@ def _native(
     fmt = memory_format(a)
     a, b = a.contiguous(memory_format=fmt), b.contiguous(memory_format=fmt)
     mask, exclude, include = _operands(a, mask, exclude, include)
-    module, target, geometry = native.module(), native.target(a), _geometry(a, fmt)
-    doubles = module.masked_mse_workspace(
-        target, batch=a.shape[0], channels=geometry["channels"], pixels=geometry["pixels"]
-    )
-    workspace = empty_float(a, doubles, dtype=torch.float64)
+    module, target = native.module(), native.target(a)
     loss, inverse = empty_float(a, a.shape[0]), empty_float(a, a.shape[0])
-    module.masked_mse_fwd(
-        target,
-        a=a.data_ptr(),
-        b=b.data_ptr(),
-        mask=_descriptor(a, mask),
-        exclude=_descriptor(a, exclude),
-        include=_descriptor(a, include),
-        loss=loss.data_ptr(),
-        inverse_weight=inverse.data_ptr(),
-        workspace=workspace.data_ptr(),
-        relax=RELAX.index(relax),
-        normalize_by_mask=normalize == "mask",
-        **geometry,
-    )
+    call = {
+        "a": a.data_ptr(),
+        "b": b.data_ptr(),
+        "mask": _descriptor(a, mask),
+        "exclude": _descriptor(a, exclude),
+        "include": _descriptor(a, include),
+        "loss": loss.data_ptr(),
+        "inverse_weight": inverse.data_ptr(),
+        "relax": RELAX.index(relax),
+        "normalize_by_mask": normalize == "mask",
+        **_geometry(a, fmt),
+    }
+    workspace = empty_float(a, module.masked_mse_fwd_workspace(target, **call), dtype=torch.float64)
+    module.masked_mse_fwd(target, **call, workspace=workspace.data_ptr())
     return loss, inverse
 
 
@@ -185,28 +182,17 @@ def _triton(a: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 _forward = dispatcher("masked_mse", eager=_eager, cpu=_native, cuda=_native, triton=_triton)
 
 
-@torch.library.custom_op(
-    "faceedit::masked_mse",
-    mutates_args=(),
-    schema="(Tensor a, Tensor b, Tensor? mask, Tensor? exclude, Tensor? include, str relax, str normalize) "
-    "-> (Tensor loss, Tensor inverse_weight)",
-)
-def _op(
-    a: Tensor,
-    b: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    include: Tensor | None,
-    relax: str,
-    normalize: str,
-) -> tuple[Tensor, Tensor]:
-    return _forward(a, b, mask, exclude, include, relax, normalize)
-
-
-@_op.register_fake
 def _fake(a: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     dtype = _compute_dtype(a)
     return a.new_empty(a.shape[0], dtype=dtype), a.new_empty(a.shape[0], dtype=dtype)
+
+
+_op = define_op(
+    "masked_mse(Tensor a, Tensor b, Tensor? mask, Tensor? exclude, Tensor? include, str relax, str normalize) "
+    "-> (Tensor loss, Tensor inverse_weight)",
+    _forward,
+    _fake,
+)
 
 
 def backward_reference(
@@ -280,43 +266,19 @@ _backward = dispatcher(
 )
 
 
-@torch.library.custom_op(
-    "faceedit::masked_mse_backward",
-    mutates_args=(),
-    schema="(Tensor a, Tensor grad, Tensor inverse_weight, Tensor b, Tensor? mask, Tensor? exclude, Tensor? include, "
-    "str relax, bool[] wanted, str backend) -> (Tensor, Tensor)",
-)
-def _backward_op(
-    a: Tensor,
-    grad: Tensor,
-    inverse_weight: Tensor,
-    b: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    include: Tensor | None,
-    relax: str,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return _backward(a, grad, inverse_weight, b, mask, exclude, include, relax, list(wanted), asked=backend)
-
-
-@_backward_op.register_fake
-def _backward_fake(
-    a: Tensor,
-    grad: Tensor,
-    inverse_weight: Tensor,
-    b: Tensor,
-    mask: Tensor | None,
-    exclude: Tensor | None,
-    include: Tensor | None,
-    relax: str,
-    wanted: list[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(a: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    wanted: list[bool] = arguments[-2]
     fmt = memory_format(a)
     ga, gb = (torch.empty_like(a, memory_format=fmt) if want else a.new_empty(0) for want in wanted)
     return ga, gb
+
+
+define_op(
+    "masked_mse_backward(Tensor a, Tensor grad, Tensor inverse_weight, Tensor b, Tensor? mask, Tensor? exclude, "
+    "Tensor? include, str relax, bool[] wanted, str backend) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -354,10 +316,7 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[T
     samples = tensors[0].shape[0] if in_dims[0] is None else tensors[0].movedim(in_dims[0], 0).shape[1]
     folded: list[Tensor | None] = []
     for tensor, dim in zip(tensors, in_dims[:5], strict=True):
-        if tensor is None:
-            folded.append(None)
-            continue
-        t = tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        folded.append(t.expand(size, samples, *t.shape[2:]).flatten(0, 1))
+        t = mapped_first(tensor, dim, size)
+        folded.append(None if t is None else t.expand(size, samples, *t.shape[2:]).flatten(0, 1))
     loss, inverse = _op(*folded, relax, normalize)
     return (loss.unflatten(0, (size, -1)), inverse.unflatten(0, (size, -1))), (0, 0)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faceedit.kernels import native
-from faceedit.kernels.dispatch import dispatcher, register_onnx_decomposition, requested_backend
+from faceedit.kernels.dispatch import dispatcher, requested_backend
+from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
     as_float,
     check_image,
@@ -177,29 +178,16 @@ def _triton(x: Tensor, *arguments: Any) -> Tensor:
 _forward = dispatcher("noise_bias_act", eager=_eager, cpu=_native, cuda=_native, triton=_triton)
 
 
-@torch.library.custom_op(
-    "faceedit::noise_bias_act",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? scale, Tensor? noise, Tensor? strength, Tensor? bias, str act, float slope, float gain, "
-    "float clamp) -> Tensor",
-)
-def _op(
-    x: Tensor,
-    scale: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor | None,
-    act: str,
-    slope: float,
-    gain: float,
-    clamp: float,
-) -> Tensor:
-    return _forward(x, scale, noise, strength, bias, act, slope, gain, clamp)
-
-
-@_op.register_fake
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     return torch.empty_like(x, memory_format=memory_format(x))
+
+
+_op = define_op(
+    "noise_bias_act(Tensor x, Tensor? scale, Tensor? noise, Tensor? strength, Tensor? bias, str act, float slope, "
+    "float gain, float clamp) -> Tensor",
+    _forward,
+    _fake,
+)
 
 
 # Backward. The output is saved where it tells everything (piecewise linear, gain and slope positive): it lives on as
@@ -308,32 +296,28 @@ def _backward_native(
     gnoise = empty_float(saved, n, 1, h, w) if wanted[2] else None
     gstrength = empty_float(saved) if wanted[3] else None
     gbias = empty_float(saved, c) if wanted[4] else None
-    module, target, geometry = native.module(), native.target(saved), _geometry(saved, noise_f, fmt)
-    floats = module.noise_bias_act_workspace(
-        target, batch=n, channels=c, pixels=h * w, bias=wanted[4], scale=wanted[1], strength=wanted[3]
-    )
-    workspace = empty_float(saved, floats)
-    module.noise_bias_act_bwd(
-        target,
-        grad=grad.data_ptr(),
-        saved=saved.data_ptr(),
-        saved_is_input=saved_is_input,
-        scale=native.address(scale_f),
-        noise=native.address(noise_f),
-        strength=native.address(strength_f),
-        bias=native.address(bias_f),
-        grad_x=gx.data_ptr(),
-        grad_scale=native.address(gscale),
-        grad_noise=native.address(gnoise),
-        grad_strength=native.address(gstrength),
-        grad_bias=native.address(gbias),
-        workspace=workspace.data_ptr(),
-        act=ACTIVATIONS.index(act),
-        slope=slope,
-        gain=gain,
-        clamp=clamp,
-        **geometry,
-    )
+    module, target = native.module(), native.target(saved)
+    call = {
+        "grad": grad.data_ptr(),
+        "saved": saved.data_ptr(),
+        "saved_is_input": saved_is_input,
+        "scale": native.address(scale_f),
+        "noise": native.address(noise_f),
+        "strength": native.address(strength_f),
+        "bias": native.address(bias_f),
+        "grad_x": gx.data_ptr(),
+        "grad_scale": native.address(gscale),
+        "grad_noise": native.address(gnoise),
+        "grad_strength": native.address(gstrength),
+        "grad_bias": native.address(gbias),
+        "act": ACTIVATIONS.index(act),
+        "slope": slope,
+        "gain": gain,
+        "clamp": clamp,
+        **_geometry(saved, noise_f, fmt),
+    }
+    workspace = empty_float(saved, module.noise_bias_act_bwd_workspace(target, **call))
+    module.noise_bias_act_bwd(target, **call, workspace=workspace.data_ptr())
     if gnoise is not None and noise is not None and noise.shape[0] != n:
         gnoise = gnoise.sum(0, keepdim=True)
     found = (gscale, gnoise, gstrength, gbias)
@@ -358,54 +342,25 @@ _backward = dispatcher(
 )
 
 
-@torch.library.custom_op(
-    "faceedit::noise_bias_act_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor saved, bool saved_is_input, Tensor? scale, Tensor? noise, Tensor? strength, "
-    "Tensor? bias, str act, float slope, float gain, float clamp, bool[] wanted, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(
-    grad: Tensor,
-    saved: Tensor,
-    saved_is_input: bool,
-    scale: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor | None,
-    act: str,
-    slope: float,
-    gain: float,
-    clamp: float,
-    wanted: list[bool],
-    backend: str,
-) -> Gradients:
-    arguments = (grad, saved, saved_is_input, scale, noise, strength, bias, act, slope, gain, clamp, list(wanted))
-    return _backward(*arguments, asked=backend)
-
-
-@_backward_op.register_fake
 def _backward_fake(
-    grad: Tensor,
-    saved: Tensor,
-    saved_is_input: bool,
-    scale: Tensor | None,
-    noise: Tensor | None,
-    strength: Tensor | None,
-    bias: Tensor | None,
-    act: str,
-    slope: float,
-    gain: float,
-    clamp: float,
-    wanted: list[bool],
-    backend: str,
+    grad: Tensor, saved: Tensor, saved_is_input: bool, scale: Any, noise: Any, strength: Any, bias: Any, *settings: Any
 ) -> Gradients:
+    wanted: list[bool] = settings[-2]
     gx = torch.empty_like(saved, memory_format=memory_format(saved))
     others = [
         operand.new_empty(operand.shape) if want and operand is not None else grad.new_empty(0)
         for want, operand in zip(wanted[1:], (scale, noise, strength, bias), strict=True)
     ]
     return gx, others[0], others[1], others[2], others[3]
+
+
+define_op(
+    "noise_bias_act_backward(Tensor grad, Tensor saved, bool saved_is_input, Tensor? scale, Tensor? noise, "
+    "Tensor? strength, Tensor? bias, str act, float slope, float gain, float clamp, bool[] wanted, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -436,18 +391,10 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor,
     """Fold the mapped axis into N; one call a slice where a per-call operand (strength, bias) is mapped itself."""
     x, scale, noise, strength, bias, *settings = arguments
     size = info.batch_size
-
-    def leading(tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
     if in_dims[3] is not None or in_dims[4] is not None:
-        mapped = [leading(tensor, dim) for tensor, dim in zip(arguments[:5], in_dims[:5], strict=True)]
-        slices = [_op(*(None if m is None else m[i] for m in mapped), *settings) for i in range(size)]
-        return torch.stack(slices), 0
+        return mapped_slices(_op, info, in_dims, arguments)
     x = x.unsqueeze(0).expand(size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-    scale, noise = leading(scale, in_dims[1]), leading(noise, in_dims[2])
+    scale, noise = mapped_first(scale, in_dims[1], size), mapped_first(noise, in_dims[2], size)
     if scale is not None:
         scale = scale.flatten(0, 1)
     if noise is not None:

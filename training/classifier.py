@@ -91,8 +91,10 @@ class ClassifierTask(Task[ClassifierRecipe]):
     def batch(self, step: int) -> dict[str, Tensor]:
         recipe, generator = self.recipe, self.context.generator("batch", step)
         count = recipe.batch_size
-        person = torch.randint(len(self.data), (count,), generator=generator).numpy()
-        member = torch.randint(recipe.synthetic.variants + 1, (count,), generator=generator).numpy()
+        # Whole families: members that differ in one bit stand side by side, so only that bit explains the difference.
+        members = recipe.synthetic.variants + 1
+        family = torch.randint(len(self.data), (-(-count // members),), generator=generator).numpy()
+        person, member = family.repeat(members)[:count], np.tile(np.arange(members), len(family))[:count]
         pixels = np.stack([self.data.images[p, m] for p, m in zip(person, member, strict=True)])
         mirrored = (torch.rand(count, generator=generator) < 0.5).numpy() & recipe.augment.flip
         pixels[mirrored] = pixels[mirrored][..., ::-1, :]

@@ -34,7 +34,7 @@ def test_automatic_choice_falls_back_for_float64_and_empty_input() -> None:
     [
         ("cuda", X, "it needs CUDA tensors, got cpu|native module is missing|CUDA"),
         ("triton", X, "TRITON_INTERPRET=1|triton is not installed"),
-        ("cpu", X.double(), "it runs float32, float16 and bfloat16, got torch.float64"),
+        ("cpu", X.double(), "it runs float32, float16, bfloat16, got float64"),
     ],
 )
 def test_forced_backend_that_cannot_run_names_the_reason(name: str, x: torch.Tensor, reason: str) -> None:

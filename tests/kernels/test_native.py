@@ -45,7 +45,7 @@ def test_core_repeats_the_checks_and_names_the_argument() -> None:
         ({"act": 7}, "act is not a known activation"),
         ({"noise_stride": 5}, "noise must have the pixels of x"),
     ):
-        with pytest.raises(RuntimeError, match=f"noise_bias_act: {message}"):
+        with pytest.raises(RuntimeError, match=f"noise_bias_act_fwd: {message}"):
             module.noise_bias_act_fwd(target, **(good | change))
 
 

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one list of what the native module offers. The instruction set tables, the CUDA declarations and the Python
+// bindings are all made from it.
+#pragma once
+
+#include "masked_mse.h"
+#include "noise_bias_act.h"
+
+// ENTRY(function, Params): `function` exists as fe::<isa>::function(const Params&, int threads) and, in a CUDA build, as
+// fe::function_cuda(const Params&, int device, void* stream). fe::check_function(const Params&) runs before either.
+#define FE_ENTRY_POINTS(ENTRY)                  \
+  ENTRY(noise_bias_act_fwd, NoiseBiasActParams) \
+  ENTRY(noise_bias_act_bwd, NoiseBiasActParams) \
+  ENTRY(masked_mse_fwd, MaskedMseParams)        \
+  ENTRY(masked_mse_bwd, MaskedMseParams)
+
+// WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
+// these parameters needs. Pointers only say which results are wanted.
+#define FE_WORKSPACES(WORKSPACE)                              \
+  WORKSPACE(noise_bias_act_bwd_workspace, NoiseBiasActParams) \
+  WORKSPACE(masked_mse_fwd_workspace, MaskedMseParams)
+
+namespace fe {
+
+#define FE_DECLARE_CUDA(FUNCTION, PARAMS) Error FUNCTION##_cuda(const PARAMS& params, int device, void* stream);
+FE_ENTRY_POINTS(FE_DECLARE_CUDA)
+#undef FE_DECLARE_CUDA
+
+}  // namespace fe

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton kernels are checked with where there is no GPU; one module an op, found by its name.
+
+Each module has `numbers() -> int`, which compares with the oracle under the interpreter and says how many rows ran on
+Triton, `ROWS`, how many that must be, and `compile_all() -> None`, which calls `compile_kernel`. By hand:
+
+TRITON_INTERPRET=1 python -m support.triton_cases numbers noise_bias_act     (from tests/)
+TRITON_INTERPRET=0 python -m support.triton_cases compile noise_bias_act
+"""
+
+from pathlib import Path
+from typing import Any
+
+CASES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> None:
+    """Compile for sm_80 and sm_90. `types` gives Triton types by argument; else `*_ptr` is *fp32, a number i32."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    unknown = set(constants) | set(types)
+    assert unknown <= set(kernel.arg_names), f"{kernel.fn.__name__} has no {unknown - set(kernel.arg_names)}"
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    for capability in (80, 90):
+        source = ASTSource(kernel, signature, constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        assert f".target sm_{capability}" in compiled.asm["ptx"]
+        print("compiled", kernel.fn.__name__, capability)
