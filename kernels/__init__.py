@@ -7,5 +7,13 @@ Importing compiles nothing and touches no GPU. See docs/kernels for one page per
 from faceedit.kernels.dispatch import backend, backends_report, last_backend
 from faceedit.kernels.masked_mse import masked_mse
 from faceedit.kernels.noise_bias_act import noise_bias_act
+from faceedit.kernels.operator import decomposition_table
 
-__all__ = ["backend", "backends_report", "last_backend", "masked_mse", "noise_bias_act"]
+__all__ = [
+    "backend",
+    "backends_report",
+    "decomposition_table",
+    "last_backend",
+    "masked_mse",
+    "noise_bias_act",
+]

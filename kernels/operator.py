@@ -10,6 +10,8 @@ from torch.library import CustomOpDef
 
 from faceedit.kernels.dispatch import Dispatcher
 
+_decompositions: dict[Any, Callable[..., Any]] = {}
+
 
 def define_op(
     schema: str, implementations: Dispatcher, fake: Callable[..., Any], mutates: Iterable[str] = ()
@@ -34,9 +36,15 @@ def define_op(
 def register_onnx_decomposition(op: Any, reference: Callable[..., Any]) -> None:
     """Let torch.onnx.export write `op` as the standard operators of its eager reference.
 
-    Only the ONNX exporter reads this table: compiled graphs and exported programs keep the op.
+    Only the ONNX exporter reads that table: compiled graphs and exported programs keep the op.
     """
+    _decompositions[op] = reference
     torch._decomp.register_decomposition([op])(reference)
+
+
+def decomposition_table() -> dict[Any, Callable[..., Any]]:
+    """Return what `ExportedProgram.run_decompositions` needs to write every op here as standard operators."""
+    return {**torch.export.default_decompositions(), **_decompositions}
 
 
 def mapped_first(tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:

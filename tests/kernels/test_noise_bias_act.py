@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compare import assert_close
+from support.exporting import check_export
 from support.kernel_cases import DTYPES, FORMATS, PLACES, Place, check_against_oracle, draw, run
 from torch import Tensor
 
@@ -205,22 +206,14 @@ def test_compiles_without_a_graph_break() -> None:
         assert kernels.last_backend("noise_bias_act") == "eager"  # the graph follows the scope it is called in
 
 
-def test_exports_and_decomposes_to_standard_operators() -> None:
-    class Layer(torch.nn.Module):
-        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-            return noise_bias_act(x, bias=bias, gain=1.4, clamp=2.0)
-
-    x, bias = draw(2, 3, 4, 5, seed=1), draw(3, seed=2)
-    program = torch.export.export(
-        Layer(), (x, bias), dynamic_shapes={"x": {0: torch.export.Dim("n", min=1)}, "bias": None}
+def test_exports_to_standard_operators() -> None:
+    check_export(
+        lambda x, bias: noise_bias_act(x, bias=bias, gain=1.4, clamp=2.0),
+        OP,
+        [draw(2, 3, 4, 5, seed=1), draw(3, seed=2)],
+        [draw(5, 3, 4, 5, seed=5), draw(3, seed=2)],
+        per_sample={0},
     )
-    assert any(node.target is OP for node in program.graph.nodes)
-    table = torch.export.default_decompositions()
-    table[OP] = reference
-    lowered = program.run_decompositions(table)
-    assert all("faceedit" not in str(node.target) for node in lowered.graph.nodes)
-    other = draw(3, 3, 4, 5, seed=5)
-    assert_close("output", lowered.module()(other, bias), Layer()(other, bias), relative_l2=1e-6)
 
 
 def test_onnx_exporter_finds_the_decomposition() -> None:
