@@ -199,8 +199,12 @@ def sample_pairs(
     several = torch.rand(count, generator=generator) < (pairs.multi_share if members > 2 else 0.0)
     step = torch.randint(1, max(members - 1, 2), (count,), generator=generator)
     other = torch.where(several, (flipped - 1 + step) % (members - 1) + 1, 0)
-    source = torch.where(backwards, flipped, other).numpy()
-    target = torch.where(backwards, other, flipped).numpy()
+    source, target = torch.where(backwards, flipped, other).numpy(), torch.where(backwards, other, flipped).numpy()
+    # Undoing a member's flip must not ask for a look that nothing in the source tells (the person's own glasses).
+    position = data.flipped[person, source]
+    column = np.array([attribute_index(name) for name in data.config.attributes])[position]
+    unknowable = (position >= 0) & (data.attributes[person, source, column] == 0)
+    source, target = np.where(unknowable, 0, source), np.where(unknowable & (target == 0), source, target)
     mirrored = (torch.rand(count, generator=generator) < 0.5).numpy() & augment.flip
     columns = [attribute_index(name) for name in MAGGAN]
     attributes = torch.from_numpy(data.attributes[person, source][:, columns]).float()

@@ -53,7 +53,7 @@ _WEIGHTS = {
     "l_lip": 2.0,
     "nose": 1.2,
 }
-_THIN = {"eye_g": 1.5, "ear_r": 2.5, "neck_l": 2.5}
+_THIN = {"eye_g": 1.5, "ear_r": 5.0, "neck_l": 5.0}
 _FADING = ("l_eye", "r_eye", "l_brow", "r_brow", "nose", "mouth", "u_lip", "l_lip", "l_ear", "r_ear")
 
 
@@ -237,6 +237,8 @@ def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
     thin[[CELEBAMASK_HQ.id(name) for name in _FADING]] = True
     is_thin = thin[target]
     contested = (soft[:, thin].sum(1) > 0.1) & ~is_thin
+    hair, behind = CELEBAMASK_HQ.id("hair"), [CELEBAMASK_HQ.id(name) for name in ("background", "cloth", "neck")]
+    contested |= (soft[:, hair] > 0.2) & torch.isin(target, torch.tensor(behind, device=target.device))
     least = torch.where(is_thin, 0.5, confident)
     weight = ((confidence - least) / (1 - least)).clamp(0, 1)
     return target, torch.where(contested, torch.zeros_like(weight), weight)

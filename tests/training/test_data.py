@@ -117,6 +117,19 @@ def test_tinted_families_keep_masks_and_attributes(tmp_path: Path, families: Syn
     assert np.array_equal(data.masks[:, 0], families.masks[:16, 0])
 
 
+def test_no_pair_asks_for_a_look_that_the_source_does_not_tell(families: SyntheticPortraits) -> None:
+    """Glasses taken off are never put on again: which ones they were is not in the source."""
+    batch = sample_pairs(families, 200, torch.Generator().manual_seed(4), PairConfig(0.5, terse_share=0.0), PLAIN)
+    worn = batch["attributes"][:, MAGGAN.index("Eyeglasses")]
+    added = batch["difference"][:, MAGGAN.index("Eyeglasses")] > 0
+    assert added.any()
+    originals = {image.tobytes() for image in families.images[:, 0]}
+    for row in added.nonzero()[:, 0].tolist():
+        target = cache.pack_image(batch["target"])[row].tobytes()
+        assert worn[row] == 0
+        assert target not in originals, "the target is the person as sampled, in glasses of their own"
+
+
 def test_pairs_are_edits_of_one_person(families: SyntheticPortraits) -> None:
     batch = sample_pairs(families, 64, torch.Generator().manual_seed(1), PairConfig(0.5, terse_share=0.0), PLAIN)
     columns = [attribute_index(name) for name in MAGGAN]

@@ -109,6 +109,21 @@ def test_with_attribute_sets_what_it_names(name: str) -> None:
         assert (changed[shown] == value).all(), (name, value)
 
 
+def test_what_is_added_has_one_look_and_what_is_worn_stays() -> None:
+    params = sample_parameters(48, 9)
+    worn = params["Eyeglasses"]
+    assert worn.any()
+    assert not worn.all()
+    after = with_attribute(params, "Eyeglasses", 1)
+    assert (after["rim"][~worn] == after["rim"][~worn][0]).all()
+    assert torch.equal(after["rim"][worn], params["rim"][worn])
+    assert len(after["rim"][worn].unique()) == int(worn.sum())
+    dyed = with_attribute(params, "Blond_Hair", 1)
+    blond = params["hair_colour"] == 2
+    assert torch.equal(dyed["hair_tones"][blond], params["hair_tones"][blond])
+    assert (dyed["hair_tones"][~blond, 2] == dyed["hair_tones"][~blond, 2][0]).all()
+
+
 def test_supported_attributes_cover_the_editor() -> None:
     assert set(MAGGAN) <= set(SUPPORTED_ATTRIBUTES)
 

@@ -161,7 +161,7 @@ def sample_parameters(count: int, seed: int, device: str | torch.device = "cpu")
     v["brow_thick"], v["brow_slant"] = d.normal(0.0215, 0.0035), d.normal(-0.02, 0.05)
     v["brow_arch"] = d.normal(0.016, 0.007)
     v["Arched_Eyebrows"], v["Bushy_Eyebrows"] = d.chance(0.2), d.chance(0.22)
-    v["brow_dark"] = d.uniform(0.25, 0.95)
+    v["brow_dark"] = d.uniform(0.08, 0.95)
 
     # Nose.
     v["nose_length"], v["nose_width"] = d.normal(0.272, 0.02), d.normal(0.102, 0.010)
@@ -233,16 +233,22 @@ def sample_parameters(count: int, seed: int, device: str | torch.device = "cpu")
     v["Wearing_Hat"] = d.chance(0.05)
     v["hat_line"], v["hat_height"], v["hat_brim"] = d.uniform(0.30, 0.46), d.uniform(0.1, 0.35), d.uniform(0.0, 0.32)
     v["hat_colour"] = d.uniform(0.03, 0.95, 3)
-    v["Wearing_Earrings"] = d.chance(torch.where(male, 0.02, 0.32))
-    v["earring_size"], v["earring_colour"] = d.uniform(0.014, 0.034), d.uniform(0.3, 1.0, 3)
-    v["Wearing_Necklace"] = d.chance(torch.where(male, 0.02, 0.25))
+    v["Wearing_Earrings"] = d.chance(torch.where(male, 0.04, 0.45))
+    v["earring_size"], v["earring_colour"] = d.uniform(0.016, 0.042), d.uniform(0.3, 1.0, 3)
+    v["Wearing_Necklace"] = d.chance(torch.where(male, 0.04, 0.4))
     v["necklace_drop"], v["necklace_colour"] = d.uniform(0.10, 0.3), d.uniform(0.35, 1.0, 3)
     v["clothes_kind"] = d.choice(torch.tensor([0.45, 0.3, 0.25]))  # jacket, crew neck, open neck
     v["clothes_colour"], v["shirt_colour"] = d.uniform(0.02, 0.9, 3), d.uniform(0.55, 1.0, 3)
     v["clothes_dark"] = d.uniform(0.15, 1.0)
+    v["clothes_dark"] = torch.where(d.chance(0.35), d.uniform(0.02, 0.25), v["clothes_dark"])
+    # Dark hair on a dark jacket: the border a parser finds hardest.
+    worn_hair = v["hair_tones"][torch.arange(count), v["hair_colour"]] * d.uniform(0.6, 1.3)[:, None]
+    matching = d.chance(0.15)
+    v["clothes_colour"] = torch.where(matching[:, None], worn_hair.clamp(0.02, 0.9), v["clothes_colour"])
+    v["clothes_dark"] = torch.where(matching, torch.ones_like(worn_hair[:, 0]), v["clothes_dark"])
     v["Wearing_Necktie"] = (v["clothes_kind"] == 0) & male & d.chance(0.75)
     v["tie_colour"] = d.uniform(0.02, 0.85, 3)
-    v["shoulder_y"], v["shoulder_slope"] = d.uniform(0.88, 1.02), d.uniform(0.22, 0.5)
+    v["shoulder_y"], v["shoulder_slope"] = d.uniform(0.80, 1.02), d.uniform(0.22, 0.5)
     v["neckline"] = d.uniform(0.05, 0.35)
 
     # Light and ground.
@@ -337,12 +343,42 @@ def attributes_of(params: PortraitParameters) -> Tensor:
     return out
 
 
+# How a thing looks when `with_attribute` adds it. Not the person's own hidden draw: nothing in their picture tells what
+# glasses they would own, so an editor shown a random pair each time could only learn the average of all glasses.
+_ADDED: dict[str, dict[str, float | tuple[float, ...]]] = {
+    "Eyeglasses": {
+        "lens_size": 0.145, "lens_height": 0.095, "lens_shape": 3.0, "rim": 0.0115, "rim_colour": (0.09, 0.08, 0.08),
+        "lens_tint": 0.0, "lens_glare": 0.15, "lens_drop": 0.02,
+    },
+    "Mouth_Slightly_Open": {"open_by": 0.042, "teeth": 0.75, "tongue": 0.3},
+    "Bangs": {"bang_depth": 0.26, "bang_slope": 0.0, "bang_ragged": 0.03},
+    "Bald": {"bald_fringe": 1.0},
+    "Mustache": {"mustache_thick": 0.027},
+    "beard": {"beard_kind": 2, "beard_density": 0.85, "beard_top": 0.3, "beard_length": 0.02},
+    "Pale_Skin": {"pale": (0.90, 0.77, 0.71)},
+}  # fmt: skip
+
+
+def _as_added(params: PortraitParameters, kind: str, lacking: Tensor) -> PortraitParameters:
+    """Give the `lacking` (N bool) the look that `kind` has when it is added."""
+    changes = {}
+    for name, value in _ADDED.get(kind, {}).items():
+        own = params[name]
+        look = torch.tensor(value, device=own.device).to(own.dtype).expand_as(own)
+        changes[name] = torch.where(lacking.view(-1, *[1] * (own.dim() - 1)), look, own)
+    if kind == "beard":  # grey where the person's own hair is
+        gray = (params["natural_colour"] == 3).to(params["beard_gray"].dtype)
+        changes["beard_gray"] = torch.where(lacking, gray, params["beard_gray"])
+    return params.replace(**changes)
+
+
 def with_attribute(params: PortraitParameters, name: str, value: int) -> PortraitParameters:
     """The same people with one attribute set: a counterfactual.
 
-    Setting an attribute that a person already has returns that person unchanged. Asking for a hair colour or bangs
-    gives a
-    bald person hair; taking a hair colour away gives the person's next natural colour (brown, or black from brown).
+    Setting an attribute that a person already has returns that person unchanged. What is added has one typical look
+    (dark-rimmed glasses, a full beard, the colour's middle tone); what a person has keeps their own. Asking for a hair
+    colour or bangs gives a bald person hair; taking a hair colour away gives the person's next natural colour (brown,
+    or black from brown).
 
     Raises: ValueError if `name` is not in SUPPORTED_ATTRIBUTES or `value` is not 0 or 1.
     """
@@ -357,9 +393,10 @@ def with_attribute(params: PortraitParameters, name: str, value: int) -> Portrai
         index = _COLOUR_ATTRIBUTES[name]
         current = params["hair_colour"]
         if value:
-            return params.replace(hair_colour=torch.full_like(current, index), Bald=torch.zeros_like(params["Bald"]))
+            bare = torch.zeros_like(params["Bald"])
+            return _dyed(params, torch.full_like(current, index)).replace(Bald=bare)
         other = torch.full_like(current, 0 if index == 1 else 1)
-        return params.replace(hair_colour=torch.where(current == index, other, current))
+        return _dyed(params, torch.where(current == index, other, current))
     if name in ("Straight_Hair", "Wavy_Hair"):
         want_straight = (name == "Straight_Hair") == bool(value)
         texture = params["hair_texture"]
@@ -369,8 +406,13 @@ def with_attribute(params: PortraitParameters, name: str, value: int) -> Portrai
         index = _BEARD_ATTRIBUTES[name]
         kind = params["beard_kind"]
         if value:
-            return params.replace(beard_kind=torch.full_like(kind, index), No_Beard=torch.zeros_like(everyone))
+            grown = _as_added(params, "beard", params["No_Beard"])
+            return grown.replace(beard_kind=torch.full_like(kind, index), No_Beard=torch.zeros_like(everyone))
         return params.replace(No_Beard=params["No_Beard"] | (kind == index))
+    if value and name in _ADDED:
+        params = _as_added(params, name, ~params[name])
+    if name == "No_Beard" and not value:
+        params = _as_added(params, "beard", params["No_Beard"])
     if name == "Double_Chin":
         return params.replace(Chubby=everyone)
     if name == "Oval_Face":
@@ -383,3 +425,12 @@ def with_attribute(params: PortraitParameters, name: str, value: int) -> Portrai
     if name == "Receding_Hairline" and value:
         return params.replace(Receding_Hairline=everyone, Bangs=torch.zeros_like(everyone))
     return params.replace(**{name: everyone})
+
+
+def _dyed(params: PortraitParameters, colour: Tensor) -> PortraitParameters:
+    """Hair of another colour (N indices into HAIR_COLOURS), in that colour's middle tone where it changes."""
+    tones = params["hair_tones"]
+    new = (colour != params["hair_colour"])[:, None] & (torch.arange(5, device=colour.device) == colour[:, None])
+    return params.replace(
+        hair_colour=colour, hair_tones=torch.where(new[..., None], _HAIR_TONES.to(tones.device), tones)
+    )
