@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -65,6 +66,20 @@ def build_cache(
     if (folder / "complete.json").exists():
         return open_cache(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Two runs that want the same data: the second waits for the first, and finds it complete.
+    with FileLock(folder / "filling.lock"):
+        if not (folder / "complete.json").exists():
+            _fill_cache(folder, shapes, chunk, fill, report)
+    return open_cache(folder)
+
+
+def _fill_cache(
+    folder: Path,
+    shapes: Shapes,
+    chunk: int,
+    fill: Callable[[int, int], dict[str, NDArray[Any]]],
+    report: Callable[[str], Any],
+) -> None:
     total = next(iter(shapes.values()))[0][0]
     progress = folder / "progress.txt"
     done = int(progress.read_text()) if progress.exists() else 0
@@ -85,7 +100,6 @@ def build_cache(
             lines = stop * 10 // total
             report(f"cache {folder.name}: {stop} of {total}")
     write_text(folder / "complete.json", json.dumps({"arrays": list(shapes), "count": total}) + "\n")
-    return open_cache(folder)
 
 
 def pack_image(image: Tensor) -> NDArray[np.uint8]:

@@ -117,6 +117,22 @@ def output_name(name: Path) -> Path:
     return name if name.suffix.lower() in WRITABLE else name.with_name(name.name + ".png")
 
 
+def check_outputs(photos: list[Path], in_dir: Path, compare: bool) -> None:
+    """Raise UsageError where one photo's result would overwrite another's, before anything is edited."""
+    from faceedit.cli.editing import compare_path
+
+    written: dict[Path, Path] = {}
+    for photo in photos:
+        output = output_name(photo.relative_to(in_dir))
+        for path in [output, compare_path(output)] if compare else [output]:
+            other = written.setdefault(path, photo)
+            if other != photo:
+                raise UsageError(
+                    f"batch: IN_DIR must give every photo a result of its own, got {other.relative_to(in_dir)} and "
+                    f"{photo.relative_to(in_dir)}, which would both write {path}; rename one"
+                )
+
+
 def batch(
     in_dir: Annotated[Path, typer.Argument(help="Folder of photos, searched with its subfolders.", show_default=False)],
     out_dir: Annotated[Path, typer.Argument(help="Folder of results, made when missing.", show_default=False)],
@@ -150,6 +166,7 @@ def batch(
         raise ImageReadError(
             f"batch: IN_DIR must contain photos, got none in {in_dir}; supported: {', '.join(sorted(READABLE))}"
         )
+    check_outputs(photos, in_dir, compare)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         manifest = Manifest(out_dir)

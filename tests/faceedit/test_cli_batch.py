@@ -39,6 +39,15 @@ def test_batch_edits_every_photo_and_keeps_names(run: Run, folder: Path, tmp_pat
     assert sorted(results(tmp_path / "out")) == ["a.png", "me.png", "sub/b.png"]
 
 
+def test_batch_refuses_results_that_would_overwrite_each_other(run: Run, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "a.png", folder / "a_compare.png")
+    outcome = run("batch", folder, tmp_path / "out", *SET, "--compare")
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert "got a.png and a_compare.png, which would both write a_compare.png; rename one" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_batch_goes_on_past_every_kind_of_bad_photo(run: Run, folder: Path, tmp_path: Path) -> None:
     for name, (make, _) in BAD_FILES.items():
         make(folder / name)

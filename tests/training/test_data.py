@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ def test_cache_resumes_after_a_failure_and_then_only_reads(tmp_path: Path) -> No
     assert asked == [0, 4, 4, 8]
     assert np.array_equal(first["values"], np.arange(10))
     assert np.array_equal(again["values"], np.arange(10))
+
+
+def test_two_runs_fill_a_cache_once(tmp_path: Path) -> None:
+    asked: list[int] = []
+    both_started = threading.Barrier(2)
+
+    def fill(start: int, stop: int) -> dict[str, np.ndarray]:
+        asked.append(start)
+        return {"values": np.arange(start, stop)}
+
+    def run() -> None:
+        both_started.wait()
+        cache.build_cache(tmp_path / "c", {"values": ((10,), "int64")}, 1, fill, quiet)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == list(range(10))
 
 
 def test_fingerprint_depends_on_values_and_sources(tmp_path: Path) -> None:
