@@ -22,7 +22,7 @@ test-gpu:
 	pytest -m gpu
 
 bench:
-	pytest tests/benchmarks --benchmark-enable --benchmark-only
+	faceedit bench kernels
 
 ci:
 	.ci/run

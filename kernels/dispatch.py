@@ -64,7 +64,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _machine_reason(name: str, device: str | None) -> str:
+def machine_reason(name: str, device: str | None) -> str:
     """Return why backend `name` cannot run tensors of `device` (None: of any device) here; empty when it can."""
     if name == "cpu":
         if device not in (None, "cpu"):
@@ -108,7 +108,7 @@ class Dispatcher:
         if name != "eager" and x.dtype not in self.dtypes:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return f"it runs {known}, got {str(x.dtype).removeprefix('torch.')}"
-        return _machine_reason(name, x.device.type)
+        return machine_reason(name, x.device.type)
 
     def choose(self, asked: str, x: Tensor) -> str:
         """Return the backend to run: the one asked for, or for "auto" the first that can."""
@@ -143,6 +143,6 @@ def backends_report() -> dict[str, Any]:
     """
     ops: dict[str, dict[str, dict[str, Any]]] = {}
     for name, op in _ops.items():
-        reasons = {b: _machine_reason(b, None) if b in op.implementations else "not implemented" for b in BACKENDS}
+        reasons = {b: machine_reason(b, None) if b in op.implementations else "not implemented" for b in BACKENDS}
         ops[name] = {b: {"available": not reason, "reason": reason} for b, reason in reasons.items()}
     return {"build": native.build_report(), "ops": ops}

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from faceedit import __version__
-from faceedit.cli import batch, doctor, editing, faces, synthesis, train, weights
+from faceedit.cli import batch, bench, doctor, editing, faces, synthesis, train, weights
 from faceedit.cli.output import print_error
 from faceedit.errors import FaceEditError
 
@@ -45,6 +45,7 @@ app.command("sample")(synthesis.sample)
 app.command("synth")(synthesis.synth)
 app.command("train")(train.train)
 app.add_typer(weights.app, name="weights")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 

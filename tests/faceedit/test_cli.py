@@ -18,7 +18,19 @@ from support.drawn_faces import DrawnFace
 
 from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
 
-COMMANDS = ("edit", "batch", "parse", "align", "sample", "synth", "train", "weights list", "weights show", "doctor")
+COMMANDS = (
+    "edit",
+    "batch",
+    "parse",
+    "align",
+    "sample",
+    "synth",
+    "train",
+    "weights list",
+    "weights show",
+    "bench kernels",
+    "doctor",
+)
 
 
 # Help and start-up
@@ -45,7 +57,7 @@ def test_help_and_usage_errors_do_not_import_torch(tmp_path: Path) -> None:
         assert done.stdout.splitlines()[-1].endswith("False False"), arguments
 
 
-@pytest.mark.parametrize("group", [(), ("weights",)])
+@pytest.mark.parametrize("group", [(), ("weights",), ("bench",)])
 def test_no_command_at_all_is_answered_with_the_help(run: Run, group: tuple[str, ...]) -> None:
     outcome = run(*group)
     assert (outcome.code, outcome.out) == (2, "")

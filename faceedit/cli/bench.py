@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`faceedit bench`: measure this installation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from faceedit.cli.files import check_folder, write_text
+from faceedit.cli.output import progress_bar
+from faceedit.errors import FaceEditError, UnknownNameError, suggestion
+
+app = typer.Typer(help="Measure this installation.", no_args_is_help=True, rich_markup_mode=None)
+
+DTYPES = ("float32", "bfloat16")
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `kernels` a subcommand while it is the only one."""
+
+
+@app.command("kernels")
+def kernels(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every number there too.")] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", metavar="NAME", help="Only this op. Repeatable.")] = None,
+    layer: Annotated[
+        list[str] | None, typer.Option("--layer", metavar="NAME", help="Only this layer, as 32@1024. Repeatable.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help=f"Only this one of {', '.join(DTYPES)}. Repeatable.")
+    ] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option("--provider", help="Only this one of eager, compile, cpp, cuda, triton. Repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", "-d", help="cpu, cuda or auto.")] = "auto",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads of every provider.")] = 2,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Least rounds a row.")] = 15,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The first layer of each op, in fewer rounds, without torch.compile.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only compare results, on small shapes and without torch.compile.")
+    ] = False,
+    default_allocator: Annotated[
+        bool, typer.Option("--default-allocator", help="Without huge pages, as PyTorch is by default.")
+    ] = False,
+) -> None:
+    """Time every kernel against PyTorch, forward and backward, and compare its results first.
+
+    A row is an op, a layer, a dtype, a pass and a provider. Exit code 1 if any result is wrong.
+
+    Example: faceedit bench kernels --quick
+    """
+    # Read once, while torch is imported; the whole table has one setting, whatever the shell has.
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "0" if default_allocator else "1"
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that reads peak memory is talkative
+    if json is not None:
+        check_folder(json)
+    from json import dumps
+
+    import torch
+
+    from faceedit.devices import resolve_device
+    from faceedit.kernels import benchmarking
+    from faceedit.kernels.benchmarking import machine, providers, report, suite
+
+    known = benchmarking.benchmarks()
+    ops = _choose("op", op, known)
+    dtypes = [getattr(torch, name) for name in _choose("dtype", dtype, DTYPES)]
+    layers = _choose("layer", layer, {name for op in ops for name in known[op].layers}) if layer else None
+    wanted = _choose("provider", provider, providers.PROVIDERS)
+    if (quick or check) and not provider:
+        wanted.remove("compile")
+    rows = []
+    for benchmark in (known[name] for name in ops):
+        names = [name for name in benchmark.layers if layers is None or name in layers]
+        names = [benchmarking.SMALL] if check else names[: 1 if quick else None]
+        rows += [(benchmark, name, kind) for name in names for kind in dtypes if kind in benchmark.dtypes]
+    place = resolve_device(device).type
+    settings = suite.Settings(
+        place, wanted, rounds=0 if check else (min(rounds, 5) if quick else rounds), seconds=0.2 if quick else 1.0
+    )
+    torch.set_num_threads(threads)
+    rates = machine.measure_rates(place, dtypes, small=check)
+    described = machine.describe(place)
+    reasons = {name: reason for name in wanted if (reason := providers.missing(name, place))}
+    for text in report.introduction(described, rates, reasons):
+        typer.echo(text)
+    typer.echo(report.header(place))
+    records: list[dict[str, Any]] = []
+    with progress_bar() as progress:
+        for benchmark, name, kind in progress.track(rows, description="measuring"):
+            for record in suite.run_layer(benchmark, name, kind, settings):
+                records.append(record)
+                typer.echo(report.line(record, rates))
+    lines = suite.summarise(records, known)
+    for text in report.summary(lines):
+        typer.echo(text)
+    if json is not None:
+        document = {
+            "machine": described, "load_after": machine.load(), "rates": rates, "missing": reasons,
+            "settings": {"device": place, "threads": threads, "rounds": settings.rounds, "seconds": settings.seconds},
+            "summary": lines, "rows": records,
+        }  # fmt: skip
+        write_text(json, dumps(document, indent=1) + "\n")
+    bad = [record for record in records if record["status"] != "ok"]
+    if bad:
+        raise FaceEditError(f"bench kernels: {len(bad)} of {len(records)} rows failed; they are named in the table")
+
+
+def _choose(option: str, asked: list[str] | None, known: Any) -> list[str]:
+    """Return the names asked for, all known ones without any. Raises UnknownNameError on another name."""
+    for name in asked or ():
+        if name not in known:
+            raise UnknownNameError(
+                f"bench kernels: --{option} must be a known {option}, got {name!r}; {suggestion(name, known)}"
+            )
+    return list(asked or known)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine is, and the two rates that bound every op on it: copying and multiplying matrices."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from faceedit.kernels import native
+from faceedit.kernels.benchmarking.timing import CpuClock, CudaClock
+
+ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES", "KMP_AFFINITY", "LD_PRELOAD", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
+    "THP_MEM_ALLOC_ENABLE", "TORCHINDUCTOR_FREEZING", "TRITON_INTERPRET",
+)  # fmt: skip
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _processor() -> str:
+    named = (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def commit() -> str:
+    """Return the commit of the source tree this package lies in, `+` added where files differ; empty outside git."""
+    package = Path(__file__).resolve().parent
+    if not _output("git", "-C", str(package), "ls-files", "--error-unmatch", Path(__file__).name):
+        return ""
+    head = _output("git", "-C", str(package), "rev-parse", "HEAD")
+    return head + ("+" if _output("git", "-C", str(package), "status", "--porcelain") else "")
+
+
+def load() -> float | None:
+    """Return how many processes wanted to run in the last minute: more than one beside the benchmark blurs it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Return machine, versions, commit and environment in plain values."""
+    gpu: dict[str, Any] = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        clocks = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"
+        gpu = {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "driver_clocks_power": _output("nvidia-smi", clocks, "--format=csv,noheader", "--id=0"),
+            "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "conv": torch.backends.cudnn.allow_tf32},
+        }
+    return {
+        "processor": _processor(),
+        "logical_cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "huge_pages": " ".join(_lines("/sys/kernel/mm/transparent_hugepage/enabled")),
+        "load": load(),
+        "platform": platform.platform(),
+        "gpu": gpu,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if device == "cuda" else None,
+        "build": native.build_report(),
+        "commit": commit(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def measure_rates(device: str, dtypes: Iterable[torch.dtype], small: bool = False) -> dict[str, Any]:
+    """Return the copy bandwidth (bytes read and written a second) and the matrix rate by dtype (operations a second).
+
+    Both are the best of several tries on operands too large for the caches; `small` uses toy operands.
+    """
+    clock = CudaClock(cold=False) if device == "cuda" else CpuClock()
+    tries = 8
+    source = torch.ones((1 << 10) if small else (1 << 26), device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    seconds = min(clock.sample(lambda: target.copy_(source), 1) for _ in range(tries))
+    rates: dict[str, Any] = {"copy_bytes_per_s": 2 * source.numel() * source.element_size() / seconds, "matrix": {}}
+    side = 32 if small else (8192 if device == "cuda" else 2048)
+    for dtype in dtypes:
+        a = torch.ones(side, side, device=device, dtype=dtype)
+        product = torch.empty_like(a)
+        torch.mm(a, a, out=product)
+        seconds = min(clock.sample(lambda a=a, out=product: torch.mm(a, a, out=out), 1) for _ in range(tries))  # type: ignore[misc]
+        rates["matrix"][str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
+    return rates
