@@ -19,7 +19,7 @@ test:
 	pytest
 
 test-gpu:
-	pytest -m gpu
+	tests/gpu.sh
 
 bench:
 	faceedit bench kernels

@@ -107,7 +107,7 @@ def measure_rates(device: str, dtypes: Iterable[torch.dtype], small: bool = Fals
     rates: dict[str, Any] = {"copy_bytes_per_s": 2 * source.numel() * source.element_size() / seconds, "matrix": {}}
     side = 32 if small else (8192 if device == "cuda" else 2048)
     for dtype in dtypes:
-        a = torch.ones(side, side, device=device, dtype=dtype)
+        a = torch.randn(side, side, device=device).to(dtype)  # zeros and ones draw less power and clock higher
         product = torch.empty_like(a)
         torch.mm(a, a, out=product)
         seconds = min(clock.sample(lambda a=a, out=product: torch.mm(a, a, out=out), 1) for _ in range(tries))  # type: ignore[misc]

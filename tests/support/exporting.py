@@ -5,8 +5,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import onnx
-import onnxruntime
+import pytest
 import torch
 from support.compare import assert_close
 from torch import Tensor
@@ -22,6 +21,8 @@ def check_export(
     Args: op, the torch.ops.faceedit.<name>.default that must be in the exported graph. per_sample: the positions of the
           inputs whose axis 0 is the batch. function returns one tensor or several.
     """
+
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 
     class Layer(torch.nn.Module):
         def forward(self, *tensors: Tensor) -> Any:
