@@ -60,4 +60,11 @@ struct MaskOperand {
   int32_t dtype;
 };
 
+inline Error check_mask_operand(const MaskOperand& m, int64_t pixels) {
+  if (!m.data) return nullptr;
+  if (m.dtype < kFloat32 || m.dtype > kUInt8) return "mask dtype is not supported";
+  if (m.stride != 0 && m.stride != pixels) return "a mask must have the pixels of the images";
+  return nullptr;
+}
+
 }  // namespace fe

@@ -13,6 +13,31 @@ constexpr int kWarp = 32;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 
+// V elements moved by one 16-byte access.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T lane[V];
+};
+
+__device__ __forceinline__ float load_mask(const MaskOperand& mask, int64_t index) {
+  switch (mask.dtype) {
+    case kFloat16:
+      return load(static_cast<const Float16*>(mask.data)[index]);
+    case kBFloat16:
+      return load(static_cast<const BFloat16*>(mask.data)[index]);
+    case kUInt8:
+      return load(static_cast<const uint8_t*>(mask.data)[index]);
+    default:
+      return load(static_cast<const float*>(mask.data)[index]);
+  }
+}
+
+// Blocks of a grid-stride kernel over `items`: enough to fill the largest GPU several times over.
+inline unsigned grid_stride_blocks(int64_t items) {
+  const int64_t wanted = (items + kThreads - 1) / kThreads;
+  return static_cast<unsigned>(wanted < 132 * 32 ? wanted : 132 * 32);
+}
+
 // Sum over a warp in a fixed tree; every lane gets the result.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {

@@ -62,6 +62,13 @@ FE_HD float load(Float16 value) {
 
 FE_HD void store(float value, float* out) { *out = value; }
 
+// Round half to even within 0..255; NaN becomes 0.
+FE_HD void store(float value, uint8_t* out) {
+  const float bounded = value > 0.0f ? (value < 255.0f ? value : 255.0f) : 0.0f;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  *out = static_cast<uint8_t>(static_cast<int32_t>((bounded + magic) - magic));
+}
+
 FE_HD void store(float value, BFloat16* out) {
   // Round to nearest even; a NaN stays a NaN (plain rounding could carry its mantissa away).
   const uint32_t bits = float_to_bits(value);
@@ -242,6 +249,24 @@ FE_HD float exclude_from(float mask, float excluded, int32_t relax) {
 FE_HD float include_in(float mask, float included, int32_t relax) {
   if (relax == kClamp) return clamp_unit(mask + included);
   return (mask != mask || mask > included) ? mask : included;
+}
+
+// An image's value as alpha_blend computes with it: levels 0..255 where the result is uint8, else values in [-1, 1].
+template <bool LEVELS, class T>
+FE_HD float image_value(T value) {
+  return LEVELS ? load(value) * 127.5f + 127.5f : load(value);
+}
+
+template <bool LEVELS>
+FE_HD float image_value(uint8_t value) {
+  return LEVELS ? load(value) : load(value) / 127.5f - 1.0f;
+}
+
+// bg + m * (fg - bg) would not give fg back at m = 1, and would let a NaN of the other side through at 0 and 1.
+FE_HD float blend(float fg, float bg, float m) {
+  const float between = bg + m * (fg - bg);
+  const float outside = m == 0.0f ? bg : between;
+  return m == 1.0f ? fg : outside;
 }
 
 }  // namespace FE_ISA

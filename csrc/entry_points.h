@@ -3,12 +3,15 @@
 // bindings are all made from it.
 #pragma once
 
+#include "alpha_blend.h"
 #include "masked_mse.h"
 #include "noise_bias_act.h"
 
 // ENTRY(function, Params): `function` exists as fe::<isa>::function(const Params&, int threads) and, in a CUDA build, as
 // fe::function_cuda(const Params&, int device, void* stream). fe::check_function(const Params&) runs before either.
 #define FE_ENTRY_POINTS(ENTRY)                  \
+  ENTRY(alpha_blend_fwd, AlphaBlendParams)      \
+  ENTRY(alpha_blend_bwd, AlphaBlendParams)      \
   ENTRY(noise_bias_act_fwd, NoiseBiasActParams) \
   ENTRY(noise_bias_act_bwd, NoiseBiasActParams) \
   ENTRY(masked_mse_fwd, MaskedMseParams)        \

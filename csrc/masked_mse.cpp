@@ -1,25 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "masked_mse.h"
 
-#include "elementwise.h"
+#include "rows.h"
 
 namespace fe {
 namespace FE_ISA {
 namespace {
 
-template <class T>
-void load_run(const void* data, int64_t first, int32_t count, float* out) {
-  const T* values = static_cast<const T*>(data) + first;
-#pragma omp simd
-  for (int32_t q = 0; q < count; ++q) out[q] = load(values[q]);
-}
-
-void load_mask(const MaskOperand& mask, int64_t sample, int64_t first, int32_t count, float* out) {
-  const int64_t begin = sample * mask.stride + first;
-  if (mask.dtype == kFloat16) return load_run<Float16>(mask.data, begin, count, out);
-  if (mask.dtype == kBFloat16) return load_run<BFloat16>(mask.data, begin, count, out);
-  if (mask.dtype == kUInt8) return load_run<uint8_t>(mask.data, begin, count, out);
-  load_run<float>(mask.data, begin, count, out);
+inline void load_mask(const MaskOperand& mask, int64_t sample, int64_t first, int32_t count, float* out) {
+  load_row(mask.data, mask.dtype, sample * mask.stride + first, count, out);
 }
 
 void effective_mask(const MaskedMseParams& p, int64_t sample, int64_t first, int32_t count, float* mask) {

@@ -7,24 +7,10 @@ namespace fe {
 namespace FE_ISA {
 namespace {
 
-__device__ __forceinline__ float load_mask(const MaskOperand& mask, int64_t sample, int64_t q) {
-  const int64_t index = sample * mask.stride + q;
-  switch (mask.dtype) {
-    case kFloat16:
-      return load(static_cast<const Float16*>(mask.data)[index]);
-    case kBFloat16:
-      return load(static_cast<const BFloat16*>(mask.data)[index]);
-    case kUInt8:
-      return load(static_cast<const uint8_t*>(mask.data)[index]);
-    default:
-      return load(static_cast<const float*>(mask.data)[index]);
-  }
-}
-
 __device__ __forceinline__ float effective_mask(const MaskedMseParams& p, int64_t sample, int64_t q) {
-  float mask = p.mask.data ? load_mask(p.mask, sample, q) : 1.0f;
-  if (p.exclude.data) mask = exclude_from(mask, load_mask(p.exclude, sample, q), p.relax);
-  if (p.include.data) mask = include_in(mask, load_mask(p.include, sample, q), p.relax);
+  float mask = p.mask.data ? load_mask(p.mask, sample * p.mask.stride + q) : 1.0f;
+  if (p.exclude.data) mask = exclude_from(mask, load_mask(p.exclude, sample * p.exclude.stride + q), p.relax);
+  if (p.include.data) mask = include_in(mask, load_mask(p.include, sample * p.include.stride + q), p.relax);
   return mask;
 }
 

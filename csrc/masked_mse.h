@@ -43,13 +43,6 @@ inline int64_t masked_mse_fwd_workspace(const MaskedMseParams& p, bool cuda) {
   return 2 * p.batch * plan_blocks(cuda, p.pixels, p.channels).blocks_per_sample;
 }
 
-inline Error check_mask_operand(const MaskOperand& m, int64_t pixels) {
-  if (!m.data) return nullptr;
-  if (m.dtype < kFloat32 || m.dtype > kUInt8) return "mask dtype is not supported";
-  if (m.stride != 0 && m.stride != pixels) return "mask must have the pixels of a";
-  return nullptr;
-}
-
 inline Error check_masked_mse(const MaskedMseParams& p) {
   if (p.dtype != kFloat32 && p.dtype != kFloat16 && p.dtype != kBFloat16) return "dtype is not supported";
   if (p.relax != 0 && p.relax != 1) return "relax is not a known rule";

@@ -7,11 +7,6 @@ namespace fe {
 namespace FE_ISA {
 namespace {
 
-template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  T lane[V];
-};
-
 // Flat, grid-stride. A pack never leaves its pixel (channels_last: V divides C) or its plane (V divides P).
 template <class T, int V, class Index>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const NoiseBiasActParams p) {
@@ -156,8 +151,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int V>
 void launch_forward(const NoiseBiasActParams& p, cudaStream_t stream) {
   const int64_t packs = p.batch * p.channels * p.pixels / V;
-  const int64_t wanted = (packs + kThreads - 1) / kThreads;
-  const unsigned blocks = static_cast<unsigned>(wanted < 132 * 32 ? wanted : 132 * 32);
+  const unsigned blocks = grid_stride_blocks(packs);
   // 32-bit index arithmetic costs a quarter of 64-bit division; the loop counter must not overflow past the end either.
   if (packs * V + static_cast<int64_t>(blocks) * kThreads * V < (int64_t{1} << 31))
     forward_kernel<T, V, int32_t><<<blocks, kThreads, 0, stream>>>(p);

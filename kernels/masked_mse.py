@@ -13,7 +13,7 @@ from torch import Tensor
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, check_shape, describe, empty_float, empty_like, memory_format
+from faceedit.kernels.tensors import check_image, check_mask, check_shape, empty_float, empty_like, memory_format
 
 RELAX = ("clamp", "minmax")
 NORMALIZE = ("all", "mask")
@@ -48,15 +48,9 @@ def masked_mse(
     check_image("masked_mse", "a", a)
     check_image("masked_mse", "b", b)
     check_shape("masked_mse", "b", b, a, tuple(a.shape))
-    n, _, h, w = a.shape
     for name, operand in (("mask", mask), ("exclude", exclude), ("include", include)):
-        if operand is None:
-            continue
-        check_shape("masked_mse", name, operand, a, (n, 1, h, w), (1, 1, h, w))
-        if not operand.is_floating_point() and operand.dtype not in (torch.uint8, torch.bool):
-            raise TypeError(
-                f"masked_mse: {name} must be floating point, uint8 or bool, got {describe(operand)}; cast it"
-            )
+        if operand is not None:
+            check_mask("masked_mse", name, operand, a)
     if relax not in RELAX:
         raise ValueError(f"masked_mse: relax must be one of {RELAX}, got {relax!r}; choose one of these")
     if normalize not in NORMALIZE:
@@ -119,17 +113,8 @@ def _eager(a: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return loss, inverse.contiguous()
 
 
-def _operands(a: Tensor, *masks: Tensor | None) -> list[Tensor | None]:
-    """Make mask operands readable by native kernels: contiguous, in a dtype they know."""
-    known = native.DTYPE_CODES
-    return [None if m is None else (m if m.dtype in known else m.float()).detach().contiguous() for m in masks]
-
-
-def _descriptor(a: Tensor, mask: Tensor | None) -> tuple[int, int, int]:
-    if mask is None:
-        return 0, 0, 0
-    stride = mask.shape[2] * mask.shape[3] if mask.shape[0] == a.shape[0] else 0
-    return mask.data_ptr(), stride, native.DTYPE_CODES[mask.dtype]
+def _readable(*masks: Tensor | None) -> list[Tensor | None]:
+    return [None if m is None else native.readable_mask(m) for m in masks]
 
 
 def _geometry(a: Tensor, fmt: torch.memory_format) -> dict[str, Any]:
@@ -153,15 +138,15 @@ def _native(
 ) -> tuple[Tensor, Tensor]:
     fmt = memory_format(a)
     a, b = a.contiguous(memory_format=fmt), b.contiguous(memory_format=fmt)
-    mask, exclude, include = _operands(a, mask, exclude, include)
+    mask, exclude, include = _readable(mask, exclude, include)
     module, target = native.module(), native.target(a)
     loss, inverse = empty_float(a, a.shape[0]), empty_float(a, a.shape[0])
     call = {
         "a": a.data_ptr(),
         "b": b.data_ptr(),
-        "mask": _descriptor(a, mask),
-        "exclude": _descriptor(a, exclude),
-        "include": _descriptor(a, include),
+        "mask": native.mask_operand(mask, a.shape[0]),
+        "exclude": native.mask_operand(exclude, a.shape[0]),
+        "include": native.mask_operand(include, a.shape[0]),
         "loss": loss.data_ptr(),
         "inverse_weight": inverse.data_ptr(),
         "relax": RELAX.index(relax),
@@ -234,7 +219,7 @@ def _backward_native(
 ) -> tuple[Tensor, Tensor]:
     fmt = memory_format(a)
     a, b = a.contiguous(memory_format=fmt), b.contiguous(memory_format=fmt)
-    mask, exclude, include = _operands(a, mask, exclude, include)
+    mask, exclude, include = _readable(mask, exclude, include)
     grad = grad.to(torch.float32).contiguous()
     ga = empty_like(a, fmt) if wanted[0] else None
     gb = empty_like(a, fmt) if wanted[1] else None
@@ -243,9 +228,9 @@ def _backward_native(
         grad=grad.data_ptr(),
         a=a.data_ptr(),
         b=b.data_ptr(),
-        mask=_descriptor(a, mask),
-        exclude=_descriptor(a, exclude),
-        include=_descriptor(a, include),
+        mask=native.mask_operand(mask, a.shape[0]),
+        exclude=native.mask_operand(exclude, a.shape[0]),
+        include=native.mask_operand(include, a.shape[0]),
         inverse_weight=inverse.data_ptr(),
         grad_a=native.address(ga),
         grad_b=native.address(gb),

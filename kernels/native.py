@@ -91,3 +91,16 @@ def target(x: torch.Tensor) -> Any:
 def address(tensor: torch.Tensor | None) -> int:
     """Return the data pointer, 0 for an absent operand."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def readable_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Return a mask as native kernels read it: contiguous, in a dtype they know, detached."""
+    return (mask if mask.dtype in DTYPE_CODES else mask.float()).detach().contiguous()
+
+
+def mask_operand(mask: torch.Tensor | None, batch: int) -> tuple[int, int, int]:
+    """Return (address, stride, dtype) of a readable mask, as MaskOperand takes it; zeros for an absent one."""
+    if mask is None:
+        return 0, 0, 0
+    stride = mask.shape[2] * mask.shape[3] if mask.shape[0] == batch else 0
+    return mask.data_ptr(), stride, DTYPE_CODES[mask.dtype]

@@ -49,6 +49,14 @@ def check_shape(op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[i
         raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}; move it there")
 
 
+def check_mask(op: str, name: str, mask: Tensor, x: Tensor) -> None:
+    """Raise unless `mask` weighs the pixels of x: (N,1,H,W) or (1,1,H,W), floating point, uint8 or bool."""
+    n, _, h, w = x.shape
+    check_shape(op, name, mask, x, (n, 1, h, w), (1, 1, h, w))
+    if not mask.is_floating_point() and mask.dtype not in (torch.uint8, torch.bool):
+        raise TypeError(f"{op}: {name} must be floating point, uint8 or bool, got {describe(mask)}; cast it")
+
+
 @dataclass(slots=True)
 class Guards:
     """The buffers handed out while outputs were poisoned, for a test to look round their edges."""
@@ -58,17 +66,23 @@ class Guards:
     def untouched(self) -> bool:
         """Return whether every guard band still holds nothing but the fill value."""
         return all(
-            bool(buffer[:GUARD].isnan().all() and buffer[GUARD + used :].isnan().all()) for buffer, used in self.buffers
+            bool(_filled(buffer[:GUARD]).all() and _filled(buffer[GUARD + used :]).all())
+            for buffer, used in self.buffers
         )
 
 
+def _filled(values: Tensor) -> Tensor:
+    return values.isnan() if values.is_floating_point() else values == INTEGER_POISON
+
+
+INTEGER_POISON = 171  # fits every integer dtype; an unlikely result
 GUARD = 64  # elements either side of a poisoned buffer
 _poison: Guards | None = None
 
 
 @contextmanager
 def poison() -> Iterator[Guards]:
-    """Fill every output and workspace with NaN before its kernel runs, between guard bands: a test instrument.
+    """Fill outputs and workspaces with NaN (integers: 171) between guard bands, before a kernel runs: for tests.
 
     An element the kernel fails to write stays NaN; a write outside the buffer shows in `Guards.untouched()`.
     """
@@ -85,7 +99,8 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, fmt: torch.m
     if _poison is None:
         return torch.empty(shape, device=like.device, dtype=dtype, memory_format=fmt)
     layout = torch.empty(shape, device="meta", dtype=dtype, memory_format=fmt)
-    buffer = torch.full((layout.numel() + 2 * GUARD,), float("nan"), device=like.device, dtype=dtype)
+    fill = float("nan") if dtype.is_floating_point else INTEGER_POISON
+    buffer = torch.full((layout.numel() + 2 * GUARD,), fill, device=like.device, dtype=dtype)
     _poison.buffers.append((buffer, layout.numel()))
     return buffer[GUARD : GUARD + layout.numel()].as_strided(layout.shape, layout.stride(), GUARD)
 
