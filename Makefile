@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # The everyday commands, the same for people and for .ci/run. `check` never edits; `fix` does.
-.PHONY: setup check fix test test-gpu bench ci
+.PHONY: setup check fix test test-gpu asan bench ci
 
 setup:
 	pip install -e '.[dev]'
@@ -20,6 +20,9 @@ test:
 
 test-gpu:
 	tests/gpu.sh
+
+asan:
+	tests/asan.sh
 
 bench:
 	faceedit bench kernels
