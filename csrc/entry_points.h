@@ -6,6 +6,7 @@
 #include "alpha_blend.h"
 #include "masked_mse.h"
 #include "noise_bias_act.h"
+#include "upfirdn2d.h"
 
 // ENTRY(function, Params): `function` exists as fe::<isa>::function(const Params&, int threads) and, in a CUDA build, as
 // fe::function_cuda(const Params&, int device, void* stream). fe::check_function(const Params&) runs before either.
@@ -15,7 +16,8 @@
   ENTRY(noise_bias_act_fwd, NoiseBiasActParams) \
   ENTRY(noise_bias_act_bwd, NoiseBiasActParams) \
   ENTRY(masked_mse_fwd, MaskedMseParams)        \
-  ENTRY(masked_mse_bwd, MaskedMseParams)
+  ENTRY(masked_mse_bwd, MaskedMseParams)        \
+  ENTRY(upfirdn2d_fwd, UpFirDnParams)
 
 // WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
 // these parameters needs. Pointers only say which results are wanted.
