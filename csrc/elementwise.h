@@ -234,6 +234,25 @@ FE_HD float slope_from_output(int32_t act, float y, float slope, float gain, flo
 
 #undef FE_FOR_ACTIVATION
 
+// Normalisation. `rest` carries what float32 rounds off the mean: a plane far from zero loses nothing.
+FE_HD float normalise(float x, float mean, float scale, float rest) { return (x - mean) * scale + rest; }
+
+// dL/dx of a normalised element: `grad` reaches the normalised value `u`; mean_grad and slope_grad are the means of grad
+// and of grad * u over the plane, or 0 where the statistics are constants.
+FE_HD float normalise_gradient(float grad, float u, float scale, float mean_grad, float slope_grad) {
+  return scale * (grad - (u * slope_grad + mean_grad));
+}
+
+// Mean and summed squared deviations of a set of values, and the union of two sets: no difference of large numbers.
+struct Moments {
+  double mean, squares;
+};
+
+FE_HD Moments merge(const Moments& a, double a_count, const Moments& b, double b_count) {
+  const double delta = b.mean - a.mean, share = b_count / (a_count + b_count);
+  return {a.mean + delta * share, a.squares + (b.squares + delta * delta * (a_count * share))};
+}
+
 FE_HD float clamp_unit(float value) {
   const float low = value < 0.0f ? 0.0f : value;
   return low > 1.0f ? 1.0f : low;

@@ -5,8 +5,8 @@
 
 #include "alpha_blend.h"
 #include "masked_mse.h"
+#include "norm_modulate.h"
 #include "noise_bias_act.h"
-#include "upfirdn2d.h"
 
 // ENTRY(function, Params): `function` exists as fe::<isa>::function(const Params&, int threads) and, in a CUDA build, as
 // fe::function_cuda(const Params&, int device, void* stream). fe::check_function(const Params&) runs before either.
@@ -17,13 +17,16 @@
   ENTRY(noise_bias_act_bwd, NoiseBiasActParams) \
   ENTRY(masked_mse_fwd, MaskedMseParams)        \
   ENTRY(masked_mse_bwd, MaskedMseParams)        \
-  ENTRY(upfirdn2d_fwd, UpFirDnParams)
+  ENTRY(norm_modulate_fwd, NormModulateParams)  \
+  ENTRY(norm_modulate_bwd, NormModulateParams)
 
 // WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
 // these parameters needs. Pointers only say which results are wanted.
 #define FE_WORKSPACES(WORKSPACE)                              \
   WORKSPACE(noise_bias_act_bwd_workspace, NoiseBiasActParams) \
-  WORKSPACE(masked_mse_fwd_workspace, MaskedMseParams)
+  WORKSPACE(masked_mse_fwd_workspace, MaskedMseParams)        \
+  WORKSPACE(norm_modulate_fwd_workspace, NormModulateParams)  \
+  WORKSPACE(norm_modulate_bwd_workspace, NormModulateParams)
 
 namespace fe {
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from faceedit.kernels import native
+from faceedit.kernels.activations import ACTIVATIONS, activate, activation_slope, check_activation
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
@@ -23,7 +23,6 @@ from faceedit.kernels.tensors import (
     memory_format,
 )
 
-ACTIVATIONS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "silu")
 PIECEWISE_LINEAR = ("linear", "relu", "lrelu")
 
 Operands = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
@@ -58,8 +57,7 @@ def noise_bias_act(
     """
     check_image("noise_bias_act", "x", x)
     n, c, h, w = x.shape
-    if act not in ACTIVATIONS:
-        raise ValueError(f"noise_bias_act: act must be one of {ACTIVATIONS}, got {act!r}; choose one of these")
+    check_activation("noise_bias_act", act)
     if scale is not None:
         check_shape("noise_bias_act", "scale", scale, x, (n, c))
     if bias is not None:
@@ -91,14 +89,6 @@ def _pre_activation(x: Tensor, operands: Operands) -> Tensor:
     return z
 
 
-def _activate(z: Tensor, act: str, slope: float) -> Tensor:
-    if act == "lrelu":
-        return F.leaky_relu(z, slope)
-    if act == "linear":
-        return z
-    return {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu}[act](z)
-
-
 def reference(
     x: Tensor,
     scale: Tensor | None,
@@ -111,7 +101,7 @@ def reference(
     clamp: float,
 ) -> Tensor:
     """Compute noise_bias_act in plain PyTorch: the oracle in fp64, and what ONNX export writes."""
-    y = _activate(_pre_activation(x, (scale, noise, strength, bias)), act, slope)
+    y = activate(_pre_activation(x, (scale, noise, strength, bias)), act, slope)
     if gain != 1.0:
         y = y * gain
     if clamp >= 0:
@@ -201,27 +191,13 @@ def _slope(
     if saved_is_input:
         z = _pre_activation(saved, operands)
         limit = torch.full((), clamp, dtype=z.dtype, device=z.device)
-        magnitude = (_activate(z, act, slope) * gain).abs()
+        magnitude = (activate(z, act, slope) * gain).abs()
     else:
         z = saved.detach().to(_compute_dtype(saved))
         # The output was rounded to its dtype, so the limit it was clamped to is the rounded one.
         limit = torch.full((), clamp, dtype=saved.dtype, device=saved.device).to(z.dtype)
         magnitude = z.abs()
-    if act == "lrelu":
-        derivative = torch.where(z < 0, slope, 1.0).to(z.dtype)
-    elif act == "relu":
-        derivative = (~(z <= 0)).to(z.dtype)
-    elif act == "tanh":
-        derivative = 1 - torch.tanh(z) ** 2
-    elif act == "sigmoid":
-        s = torch.sigmoid(z)
-        derivative = s * (1 - s)
-    elif act == "silu":
-        s = torch.sigmoid(z)
-        derivative = s * (1 + z * (1 - s))
-    else:
-        derivative = torch.ones_like(z)
-    derivative = derivative * gain
+    derivative = activation_slope(z, act, slope) * gain
     return torch.where(magnitude >= limit, 0.0, derivative) if clamp >= 0 else derivative
 
 

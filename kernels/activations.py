@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The activations that fused ops end with, in plain PyTorch: values and derivatives."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "silu")  # the position is the native kernels' code
+
+
+def check_activation(op: str, act: str) -> None:
+    """Raise unless `act` names an activation."""
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act must be one of {ACTIVATIONS}, got {act!r}; choose one of these")
+
+
+def activate(z: Tensor, act: str, slope: float) -> Tensor:
+    """Return act(z); `slope` is lrelu's below zero. "linear" returns z itself."""
+    if act == "lrelu":
+        return F.leaky_relu(z, slope)
+    if act == "linear":
+        return z
+    return {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu}[act](z)
+
+
+def activation_slope(z: Tensor, act: str, slope: float) -> Tensor:
+    """Return d act(z) / dz, differentiable. At z = 0 lrelu takes the positive side and relu the flat one."""
+    if act == "lrelu":
+        return torch.where(z < 0, slope, 1.0).to(z.dtype)
+    if act == "relu":
+        return (~(z <= 0)).to(z.dtype)
+    if act == "tanh":
+        return 1 - torch.tanh(z) ** 2
+    if act == "sigmoid":
+        s = torch.sigmoid(z)
+        return s * (1 - s)
+    if act == "silu":
+        s = torch.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    return torch.ones_like(z)

@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalise, modulate and activate in one op: instance norm, AdaIN, SFT and SPADE are cases of it.
+
+Steps, numbered alike in the reference, csrc/norm_modulate.cpp, csrc/norm_modulate.cu and the Triton body:
+1. mean and rstd of every plane    2. u = (x - mean) * rstd    3. z = u * gamma + beta    4. y = act(z)
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faceedit.kernels import native
+from faceedit.kernels.activations import ACTIVATIONS, activate, activation_slope, check_activation
+from faceedit.kernels.dispatch import dispatcher, requested_backend
+from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
+from faceedit.kernels.tensors import as_float, check_image, check_shape, empty_float, empty_like, memory_format
+
+NORMS = ("instance", "none", "given")
+ABSENT, PER_CHANNEL, PER_PIXEL, PER_ELEMENT = range(4)  # what a gamma or beta is; the codes of csrc/norm_modulate.h
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of x, gamma, beta, mean, rstd; empty where not wanted
+
+
+def norm_modulate(
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    norm: str = "instance",
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    one_plus: bool = True,
+    eps: float = 1e-5,
+    act: str = "linear",
+    slope: float = 0.2,
+) -> Tensor:
+    """Normalise every plane of x, scale and shift it, and activate.
+
+    y = act((x - mean) * rstd * (1 + gamma) + beta)
+
+    Args:     x (N,C,H,W) fp64|fp32|fp16|bf16, NCHW or channels_last; gamma, beta (C) or (N,C), one value a channel;
+              (N,1,H,W), one a pixel; or x's shape; None: absent. norm "instance": mean and rstd = (variance + eps)^-1/2
+              of each plane, biased; "given": `mean` and `rstd`, (C) or (N,C), such as batch norm's; "none": 0 and 1.
+              one_plus=False scales by gamma itself. act: linear, relu, lrelu (`slope` below zero), tanh, sigmoid, silu.
+    Returns:  y with x's shape, dtype and memory format; computed in fp32 (fp64 for fp64). Maps are read in x's dtype.
+    Grad:     every tensor, to second order. At z = 0 lrelu takes the positive side and relu the flat one. A plane
+              that is constant, or one pixel, normalises to 0 without a gradient; NaN or inf spoils its own plane only.
+    Backends: eager (any device), cpu, cuda, triton. Relative L2 to fp64 eager: fp32 2e-6, fp16 and bf16 the rounding of
+              maps and output. Statistics are summed from differences, never as E[x^2] - E[x]^2: no offset hurts them.
+    Raises:   TypeError on a dtype; ValueError on shape, device, norm, act or eps, and on mean, rstd without "given".
+    Source:   Huang and Belongie 2017 (AdaIN), eq. 8; Wang et al. 2018 (SFT), eq. 4; Park et al. 2019 (SPADE), eq. 1.
+    """
+    check_image("norm_modulate", "x", x)
+    n, c, h, w = x.shape
+    check_activation("norm_modulate", act)
+    if norm not in NORMS:
+        raise ValueError(f"norm_modulate: norm must be one of {NORMS}, got {norm!r}; choose one of these")
+    if not eps > 0:
+        raise ValueError(f"norm_modulate: eps must be positive, got {eps}; a constant plane has variance 0")
+    for name, operand in (("gamma", gamma), ("beta", beta)):
+        if operand is not None:
+            check_shape("norm_modulate", name, operand, x, (c,), (n, c), (n, 1, h, w), (n, c, h, w))
+    for name, operand in (("mean", mean), ("rstd", rstd)):
+        if (operand is None) == (norm == "given"):
+            state = "absent" if operand is None else "present"
+            raise ValueError(
+                f"norm_modulate: {name} must come with norm='given' and only with it, got norm={norm!r} with {name} "
+                f"{state}; pass both or neither"
+            )
+        if operand is not None:
+            check_shape("norm_modulate", name, operand, x, (c,), (n, c))
+    return torch.ops.faceedit.norm_modulate(x, gamma, beta, mean, rstd, norm, one_plus, eps, act, slope)[0]
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _kind(operand: Tensor | None, x: Tensor) -> int:
+    if operand is None:
+        return ABSENT
+    if operand.dim() < 4:
+        return PER_CHANNEL
+    return PER_PIXEL if operand.shape[1] == 1 and x.shape[1] != 1 else PER_ELEMENT
+
+
+def _spread(operand: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an operand of any of its shapes as one that broadcasts against (N,C,H,W)."""
+    return operand.to(dtype) if operand.dim() == 4 else operand.to(dtype)[..., None, None]
+
+
+def _statistics(
+    x: Tensor, mean: Tensor | None, rstd: Tensor | None, norm: str, eps: float
+) -> tuple[Tensor, Tensor] | None:
+    """Return mean and rstd, broadcastable against x, which is in the dtype they are computed in."""
+    if norm == "none":
+        return None
+    if mean is not None and rstd is not None:
+        return _spread(mean, x.dtype), _spread(rstd, x.dtype)
+    found = x.mean((2, 3), keepdim=True)
+    variance = (x - found).square().mean((2, 3), keepdim=True)
+    return found, (variance + eps).rsqrt()
+
+
+def _modulate(u: Tensor, gamma: Tensor | None, beta: Tensor | None, one_plus: bool) -> Tensor:
+    if gamma is not None:
+        factor = _spread(gamma, u.dtype)
+        u = u * (1 + factor if one_plus else factor)
+    return u if beta is None else u + _spread(beta, u.dtype)
+
+
+def reference(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm: str,
+    one_plus: bool,
+    eps: float,
+    act: str,
+    slope: float,
+) -> tuple[Tensor, Tensor]:
+    """Compute norm_modulate in plain PyTorch: the oracle in fp64, and what ONNX export writes.
+
+    Returns: y, and what an instance norm found, (3,N,C): mean, rstd, and rstd times what rounding took off the mean
+             (0 here); empty for another norm.
+    """
+    u = x.to(_compute_dtype(x))
+    statistics = _statistics(u, mean, rstd, norm, eps)
+    found = u.new_empty(0)
+    if statistics is not None:
+        u = (u - statistics[0]) * statistics[1]
+        if norm == "instance":
+            centre, scale = (t.flatten(1) for t in statistics)
+            found = torch.stack([centre, scale, torch.zeros_like(scale)])
+    return activate(_modulate(u, gamma, beta, one_plus), act, slope).to(x.dtype), found
+
+
+def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    y, statistics = reference(x, *arguments)
+    y = y.contiguous(memory_format=memory_format(x))
+    return (y.clone() if y.data_ptr() == x.data_ptr() else y), statistics
+
+
+def _operand(operand: Tensor | None, x: Tensor, fmt: torch.memory_format) -> Tensor | None:
+    """Make gamma or beta readable by kernels: fp32 rows; maps in x's dtype and memory format."""
+    if operand is None or operand.dim() < 4:
+        return as_float(operand)
+    operand = operand.detach().to(x.dtype)
+    return operand.contiguous() if _kind(operand, x) == PER_PIXEL else operand.contiguous(memory_format=fmt)
+
+
+def _row_stride(operand: Tensor | None) -> int:
+    return operand.shape[1] if operand is not None and operand.dim() == 2 else 0
+
+
+def _call(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm: str,
+    one_plus: bool,
+    eps: float,
+    act: str,
+    slope: float,
+) -> dict[str, Any]:
+    """Return the fields that both native entry points share; x, gamma, ... as `_operand` and `as_float` made them."""
+    n, c, h, w = x.shape
+    return {
+        "x": x.data_ptr(),
+        "gamma": native.address(gamma),
+        "beta": native.address(beta),
+        "mean": native.address(mean),
+        "rstd": native.address(rstd),
+        "batch": n,
+        "channels": c,
+        "pixels": h * w,
+        "gamma_stride": _row_stride(gamma),
+        "beta_stride": _row_stride(beta),
+        "mean_stride": _row_stride(mean),
+        "rstd_stride": _row_stride(rstd),
+        "gamma_kind": _kind(gamma, x),
+        "beta_kind": _kind(beta, x),
+        "dtype": native.DTYPE_CODES[x.dtype],
+        "norm": NORMS.index(norm),
+        "act": ACTIVATIONS.index(act),
+        "channels_last": memory_format(x) is torch.channels_last,
+        "one_plus": one_plus,
+        "eps": eps,
+        "slope": slope,
+    }
+
+
+def _native(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, rstd: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    fmt = memory_format(x)
+    x = x.contiguous(memory_format=fmt)
+    # Held by name until the call returns: the parameters carry addresses only.
+    gamma, beta, mean, rstd = _operand(gamma, x, fmt), _operand(beta, x, fmt), as_float(mean), as_float(rstd)
+    module, target = native.module(), native.target(x)
+    y = empty_like(x, fmt)
+    statistics = empty_float(x, *((3, *x.shape[:2]) if settings[0] == "instance" else (0,)))
+    call = _call(x, gamma, beta, mean, rstd, *settings)
+    call |= {"y": y.data_ptr(), "statistics": statistics.data_ptr()}
+    workspace = empty_float(x, module.norm_modulate_fwd_workspace(target, **call), dtype=torch.float64)
+    module.norm_modulate_fwd(target, **call, workspace=workspace.data_ptr())
+    return y, statistics
+
+
+_forward = dispatcher("norm_modulate", eager=_eager, cpu=_native, cuda=_native)
+
+
+def _fake(x: Tensor, gamma: Any, beta: Any, mean: Any, rstd: Any, norm: str, *settings: Any) -> tuple[Tensor, Tensor]:
+    shape = (3, *x.shape[:2]) if norm == "instance" else (0,)
+    return torch.empty_like(x, memory_format=memory_format(x)), x.new_empty(shape, dtype=_compute_dtype(x))
+
+
+_op = define_op(
+    "norm_modulate(Tensor x, Tensor? gamma, Tensor? beta, Tensor? mean, Tensor? rstd, str norm, bool one_plus, "
+    "float eps, str act, float slope) -> (Tensor y, Tensor statistics)",
+    _forward,
+    _fake,
+)
+
+
+# Backward. With gz = dL/dz and gu = gz * gamma, an instance norm passes on rstd * (gu - mean(gu) - u * mean(gu * u)).
+
+
+def _reduce(gradient: Tensor, operand: Tensor) -> Tensor:
+    """Sum an element-wise gradient (N,C,H,W) down to an operand's shape, in its dtype."""
+    if operand.dim() == 1:
+        gradient = gradient.sum((0, 2, 3))
+    elif operand.dim() == 2:
+        gradient = gradient.sum((2, 3))
+    elif operand.shape[1] != gradient.shape[1]:
+        gradient = gradient.sum(1, keepdim=True)
+    return gradient.to(operand.dtype)
+
+
+def backward_reference(
+    x: Tensor,
+    grad: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm: str,
+    one_plus: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    wanted: list[bool],
+) -> Gradients:
+    """Compute the gradients in plain PyTorch: the oracle, the eager backend, and the path that is differentiated again.
+
+    wanted: for x, gamma, beta, mean and rstd. A gradient that is not wanted is an empty tensor.
+    """
+    dtype = _compute_dtype(x)
+    wide = x.to(dtype)
+    statistics = _statistics(wide, mean, rstd, norm, eps)
+    u = wide if statistics is None else (wide - statistics[0]) * statistics[1]
+    gz = grad.to(dtype) * activation_slope(_modulate(u, gamma, beta, one_plus), act, slope)
+    gu = gz
+    if gamma is not None:
+        factor = _spread(gamma, dtype)
+        gu = gz * (1 + factor if one_plus else factor)
+    gx, ggamma, gbeta, gmean, grstd = (grad.new_empty(0) for _ in range(5))
+    if wanted[0]:
+        wide_gx = gu
+        if norm == "instance":
+            wide_gx = gu - gu.mean((2, 3), keepdim=True) - u * (gu * u).mean((2, 3), keepdim=True)
+        gx = (wide_gx if statistics is None else wide_gx * statistics[1]).to(x.dtype)
+    if wanted[1] and gamma is not None:
+        ggamma = _reduce(gz * u, gamma)
+    if wanted[2] and beta is not None:
+        gbeta = _reduce(gz, beta)
+    if mean is not None and rstd is not None:
+        if wanted[3]:
+            gmean = _reduce(-gu * _spread(rstd, dtype), mean)
+        if wanted[4]:
+            grstd = _reduce(gu * (wide - _spread(mean, dtype)), rstd)
+    return gx, ggamma, gbeta, gmean, grstd
+
+
+def _backward_eager(x: Tensor, grad: Tensor, statistics: Tensor, *arguments: Any) -> Gradients:
+    # An op returns neither an input nor one tensor twice; every gradient has its fake's strides.
+    found = backward_reference(x, grad, *arguments)
+    operands = (x, *arguments[:4])
+    gx, ggamma, gbeta, gmean, grstd = (
+        torch.empty_like(operand, memory_format=_gradient_format(operand, x)).copy_(g) if want else g
+        for g, operand, want in zip(found, operands, arguments[-1], strict=True)
+    )
+    return gx, ggamma, gbeta, gmean, grstd
+
+
+def _gradient_format(operand: Tensor, x: Tensor) -> torch.memory_format:
+    """Return the format of a gradient: x's for x and maps of its shape, contiguous for all others."""
+    return memory_format(x) if _kind(operand, x) == PER_ELEMENT else torch.contiguous_format
+
+
+def _backward_native(
+    x: Tensor,
+    grad: Tensor,
+    statistics: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    *arguments: Any,
+) -> Gradients:
+    *settings, wanted = arguments
+    fmt = memory_format(x)
+    operands = (gamma, beta, mean, rstd)
+    x, grad = x.contiguous(memory_format=fmt), grad.to(x.dtype).contiguous(memory_format=fmt)
+    gamma_k, beta_k, mean_k, rstd_k = _operand(gamma, x, fmt), _operand(beta, x, fmt), as_float(mean), as_float(rstd)
+    found = [empty_like(x, fmt) if wanted[0] else None]
+    found += [
+        None if not want or o is None else empty_float(x, *x.shape[:2]) if o.dim() < 4 else empty_like(x, fmt)
+        for want, o in zip(wanted[1:], operands, strict=True)
+    ]
+    module, target = native.module(), native.target(x)
+    call = _call(x, gamma_k, beta_k, mean_k, rstd_k, *settings)
+    call |= {"grad": grad.data_ptr(), "statistics": statistics.data_ptr()}
+    names = ("grad_x", "grad_gamma", "grad_beta", "grad_mean", "grad_rstd")
+    call |= {name: native.address(g) for name, g in zip(names, found, strict=True)}
+    workspace = empty_float(x, module.norm_modulate_bwd_workspace(target, **call), dtype=torch.float64)
+    module.norm_modulate_bwd(target, **call, workspace=workspace.data_ptr())
+    return _as_operands(x, found, operands)
+
+
+def _as_operands(x: Tensor, found: list[Tensor | None], operands: tuple[Tensor | None, ...]) -> Gradients:
+    """Bring what kernels write, (N,C) or x's shape, to the operands' shapes and dtypes."""
+    empty = [x.new_empty(0) for _ in range(5)]
+    result = [empty[0] if found[0] is None else found[0]]
+    for g, operand, nothing in zip(found[1:], operands, empty[1:], strict=True):
+        if g is None or operand is None:
+            result.append(nothing)
+            continue
+        if operand.dim() == 1:
+            g = g.sum(0)
+        elif _kind(operand, x) == PER_PIXEL:
+            g = g.sum(1, keepdim=True).contiguous()
+        result.append(g.to(operand.dtype))
+    return result[0], result[1], result[2], result[3], result[4]
+
+
+_backward = dispatcher("norm_modulate_backward", eager=_backward_eager, cpu=_backward_native, cuda=_backward_native)
+
+
+def _backward_fake(x: Tensor, grad: Tensor, statistics: Tensor, *arguments: Any) -> Gradients:
+    operands, wanted = (x, *arguments[:4]), arguments[-2]
+    gx, ggamma, gbeta, gmean, grstd = (
+        torch.empty_like(operand, memory_format=_gradient_format(operand, x))
+        if want and operand is not None
+        else x.new_empty(0)
+        for operand, want in zip(operands, wanted, strict=True)
+    )
+    return gx, ggamma, gbeta, gmean, grstd
+
+
+define_op(
+    "norm_modulate_backward(Tensor x, Tensor grad, Tensor statistics, Tensor? gamma, Tensor? beta, Tensor? mean, "
+    "Tensor? rstd, str norm, bool one_plus, float eps, str act, float slope, bool[] wanted, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *operands = inputs[:5]
+    ctx.settings = inputs[5:]
+    ctx.backend = requested_backend()
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], *operands)
+
+
+def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:5])
+    x, statistics, *operands = ctx.saved_tensors
+    arguments = (*operands, *ctx.settings, wanted)
+    if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated, through the statistics too
+        gradients = backward_reference(x, grad, *arguments)
+    else:
+        gradients = torch.ops.faceedit.norm_modulate_backward(x, grad, statistics, *arguments, ctx.backend)
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 5
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+register_onnx_decomposition(torch.ops.faceedit.norm_modulate.default, reference)
+
+
+@_op.register_vmap
+def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Fold the mapped axis into N; one call a slice where a row that serves the whole batch is mapped itself."""
+    size = info.batch_size
+    x = mapped_first(arguments[0], in_dims[0], size)
+    assert x is not None  # only an absent operand stays absent
+    folded: list[Tensor | None] = []
+    for operand, dim in zip(arguments[1:5], in_dims[1:5], strict=True):
+        if operand is None or (operand.dim() == 1 and dim is None):
+            folded.append(operand)
+            continue
+        if operand.dim() == 2 and dim is not None:
+            y, statistics = mapped_slices(_op, info, in_dims, arguments)[0]
+            return (y, statistics), (0, 0)
+        mapped = mapped_first(operand, dim, size)
+        folded.append(None if mapped is None else mapped.flatten(0, 1))
+    y, statistics = _op(x.flatten(0, 1), *folded, *arguments[5:])
+    if statistics.dim() == 3:
+        return (y.unflatten(0, (size, -1)), statistics.unflatten(1, (size, -1))), (0, 1)
+    return (y.unflatten(0, (size, -1)), statistics.unsqueeze(0).expand(size, -1)), (0, 0)
