@@ -7,6 +7,7 @@
 #include "masked_mse.h"
 #include "norm_modulate.h"
 #include "noise_bias_act.h"
+#include "upfirdn2d.h"
 
 // ENTRY(function, Params): `function` exists as fe::<isa>::function(const Params&, int threads) and, in a CUDA build, as
 // fe::function_cuda(const Params&, int device, void* stream). fe::check_function(const Params&) runs before either.
@@ -18,7 +19,8 @@
   ENTRY(masked_mse_fwd, MaskedMseParams)        \
   ENTRY(masked_mse_bwd, MaskedMseParams)        \
   ENTRY(norm_modulate_fwd, NormModulateParams)  \
-  ENTRY(norm_modulate_bwd, NormModulateParams)
+  ENTRY(norm_modulate_bwd, NormModulateParams)  \
+  ENTRY(upfirdn2d_fwd, UpFirDnParams)
 
 // WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
 // these parameters needs. Pointers only say which results are wanted.

@@ -6,18 +6,26 @@ Importing compiles nothing and touches no GPU. See docs/kernels for one page per
 
 from faceedit.kernels.alpha_blend import alpha_blend
 from faceedit.kernels.dispatch import backend, backends_report, last_backend
+from faceedit.kernels.fir_epilogue import fir_epilogue
 from faceedit.kernels.masked_mse import masked_mse
 from faceedit.kernels.noise_bias_act import noise_bias_act
 from faceedit.kernels.norm_modulate import norm_modulate
 from faceedit.kernels.operator import decomposition_table
+from faceedit.kernels.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
     "alpha_blend",
     "backend",
     "backends_report",
     "decomposition_table",
+    "downsample2d",
+    "filter2d",
+    "fir_epilogue",
     "last_backend",
     "masked_mse",
     "noise_bias_act",
     "norm_modulate",
+    "setup_filter",
+    "upfirdn2d",
+    "upsample2d",
 ]

