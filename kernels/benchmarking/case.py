@@ -23,8 +23,9 @@ class Case:
     the op is spread out. ours, eager: the op, and the obvious PyTorch code for the same result. moved: bytes that must
     cross the memory bus at least once, forward and forward+backward. flops: the same for arithmetic, 0 where memory
     bounds the op. wanted: positions of the inputs that get a gradient; None: all floating point ones; (): forward only.
-    others: more formulations, by name. baseline: the provider that ratios and results are compared with.
-    tolerance: relative L2 of outputs and of gradients against the baseline; None: by dtype.
+    others: more formulations, by name. baseline: the provider that ratios and results are compared with, and that
+    torch.compile compiles. tolerance: relative L2 of outputs and of gradients against it; None: by dtype. passes: those
+    worth a row.
     """
 
     inputs: Sequence[Tensor]
@@ -36,6 +37,7 @@ class Case:
     others: Mapping[str, Function] = field(default_factory=dict)
     baseline: str = "eager"
     tolerance: tuple[float, float] | None = None
+    passes: tuple[str, ...] = PASSES
 
     def differentiable(self) -> tuple[int, ...]:
         """Return the positions of the inputs that get a gradient."""
@@ -50,8 +52,8 @@ class Benchmark:
 
     build(*arguments, dtype) makes the case of a layer; layers: its arguments by the layer's name, as `32@1024`
     (channels@side), the most telling first: a quick run takes only that. small: arguments that take milliseconds, for
-    the test of the frame. target: how many times faster than the baseline the C++ kernel must be on a CPU, by pass, in
-    the median over the layers (none: not stated).
+    the test of the frame. target: how many times faster than the baseline the C++ kernel must be on a CPU, by pass or
+    by `pass dtype`, in the median over the layers (none: not stated).
     """
 
     op: str

@@ -43,7 +43,7 @@ def function_of(case: Case, provider: str) -> Function:
         return _under(BACKEND[provider], case.ours)
     if provider == "compile":
         torch._dynamo.reset()  # past the recompile limit later cases would silently time eager code
-        return torch.compile(case.eager)
+        return torch.compile(case.others.get(case.baseline, case.eager))
     return _under("eager", case.eager)
 
 

@@ -35,7 +35,7 @@ def run_layer(benchmark: Benchmark, layer: str, dtype: torch.dtype, settings: Se
     """Yield a record a pass and provider: the baseline first, then its challengers."""
     case = benchmark.case(layer, dtype)
     for index, name in enumerate(PASSES):
-        if name not in settings.passes or (index and not case.differentiable()):
+        if name not in settings.passes or name not in case.passes or (index and not case.differentiable()):
             continue
         row = {"op": benchmark.op, "layer": layer, "dtype": str(dtype).removeprefix("torch."), "pass": name}
         for record in _run_pass(case, index, settings):
@@ -142,6 +142,7 @@ def summarise(records: Sequence[dict[str, Any]], benchmarks: dict[str, Benchmark
             groups.setdefault(key, []).append(record)
     lines = []
     for (op, dtype, name, provider), rows in groups.items():
+        target = benchmarks[op].target
         to_compile = [row["ratio_to_compile"]["median"] for row in rows if row["ratio_to_compile"]]
         lines.append({
             "op": op,
@@ -153,6 +154,6 @@ def summarise(records: Sequence[dict[str, Any]], benchmarks: dict[str, Benchmark
             "ratio_of_minima": statistics.median(row["ratio"]["minima"] for row in rows),
             "ratio_to_compile": statistics.median(to_compile) if to_compile else None,
             "noisy_layers": sum(row["ratio"]["noisy"] for row in rows),
-            "target": benchmarks[op].target.get(name) if provider == "cpp" else None,
+            "target": target.get(f"{name} {dtype}", target.get(name)) if provider == "cpp" else None,
         })  # fmt: skip
     return lines

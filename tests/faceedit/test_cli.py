@@ -286,3 +286,20 @@ def test_train_dry_run_prints_the_recipe(run: Run, tmp_path: Path) -> None:
     assert "steps: 7" in outcome.out
     run("train", "magan-starter", "--dry-run").refused(2, "maggan-starter")
     run("train", "maggan-starter", "trainer.stesp=7", "--dry-run").refused(2, "steps")
+
+
+# bench
+
+
+def test_bench_compares_every_provider_and_says_what_is_missing(run: Run) -> None:
+    outcome = run("bench", "kernels", "--check", "--device", "cpu", "--op", "masked_mse", "--dtype", "float32")
+    assert outcome.code == 0, outcome.err
+    rows = [line.split() for line in outcome.out.splitlines() if line.startswith("masked_mse ")]
+    assert {row[3] for row in rows} == {"forward", "forward+backward"}
+    assert all("agrees" in row for row in rows)
+    assert "no triton: " in outcome.out
+
+
+def test_bench_refuses_unknown_names_and_files_it_could_not_write(run: Run, tmp_path: Path) -> None:
+    run("bench", "kernels", "--check", "--op", "masked_msee").refused(2, "--op", "did you mean masked_mse?")
+    run("bench", "kernels", "--check", "--json", str(tmp_path / "no" / "file")).refused(1, "writable folder")

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's frame, with a clock that does not look at the time."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from torch import Tensor
+
+from faceedit.kernels.benchmarking import SMALL, Benchmark, Case, benchmarks, draw, report, suite
+from faceedit.kernels.benchmarking.providers import missing, relative_error
+from faceedit.kernels.benchmarking.timing import MOST_ROUNDS, Call, Spread, interleave, ratio
+
+
+class Script:
+    """A clock that says what it is told, and remembers who was asked in which order."""
+
+    def __init__(self) -> None:
+        self.order: list[object] = []
+        self.ticks = count(1)
+
+    def repeats(self, call: Call) -> int:
+        return 1
+
+    def sample(self, call: Call, repeats: int) -> float:
+        self.order.append(call())
+        return float(next(self.ticks))
+
+
+def test_rounds_rotate_so_that_every_provider_comes_first() -> None:
+    clock = Script()
+    times = interleave({name: (lambda name=name: name) for name in "abc"}, clock, rounds=4, seconds=0.0)
+    assert "".join(map(str, clock.order)) == "abcbcacababc"
+    assert times == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11], "c": [3, 5, 7, 12]}
+
+
+def test_short_rows_go_on_until_the_seconds_are_over_but_not_for_ever() -> None:
+    clock = Script()
+    times = interleave({"a": lambda: None}, clock, rounds=2, seconds=float("inf"))
+    assert len(times["a"]) == MOST_ROUNDS
+
+
+def test_ratio_is_the_median_of_the_rounds_and_noise_is_marked() -> None:
+    found = ratio([2.0, 40.0, 4.0, 6.0, 8.0], [1.0, 20.0, 2.0, 3.0, 4.0])
+    assert found == {"median": 2.0, "q1": 2.0, "q3": 2.0, "minima": 2.0, "noisy": False}
+    assert ratio([2.0, 2.0, 2.0], [0.5, 1.0, 1.0])["noisy"]  # 2 by the median, 4 by the minima
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "error"),
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0.0),
+        ([3.0, 4.0], [0.0, 0.0], float("inf")),
+        ([0.0, 5.5], [0.0, 5.0], 0.1),
+        ([float("nan"), 1.0], [float("nan"), 1.0], 0.0),
+        ([float("nan"), 1.0], [0.0, 1.0], float("inf")),
+        ([float("inf"), 1.0], [float("-inf"), 1.0], float("inf")),
+        ([1.0], [1.0, 1.0], float("inf")),
+    ],
+)
+def test_relative_error(actual: list[float], expected: list[float], error: float) -> None:
+    assert relative_error(torch.tensor(actual), torch.tensor(expected)) == pytest.approx(error)
+
+
+def doubled(x: Tensor) -> Tensor:
+    return x * 2
+
+
+def broken(x: Tensor) -> Tensor:
+    raise RuntimeError("no kernel\nfor this shape")
+
+
+def toy(**changes: object) -> Benchmark:
+    def build(side: int, dtype: torch.dtype) -> Case:
+        case = Case((draw(1, 1, side, side).to(dtype),), doubled, doubled, (8 * side**2, 16 * side**2))
+        return replace(case, **changes)  # type: ignore[arg-type]
+
+    return Benchmark("toy", build, {"1@8": (8,)}, (4,), {"forward": 3.0})
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "CpuClock", Script)
+    monkeypatch.setattr(suite, "peak_memory", lambda call, device: 1_000_000)
+
+
+def records_of(benchmark: Benchmark, layer: str = SMALL, **settings: object) -> list[dict[str, object]]:
+    chosen = suite.Settings(**({"providers": ("eager",), "rounds": 0} | settings))  # type: ignore[arg-type]
+    return list(suite.run_layer(benchmark, layer, torch.float32, chosen))
+
+
+def test_a_wrong_or_failing_provider_is_named_and_the_others_go_on() -> None:
+    others = {"slightly off": lambda x: x * 2.01, "broken": broken, "right": lambda x: x + x}
+    records = records_of(toy(others=others), passes=("forward",))
+    assert {r["provider"]: r["status"] for r in records} == {
+        "eager": "ok", "slightly off": "wrong", "broken": "failed", "right": "ok",
+    }  # fmt: skip
+    reasons = {r["provider"]: r.get("reason") for r in records}
+    assert reasons["slightly off"] == "output 0 of slightly off is 0.005 from eager's, more than 1e-05"
+    assert reasons["broken"] == "RuntimeError: no kernel for this shape"
+    rates = {"copy_bytes_per_s": 1e9, "matrix": {}}
+    assert "WRONG: output 0 of slightly off" in "\n".join(report.line(r, rates) for r in records)
+
+
+def test_a_wrong_gradient_is_found_too() -> None:
+    others = {"detached": lambda x: x + x.detach()}
+    forward, backward = (r for r in records_of(toy(others=others)) if r["provider"] == "detached")
+    assert (forward["status"], backward["status"]) == ("ok", "wrong")
+    assert "gradient 0 of detached" in str(backward["reason"])
+
+
+def test_passes_without_gradients_are_left_out() -> None:
+    assert {r["pass"] for r in records_of(toy(wanted=()))} == {"forward"}
+    assert {r["pass"] for r in records_of(toy(passes=("forward+backward",)))} == {"forward+backward"}
+
+
+@pytest.mark.usefixtures("scripted")
+def test_timed_records_hold_what_the_table_shows() -> None:
+    others = {"another": doubled}
+    records = records_of(toy(others=others), "1@8", rounds=3, seconds=0.0)
+    assert json.loads(json.dumps(records)) == records
+    first, second = (r for r in records if r["pass"] == "forward")
+    assert (first["provider"], first["is_baseline"], first["ratio"]["median"]) == ("eager", True, 1.0)  # type: ignore[index]
+    assert second["rounds"] == 3
+    assert second["bytes_per_s"] == pytest.approx(8 * 64 / second["median_s"])  # type: ignore[operator]
+    rates = {"copy_bytes_per_s": 1e9, "matrix": {"float32": 1e12}}
+    assert "1.0" in report.line(second, rates)
+    (line, _) = suite.summarise(records, {"toy": toy()})
+    assert (line["provider"], line["layers"], line["target"]) == ("another", 1, None)
+
+
+def test_target_is_reached_or_missed_in_words() -> None:
+    line = {"op": "toy", "dtype": "float32", "pass": "forward", "provider": "cpp", "layers": 3, "ratio": 2.5}
+    line |= {"ratio_of_minima": 2.4, "ratio_to_compile": 1.2, "noisy_layers": 0, "target": 3.0}
+    assert "target 3x MISSED" in "\n".join(report.summary([line]))
+    assert "target 3x reached" in "\n".join(report.summary([line | {"ratio": 3.0}]))
+
+
+def test_peak_memory_counts_what_lives_at_once() -> None:
+    def call() -> tuple[Tensor, ...]:
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        b = torch.empty(1 << 20, dtype=torch.uint8)
+        del a, b
+        return (torch.empty(1 << 19, dtype=torch.uint8),)
+
+    assert suite.peak_memory(call, "cpu") == 2 << 20  # type: ignore[arg-type]
+
+
+def test_a_provider_that_cannot_run_says_why() -> None:
+    assert missing("eager", "cpu") == missing("compile", "cpu") == ""
+    assert "needs CUDA tensors" in missing("cuda", "cpu") or "CUDA" in missing("cuda", "cpu")
+
+
+def layers() -> Iterator[tuple[str, str]]:
+    yield from ((op, layer) for op, benchmark in benchmarks().items() for layer in benchmark.layers)
+
+
+def test_layers_are_named_alike_and_targets_name_passes() -> None:
+    for op, layer in layers():
+        assert layer != SMALL, op
+    for benchmark in benchmarks().values():
+        for key in benchmark.target:
+            assert key.split()[0] in ("forward", "forward+backward"), benchmark.op
