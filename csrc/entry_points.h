@@ -4,6 +4,7 @@
 #pragma once
 
 #include "alpha_blend.h"
+#include "kl.h"
 #include "masked_mse.h"
 #include "norm_modulate.h"
 #include "noise_bias_act.h"
@@ -14,6 +15,10 @@
 #define FE_ENTRY_POINTS(ENTRY)                  \
   ENTRY(alpha_blend_fwd, AlphaBlendParams)      \
   ENTRY(alpha_blend_bwd, AlphaBlendParams)      \
+  ENTRY(bernoulli_kl_fwd, BernoulliKlParams)    \
+  ENTRY(bernoulli_kl_bwd, BernoulliKlParams)    \
+  ENTRY(gaussian_kl_fwd, GaussianKlParams)      \
+  ENTRY(gaussian_kl_bwd, GaussianKlParams)      \
   ENTRY(noise_bias_act_fwd, NoiseBiasActParams) \
   ENTRY(noise_bias_act_bwd, NoiseBiasActParams) \
   ENTRY(masked_mse_fwd, MaskedMseParams)        \
@@ -25,6 +30,7 @@
 // WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
 // these parameters needs. Pointers only say which results are wanted.
 #define FE_WORKSPACES(WORKSPACE)                              \
+  WORKSPACE(gaussian_kl_fwd_workspace, GaussianKlParams)      \
   WORKSPACE(noise_bias_act_bwd_workspace, NoiseBiasActParams) \
   WORKSPACE(masked_mse_fwd_workspace, MaskedMseParams)        \
   WORKSPACE(norm_modulate_fwd_workspace, NormModulateParams)  \

@@ -7,6 +7,7 @@ Importing compiles nothing and touches no GPU. See docs/kernels for one page per
 from faceedit.kernels.alpha_blend import alpha_blend
 from faceedit.kernels.dispatch import backend, backends_report, last_backend
 from faceedit.kernels.fir_epilogue import fir_epilogue
+from faceedit.kernels.kl import bernoulli_kl, gaussian_kl
 from faceedit.kernels.masked_mse import masked_mse
 from faceedit.kernels.noise_bias_act import noise_bias_act
 from faceedit.kernels.norm_modulate import norm_modulate
@@ -17,10 +18,12 @@ __all__ = [
     "alpha_blend",
     "backend",
     "backends_report",
+    "bernoulli_kl",
     "decomposition_table",
     "downsample2d",
     "filter2d",
     "fir_epilogue",
+    "gaussian_kl",
     "last_backend",
     "masked_mse",
     "noise_bias_act",
