@@ -197,6 +197,13 @@ FE_HD float slope_from_output(float y, float slope, float gain, float clamp) {
   return clamped ? 0.0f : activation_slope<ACT>(y, slope) * gain;
 }
 
+// z from the output y of a piecewise linear activation; `inverse` is 1 / gain, `inverse_below` 1 / (gain * slope). Where
+// the output does not tell (clamped, or the flat side of a ReLU) dy/dz is 0, so that z counts for nothing there.
+template <int ACT>
+FE_HD float input_from_output(float y, float inverse, float inverse_below) {
+  return ACT == kLeakyRelu && y < 0.0f ? y * inverse_below : y * inverse;
+}
+
 // The CUDA kernels switch per element on a value every thread shares, which costs nothing in a kernel bound by memory and
 // keeps one binary per dtype instead of six.
 #define FE_FOR_ACTIVATION(ACT, EXPRESSION)      \

@@ -9,6 +9,7 @@ from faceedit.kernels.dispatch import backend, backends_report, last_backend
 from faceedit.kernels.fir_epilogue import fir_epilogue
 from faceedit.kernels.kl import bernoulli_kl, gaussian_kl
 from faceedit.kernels.masked_mse import masked_mse
+from faceedit.kernels.modulated_conv2d import modulated_conv2d
 from faceedit.kernels.noise_bias_act import noise_bias_act
 from faceedit.kernels.norm_modulate import norm_modulate
 from faceedit.kernels.operator import decomposition_table
@@ -26,6 +27,7 @@ __all__ = [
     "gaussian_kl",
     "last_backend",
     "masked_mse",
+    "modulated_conv2d",
     "noise_bias_act",
     "norm_modulate",
     "setup_filter",
