@@ -2,6 +2,7 @@
 // The arithmetic of every element: the CPU kernels and the CUDA kernels call these same functions.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "common.h"
@@ -196,6 +197,13 @@ FE_HD float slope_from_output(float y, float slope, float gain, float clamp) {
   return clamped ? 0.0f : activation_slope<ACT>(y, slope) * gain;
 }
 
+// z from the output y of a piecewise linear activation; `inverse` is 1 / gain, `inverse_below` 1 / (gain * slope). Where
+// the output does not tell (clamped, or the flat side of a ReLU) dy/dz is 0, so that z counts for nothing there.
+template <int ACT>
+FE_HD float input_from_output(float y, float inverse, float inverse_below) {
+  return ACT == kLeakyRelu && y < 0.0f ? y * inverse_below : y * inverse;
+}
+
 // The CUDA kernels switch per element on a value every thread shares, which costs nothing in a kernel bound by memory and
 // keeps one binary per dtype instead of six.
 #define FE_FOR_ACTIVATION(ACT, EXPRESSION)      \
@@ -286,6 +294,52 @@ FE_HD float blend(float fg, float bg, float m) {
   const float between = bg + m * (fg - bg);
   const float outside = m == 0.0f ? bg : between;
   return m == 1.0f ? fg : outside;
+}
+
+// The two-point divergences are a few dozen values a launch: double costs nothing, and the difference of nearly equal
+// distributions keeps its digits.
+FE_HD double smoothed(double target, double smoothing) {
+  return target < smoothing ? smoothing - target : target - smoothing;
+}
+
+FE_HD double x_log_x(double x) { return x == 0.0 ? 0.0 : x * std::log(x); }
+
+// KL(target || sigmoid(logit)), finite for every finite logit: the exponential cannot overflow, no logarithm sees 0.
+FE_HD double bernoulli_divergence(double logit, double target) {
+  const double tail = std::log1p(std::exp(logit < 0.0 ? logit : -logit));
+  const double cross = (logit < 0.0 ? -target : 1.0 - target) * logit + tail;
+  return x_log_x(target) + x_log_x(1.0 - target) + cross;
+}
+
+FE_HD double logistic(double x) {
+  const double e = std::exp(x < 0.0 ? x : -x);
+  return (x < 0.0 ? e : 1.0) / (1.0 + e);
+}
+
+// (e^x - 1 - x) / x^2 by its series: exact to float32 for |x| < 1, where the difference itself would cancel.
+FE_HD float exponential_series(float x) {
+  float series = 2.5052108e-8f;
+  series = series * x + 2.7557319e-7f;
+  series = series * x + 2.7557319e-6f;
+  series = series * x + 2.4801587e-5f;
+  series = series * x + 1.9841270e-4f;
+  series = series * x + 1.3888889e-3f;
+  series = series * x + 8.3333333e-3f;
+  series = series * x + 4.1666667e-2f;
+  series = series * x + 1.6666667e-1f;
+  return series * x + 0.5f;
+}
+
+FE_HD float exponential_excess(float x) {
+  const float magnitude = x < 0.0f ? -x : x;
+  const float far = exponential(x) - 1.0f - x;
+  return magnitude < 1.0f ? x * x * exponential_series(x) : far;
+}
+
+FE_HD float exponential_minus_one(float x) {
+  const float magnitude = x < 0.0f ? -x : x;
+  const float far = exponential(x) - 1.0f;
+  return magnitude < 1.0f ? x + x * x * exponential_series(x) : far;
 }
 
 }  // namespace FE_ISA

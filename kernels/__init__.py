@@ -7,7 +7,9 @@ Importing compiles nothing and touches no GPU. See docs/kernels for one page per
 from faceedit.kernels.alpha_blend import alpha_blend
 from faceedit.kernels.dispatch import backend, backends_report, last_backend
 from faceedit.kernels.fir_epilogue import fir_epilogue
+from faceedit.kernels.kl import bernoulli_kl, gaussian_kl
 from faceedit.kernels.masked_mse import masked_mse
+from faceedit.kernels.modulated_conv2d import modulated_conv2d
 from faceedit.kernels.noise_bias_act import noise_bias_act
 from faceedit.kernels.noise_regularizer import noise_regularizer, normalize_noise_
 from faceedit.kernels.norm_modulate import norm_modulate
@@ -18,12 +20,15 @@ __all__ = [
     "alpha_blend",
     "backend",
     "backends_report",
+    "bernoulli_kl",
     "decomposition_table",
     "downsample2d",
     "filter2d",
     "fir_epilogue",
+    "gaussian_kl",
     "last_backend",
     "masked_mse",
+    "modulated_conv2d",
     "noise_bias_act",
     "noise_regularizer",
     "norm_modulate",

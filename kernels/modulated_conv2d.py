@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""StyleGAN2's layer: modulated convolution, resampling, demodulation, noise, bias, activation and ToRGB's sums.
+
+z = d * conv(weight, styles * x) + noise * strength + bias, d[n,o] = (sum_ik (styles[n,i] * weight[o,i,k])^2 + eps)^-1/2
+y = clamp(act(z) * gain),                                   rgb[n,k] = sum_o rgb_weight[k,o] * rgb_styles[n,o] * y[n,o]
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faceedit.kernels import modulated_conv2d_passes
+from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
+from faceedit.kernels.modulated_conv2d_parts import (
+    EPSILON,
+    Geometry,
+    Vectors,
+    compute_dtype,
+    fp16_factor,
+    resampled,
+    resampled_backward,
+)
+from faceedit.kernels.modulated_conv2d_passes import output_tells_input
+from faceedit.kernels.noise_bias_act import ACTIVATIONS
+from faceedit.kernels.noise_bias_act import backward_reference as epilogue_backward
+from faceedit.kernels.noise_bias_act import reference as epilogue
+from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
+from faceedit.kernels.tensors import check_image, check_shape, describe, memory_format
+
+
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    *,
+    noise: Tensor | None = None,
+    strength: Tensor | None = None,
+    bias: Tensor | None = None,
+    up: int = 1,
+    down: int = 1,
+    fir: Tensor | None = None,
+    demodulate: bool = True,
+    act: str = "lrelu",
+    slope: float = 0.2,
+    gain: float = 2**0.5,
+    clamp: float = -1.0,
+    rgb_weight: Tensor | None = None,
+    rgb_styles: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run one layer of a StyleGAN2 generator, no per-sample weight and no intermediate activation kept.
+
+    up = 2: transposed convolution of stride 2, then the FIR; down = 2: the FIR, then a convolution of stride 2. Sizes
+    become 2H and H // 2. act="linear", gain=1, demodulate=False and a (3,I,1,1) weight are ToRGB.
+
+    Args:     x (N,I,H,W) fp64|fp32|fp16|bf16, NCHW or channels_last (faster); weight (O,I,k,k), k odd, of any dtype;
+              styles (N,I). noise (N|1,1,H',W') of the output's size, strength one value, bias (O). fir: four taps, as
+              they are (None: [1,3,3,1] / 8). act, slope, gain, clamp as in noise_bias_act. rgb_weight (3,O) and
+              rgb_styles (N,O): also return ToRGB's sums over y, to which bias and skip are to be added.
+    Returns:  y (N,O,H',W') in x's dtype and memory format; with rgb_weight the pair (y, rgb), rgb (N,3,H',W') fp32,
+              planar.
+    Grad:     every tensor but fir (ValueError when it requires grad), to second order. Kinks as in noise_bias_act.
+              The output is saved; for a smooth act or gain <= 0 the convolution's result too.
+    Backends: eager (any device), cpu, cuda, triton; the convolution is PyTorch's on each. Against fp64, relative L2
+              of y and of gradients: fp32 1e-5, 1e-4; fp16 5e-3, 2e-2; bf16 1e-2, 5e-2.
+    Raises:   TypeError on a dtype; ValueError on shape, device, up, down or act.
+    Note:     sums over a weight that does not require grad are kept between calls. They follow every write that PyTorch
+              counts; after a write through `weight.data` make a new tensor.
+    Source:   Karras et al. 2020 (StyleGAN2), equations 1 and 3, section 2.2; the skip generator of figure 7.
+    """
+    check_image("modulated_conv2d", "x", x)
+    n, channels, h, w = x.shape
+    if (
+        weight.dim() != 4
+        or weight.shape[1] != channels
+        or weight.shape[2] != weight.shape[3]
+        or weight.shape[2] % 2 == 0
+    ):
+        raise ValueError(
+            f"modulated_conv2d: weight must be of shape (O, {channels}, k, k) with k odd, got {describe(weight)}; "
+            "match it to x"
+        )
+    if not weight.is_floating_point():
+        raise TypeError(f"modulated_conv2d: weight must be floating point, got {describe(weight)}; cast it first")
+    check_shape("modulated_conv2d", "weight", weight, x, tuple(weight.shape))
+    check_shape("modulated_conv2d", "styles", styles, x, (n, channels))
+    if (up, down) not in ((1, 1), (2, 1), (1, 2)):
+        raise ValueError(
+            f"modulated_conv2d: up and down must be 1, or one of them 2, got {up} and {down}; resample once"
+        )
+    if down == 2 and (h < 2 or w < 2):
+        raise ValueError(f"modulated_conv2d: x must have 2 pixels a side for down=2, got {describe(x)}; use down=1")
+    out, (height, width) = weight.shape[0], Geometry(weight.shape[2], up, down).output_size(h, w)
+    if act not in ACTIVATIONS:
+        raise ValueError(f"modulated_conv2d: act must be one of {ACTIVATIONS}, got {act!r}; choose one of these")
+    if bias is not None:
+        check_shape("modulated_conv2d", "bias", bias, x, (out,))
+    if noise is not None:
+        check_shape("modulated_conv2d", "noise", noise, x, (n, 1, height, width), (1, 1, height, width))
+    if strength is not None:
+        if noise is None:
+            raise ValueError("modulated_conv2d: strength must come with noise, got noise=None; pass both or neither")
+        check_shape("modulated_conv2d", "strength", strength, x, (), (1,))
+        strength = strength.reshape(())
+    if fir is not None:
+        check_shape("modulated_conv2d", "fir", fir, x, (4,))
+        if fir.requires_grad:
+            raise ValueError("modulated_conv2d: fir must not require grad, got requires_grad=True; detach it")
+    if (rgb_weight is None) != (rgb_styles is None):
+        raise ValueError(
+            "modulated_conv2d: rgb_weight must come with rgb_styles, got one of them; pass both or neither"
+        )
+    if rgb_weight is not None and rgb_styles is not None:
+        check_shape("modulated_conv2d", "rgb_weight", rgb_weight, x, (3, out))
+        check_shape("modulated_conv2d", "rgb_styles", rgb_styles, x, (n, out))
+    y, rgb, _, _ = torch.ops.faceedit.modulated_conv2d(
+        x, weight, styles, noise, strength, bias, fir, rgb_weight, rgb_styles,
+        up, down, demodulate, act, slope, gain, clamp,
+    )  # fmt: skip
+    return y if rgb_weight is None else (y, rgb)
+
+
+def _vectors(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool) -> Vectors:
+    """Make the vectors in plain PyTorch, differentiable."""
+    s = styles.to(compute_dtype(x))
+    if not demodulate:
+        return Vectors(s, None, None)
+    d = ((s * s) @ weight.to(s.dtype).square().sum((2, 3)).t() + EPSILON).rsqrt()
+    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None)
+
+
+def _scaled(x: Tensor, style: Tensor) -> Tensor:
+    return (x.to(style.dtype) * style[:, :, None, None]).to(x.dtype)
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    noise: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor | None,
+    fir: Tensor | None,
+    rgb_weight: Tensor | None,
+    rgb_styles: Tensor | None,
+    up: int,
+    down: int,
+    demodulate: bool,
+    act: str,
+    slope: float,
+    gain: float,
+    clamp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute modulated_conv2d in plain PyTorch: the oracle in fp64, and what ONNX export writes.
+
+    Returns: y, rgb, the demodulation, the convolution's result; what is absent is an empty tensor.
+    """
+    v = _vectors(x, weight, styles, demodulate)
+    core = resampled(_scaled(x, v.inner), weight.to(x.dtype), fir, Geometry(weight.shape[2], up, down))
+    y = epilogue(core, v.outer, noise, strength, bias, act, slope, gain, clamp)
+    rgb = x.new_empty(0)
+    if rgb_weight is not None and rgb_styles is not None:
+        dtype = compute_dtype(x)
+        scaled = y.to(dtype) * rgb_styles.to(dtype)[:, :, None, None]
+        rgb = torch.nn.functional.conv2d(scaled, rgb_weight.to(dtype)[:, :, None, None])
+    kept = x.new_empty(0) if output_tells_input(act, slope, gain) else core
+    return y, rgb, x.new_empty(0) if v.demodulation is None else v.demodulation, kept
+
+
+def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    fmt = memory_format(x)
+    with torch.autocast(x.device.type, enabled=False):
+        y, rgb, demodulation, core = reference(x, *arguments)
+    core = core.contiguous(memory_format=fmt) if core.dim() == 4 else core
+    y = y.contiguous(memory_format=fmt)
+    y = y.clone() if y.data_ptr() == core.data_ptr() else y
+    return y, rgb.contiguous(), demodulation.contiguous(), core
+
+
+def _native(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from faceedit.kernels import modulated_conv2d_native
+
+    with torch.autocast(x.device.type, enabled=False):
+        return modulated_conv2d_passes.forward(modulated_conv2d_native, x, *arguments)
+
+
+def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from faceedit.kernels import modulated_conv2d_triton
+
+    # The FIR runs on what is fastest for it.
+    with torch.autocast(x.device.type, enabled=False), backend("auto"):
+        return modulated_conv2d_passes.forward(modulated_conv2d_triton, x, *arguments)
+
+
+_forward = dispatcher("modulated_conv2d", eager=_eager, cpu=_native, cuda=_native, triton=_triton)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    noise: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor | None,
+    fir: Tensor | None,
+    rgb_weight: Tensor | None,
+    rgb_styles: Tensor | None,
+    up: int,
+    down: int,
+    demodulate: bool,
+    act: str,
+    slope: float,
+    gain: float,
+    clamp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, out, dtype = x.shape[0], weight.shape[0], compute_dtype(x)
+    height, width = Geometry(weight.shape[2], up, down).output_size(x.shape[2], x.shape[3])
+    y = torch.empty((n, out, height, width), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    rgb = x.new_empty(0) if rgb_weight is None else x.new_empty((n, 3, height, width), dtype=dtype)
+    demodulation = x.new_empty((n, out), dtype=dtype) if demodulate else x.new_empty(0)
+    return y, rgb, demodulation, x.new_empty(0) if output_tells_input(act, slope, gain) else torch.empty_like(y)
+
+
+_op = define_op(
+    "modulated_conv2d(Tensor x, Tensor weight, Tensor styles, Tensor? noise, Tensor? strength, Tensor? bias, "
+    "Tensor? fir, Tensor? rgb_weight, Tensor? rgb_styles, int up, int down, bool demodulate, str act, float slope, "
+    "float gain, float clamp) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+)
+
+
+def backward_reference(
+    x: Tensor,
+    grad: Tensor | None,
+    grad_rgb: Tensor | None,
+    weight: Tensor,
+    styles: Tensor,
+    demodulation: Tensor,
+    y: Tensor,
+    core: Tensor,
+    noise: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor | None,
+    fir: Tensor | None,
+    rgb_weight: Tensor | None,
+    rgb_styles: Tensor | None,
+    up: int,
+    down: int,
+    demodulate: bool,
+    act: str,
+    slope: float,
+    gain: float,
+    clamp: float,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """Compute the gradients in plain PyTorch, from the inputs: the eager backend, and what is differentiated again.
+
+    wanted: for x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles. What is not wanted is an empty tensor.
+    """
+    dtype, geometry = compute_dtype(x), Geometry(weight.shape[2], up, down)
+    v, w = _vectors(x, weight, styles, demodulate), weight.to(x.dtype)
+    scaled = _scaled(x, v.inner)
+    core = resampled(scaled, w, fir, geometry)
+    g = torch.zeros_like(core, dtype=dtype) if grad is None else grad.to(dtype)
+    grad_rgb_weight = grad_rgb_styles = None
+    if grad_rgb is not None and rgb_weight is not None and rgb_styles is not None:
+        y = epilogue(core, v.outer, noise, strength, bias, act, slope, gain, clamp).to(dtype)
+        mixed = torch.einsum("nkhw,ko->nohw", grad_rgb.to(dtype), rgb_weight.to(dtype))
+        g = g + mixed * rgb_styles.to(dtype)[:, :, None, None]
+        sums = torch.einsum("nkhw,nohw->nko", grad_rgb.to(dtype), y)
+        grad_rgb_weight = (sums * rgb_styles.to(dtype)[:, None]).sum(0)
+        grad_rgb_styles = (sums * rgb_weight.to(dtype)).sum(1)
+
+    want_x, want_weight, want_styles, *want_vectors = wanted[:6]
+    core_grad, grad_outer, *gradients = epilogue_backward(
+        g, core, True, v.outer, noise, strength, bias, act, slope, gain, clamp,
+        [True, v.outer is not None, *want_vectors],
+    )  # fmt: skip
+    gx = grad_styles = grad_weight = None
+    if want_x or want_styles or want_weight:
+        data, grad_weight = resampled_backward(
+            core_grad, scaled, w, fir, geometry, (want_x or want_styles, want_weight)
+        )
+        if want_x or want_styles:
+            gx = data.to(dtype) * v.inner[:, :, None, None]
+            grad_styles = (data.to(dtype) * x.to(dtype)).sum((2, 3))
+            grad_styles = grad_styles if v.factor is None else grad_styles / v.factor
+        if v.demodulation is not None:
+            wide = weight.to(dtype)
+            cubic = (grad_outer if v.factor is None else grad_outer * v.factor) * v.demodulation**3
+            if want_styles and grad_styles is not None:
+                grad_styles = grad_styles - v.style * (cubic @ wide.square().sum((2, 3)))
+            if want_weight:
+                grad_weight = grad_weight.to(dtype) - wide * (cubic.t() @ v.style.square())[:, :, None, None]
+    found = (gx, grad_weight, grad_styles, *gradients, grad_rgb_weight, grad_rgb_styles)
+    likes = (x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles)
+    return tuple(
+        g.to(like.dtype) if want and g is not None and like is not None else x.new_empty(0)
+        for want, g, like in zip(wanted, found, likes, strict=True)
+    )
+
+
+def _backward_eager(x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    with torch.autocast(x.device.type, enabled=False):
+        gx, gweight, *others = backward_reference(x, grad, grad_rgb, *arguments)
+    formats = (memory_format(x), memory_format(arguments[0]))
+    images = (g.contiguous(memory_format=f) if g.dim() == 4 else g for g, f in zip((gx, gweight), formats, strict=True))
+    return *images, *(g.contiguous() for g in others)
+
+
+def _backward_native(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    from faceedit.kernels import modulated_conv2d_native
+
+    with torch.autocast(x.device.type, enabled=False):
+        return modulated_conv2d_passes.backward(modulated_conv2d_native, x, *arguments)
+
+
+def _backward_triton(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    from faceedit.kernels import modulated_conv2d_triton
+
+    # The FIR runs on what is fastest for it.
+    with torch.autocast(x.device.type, enabled=False), backend("auto"):
+        return modulated_conv2d_passes.backward(modulated_conv2d_triton, x, *arguments)
+
+
+_backward = dispatcher(
+    "modulated_conv2d_backward",
+    eager=_backward_eager,
+    cpu=_backward_native,
+    cuda=_backward_native,
+    triton=_backward_triton,
+)
+
+
+def _backward_fake(
+    x: Tensor, grad: Any, grad_rgb: Any, weight: Tensor, styles: Tensor, d: Any, y: Any, core: Any, *others: Any
+) -> tuple[Tensor, ...]:
+    noise, strength, bias, _, rgb_weight, rgb_styles = others[:6]
+    wanted: list[bool] = others[-2]
+    operands = (x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles)
+    return tuple(
+        x.new_empty(0)
+        if not want or t is None
+        else torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format(t))
+        for want, t in zip(wanted, operands, strict=True)
+    )
+
+
+define_op(
+    "modulated_conv2d_backward(Tensor x, Tensor? grad, Tensor? grad_rgb, Tensor weight, Tensor styles, "
+    "Tensor demodulation, Tensor y, Tensor core, Tensor? noise, Tensor? strength, Tensor? bias, Tensor? fir, "
+    "Tensor? rgb_weight, Tensor? rgb_styles, int up, int down, bool demodulate, str act, float slope, float gain, "
+    "float clamp, bool[] wanted, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    y, _, demodulation, core = output
+    ctx.settings = inputs[9:]
+    ctx.backend = requested_backend()
+    ctx.set_materialize_grads(False)  # where only rgb is used, no zeros take the place of y's gradient
+    ctx.save_for_backward(*inputs[:9], y, demodulation, core)
+
+
+def _autograd(ctx: Any, grad: Tensor | None, grad_rgb: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, styles, noise, strength, bias, fir, rgb_weight, rgb_styles, y, demodulation, core = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    wanted = [*needs[:6], needs[7], needs[8]]
+    none = (None,) * 16
+    if rgb_weight is None:
+        grad_rgb = None
+    if grad is None and grad_rgb is None:
+        return none
+    wanted = [want and (i < 6 or grad_rgb is not None) for i, want in enumerate(wanted)]
+    arguments = (
+        x, grad, grad_rgb, weight, styles, demodulation, y, core,
+        noise, strength, bias, fir, rgb_weight, rgb_styles, *ctx.settings, wanted,
+    )  # fmt: skip
+    if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
+        gradients = backward_reference(*arguments)
+    else:
+        gradients = torch.ops.faceedit.modulated_conv2d_backward(*arguments, ctx.backend)
+    found = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+    return *found[:6], None, *found[6:], *none[9:]
+
+
+_op.register_autograd(_autograd, setup_context=_setup_context)
+register_onnx_decomposition(torch.ops.faceedit.modulated_conv2d.default, reference)
+
+
+@_op.register_vmap
+def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+    """One call a slice: what depends on the weight is made once either way."""
+    return mapped_slices(_op, info, in_dims, arguments)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every backend of modulated_conv2d shares: its geometry, its vectors, weights made ready, the convolution.
+
+The convolution is PyTorch's (oneDNN, cuDNN); what a backend brings are the passes over activations around it.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from faceedit.kernels.upfirdn2d import filtered
+
+EPSILON = 1e-8  # under the root of the demodulation
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Kernel size and resampling. At most one of up and down is 2."""
+
+    kernel: int
+    up: int
+    down: int
+
+    def output_size(self, h: Any, w: Any) -> tuple[Any, Any]:
+        return (2 * h, 2 * w) if self.up == 2 else (h // 2, w // 2) if self.down == 2 else (h, w)
+
+    @property
+    def fir_pad(self) -> int:
+        """Pixels added on each side before the FIR: after the transposed convolution, or before the strided one."""
+        return (5 - self.kernel) // 2 if self.up == 2 else self.kernel // 2 + 1
+
+    @property
+    def fir_pad_back(self) -> int:
+        """The padding of the transposed filter: what the filter's own lacked."""
+        return 3 - self.fir_pad
+
+    @property
+    def padding(self) -> int:
+        """The convolution's own padding; with a FIR all of it lies there."""
+        return self.kernel // 2 if self.up == self.down == 1 else 0
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve without FIR; `weight` is (O,I,k,k), for up = 2 its transpose (I,O,k,k)."""
+        if self.up == 2:
+            return F.conv_transpose2d(x, weight, stride=2)
+        return F.conv2d(x, weight, stride=self.down, padding=self.padding)
+
+    def convolve_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the gradients of `convolve` to x, of which only the shape counts unless wanted[1], and to weight.
+
+        Differentiable itself. What is not wanted is None.
+        """
+        stride = 2 if self.up == 2 or self.down == 2 else 1
+        if self.up == 2 and not wanted[1]:
+            return F.conv2d(grad, weight, stride=2), grad.new_empty(0)
+        gx, gweight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [stride] * 2, [self.padding] * 2, [1, 1], self.up == 2, [0, 0], 1, [*wanted, False]
+        )
+        return gx, gweight
+
+
+def fir_taps(fir: Tensor | None, x: Tensor) -> Tensor:
+    """Return the four taps; without any given, [1, 3, 3, 1] / 8."""
+    if fir is not None:
+        return fir.detach()
+    # Not new_tensor: tracers do not write a constant tensor down.
+    pieces = (x.new_full((count,), tap, dtype=compute_dtype(x)) for count, tap in ((1, 0.125), (2, 0.375), (1, 0.125)))
+    return torch.cat(list(pieces))
+
+
+def resampled(x: Tensor, weight: Tensor, fir: Tensor | None, geometry: Geometry) -> Tensor:
+    """Convolve with FIR in plain PyTorch: weight (O,I,k,k)."""
+    pad = [geometry.fir_pad] * 4
+    if geometry.down == 2:
+        x = filtered(x, fir_taps(fir, x), 1, 1, pad, 1.0, False).to(x.dtype)
+    y = geometry.convolve(x, weight.transpose(0, 1) if geometry.up == 2 else weight)
+    return filtered(y, fir_taps(fir, y), 1, 1, pad, 4.0, False).to(y.dtype) if geometry.up == 2 else y
+
+
+def resampled_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, fir: Tensor | None, geometry: Geometry, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `resampled` to x and weight in plain PyTorch: differentiable itself."""
+    pad, back = [geometry.fir_pad] * 4, [geometry.fir_pad_back] * 4
+    if geometry.up == 2:
+        grad = filtered(grad, fir_taps(fir, grad), 1, 1, back, 4.0, True).to(grad.dtype)
+        gx, gweight = geometry.convolve_backward(grad, x, weight.transpose(0, 1), wanted)
+        return gx, gweight.transpose(0, 1) if wanted[1] else gweight
+    if geometry.down == 2:
+        x = filtered(x, fir_taps(fir, x), 1, 1, pad, 1.0, False).to(x.dtype)
+    gx, gweight = geometry.convolve_backward(grad, x, weight, wanted)
+    if geometry.down == 2 and wanted[0]:
+        gx = filtered(gx, fir_taps(fir, gx), 1, 1, back, 1.0, True).to(gx.dtype)
+    return gx, gweight
+
+
+@dataclass(slots=True)
+class _Made:
+    """What was made from one weight tensor, while that tensor lives and is not written to."""
+
+    weight: weakref.ref[Tensor]
+    version: int
+    address: int
+    tensors: dict[Any, Tensor] = field(default_factory=dict)
+
+
+_made: dict[int, _Made] = {}
+
+
+def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return make(weight), remembered for a weight that nothing trains.
+
+    A write that autograd's version counter sees, and a new storage, make it anew. Inference tensors have no counter.
+    """
+    if weight.requires_grad or weight.is_inference():
+        return make(weight.detach())
+    identity = id(weight)
+    known = _made.get(identity)
+    stale = known is None or known.weight() is not weight or known.version != weight._version
+    if stale or known is None or known.address != weight.data_ptr():
+        reference = weakref.ref(weight, lambda _: _made.pop(identity, None))
+        known = _made[identity] = _Made(reference, weight._version, weight.data_ptr())
+    if key not in known.tensors:
+        known.tensors[key] = make(weight.detach())
+    return known.tensors[key]
+
+
+def squares(weight: Tensor) -> Tensor:
+    """Return sum_k weight^2, (O,I), in the computing dtype."""
+    return _from_weight(weight, "squares", lambda w: w.to(compute_dtype(w)).square().sum((2, 3)))
+
+
+def ready(weight: Tensor, dtype: torch.dtype, fmt: torch.memory_format, transposed: bool) -> Tensor:
+    """Return the weight as the convolution wants it, so that it is not cast and reordered at every call."""
+
+    def make(w: Tensor) -> Tensor:
+        return (w.transpose(0, 1) if transposed else w).to(dtype).contiguous(memory_format=fmt)
+
+    return _from_weight(weight, (dtype, fmt, transposed), make)
+
+
+@dataclass(slots=True)
+class Vectors:
+    """Per sample and channel, in the computing dtype. z = demodulation * factor * conv(weight, style / factor * x)."""
+
+    style: Tensor  # (N,I)
+    demodulation: Tensor | None  # (N,O)
+    factor: Tensor | None  # (N,1), fp16 only
+
+    @property
+    def inner(self) -> Tensor:
+        return self.style if self.factor is None else self.style / self.factor
+
+    @property
+    def outer(self) -> Tensor | None:
+        if self.factor is None or self.demodulation is None:
+            return self.demodulation
+        return self.demodulation * self.factor
+
+
+def fp16_factor(style: Tensor, demodulation: Tensor) -> Tensor:
+    """Return what to divide a sample's styles by, so that neither style * x nor the convolution leaves fp16's range."""
+    longest = 1.0 / demodulation.amin(1, keepdim=True)  # of the modulated filters
+    return torch.maximum(longest, style.abs().amax(1, keepdim=True)).detach()
+
+
+def vectors(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool) -> Vectors:
+    """Make the vectors from operands, with what is remembered of the weight."""
+    s = styles.detach().to(compute_dtype(x))
+    if not demodulate:
+        return Vectors(s, None, None)
+    d = F.linear(s * s, squares(weight).to(s.dtype)).add_(EPSILON).rsqrt_()
+    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None)
+
+
+def folds_style(x: Tensor, geometry: Geometry) -> bool:
+    """Return whether scaling the weight is cheaper than scaling x.
+
+    One sample, and an image large enough that a pass over it costs more than a pass over the weight.
+    """
+    side = 64 if x.device.type == "cpu" and geometry.up == geometry.down == 1 else 32
+    return x.shape[0] == 1 and x.shape[2] * x.shape[3] > side * side
+
+
+def is_rgb(weight: Tensor, geometry: Geometry) -> bool:
+    """Return whether the convolution is ToRGB's: three sums a pixel, less work than a convolution's reorders."""
+    return tuple(weight.shape[::2]) == (3, 1) and weight.shape[3] == 1 and geometry.up == geometry.down == 1

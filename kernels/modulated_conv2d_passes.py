@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""modulated_conv2d forward and backward, with a backend's passes around PyTorch's convolution.
+
+Forward:  style -> x or weight; convolution; [FIR]; one epilogue: demodulation, noise, bias, activation, ToRGB's sums.
+Backward: one pass from the output (its activation inverted) to the gradient of the convolution and every sum over
+          pixels; [FIR]; one data-gradient convolution with the plain weight; one pass that multiplies by the style and
+          sums its gradient. Styles never enter a weight gradient, and a trained weight gets one for the batch.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from faceedit.kernels.modulated_conv2d_parts import (
+    Geometry,
+    Vectors,
+    compute_dtype,
+    fir_taps,
+    folds_style,
+    fp16_factor,
+    is_rgb,
+    ready,
+    squares,
+    vectors,
+)
+from faceedit.kernels.noise_bias_act import PIECEWISE_LINEAR
+from faceedit.kernels.tensors import as_float, memory_format
+
+# Looked up when called: the ops of upfirdn2d and fir_epilogue are defined with their modules.
+_ops: Any = torch.ops.faceedit
+
+Optional4 = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
+Settings = tuple[str, float, float, float]  # act, slope, gain, clamp
+
+
+class Passes(Protocol):
+    """What a backend brings: modulated_conv2d_native and modulated_conv2d_triton are such modules."""
+
+    def scale(self, x: Tensor, style: Tensor) -> Tensor: ...
+
+    def epilogue(
+        self, core: Tensor, y: Tensor, vectors: Optional4, factors: Tensor | None, settings: Settings
+    ) -> Tensor | None: ...
+
+    def dots(self, x: Tensor, factors: Tensor) -> Tensor: ...
+
+    def epilogue_backward(
+        self,
+        grad: Tensor | None,
+        saved: Tensor,
+        vectors: Optional4,
+        factors: Tensor | None,
+        grad_rgb: Tensor | None,
+        settings: Settings,
+        wanted: tuple[bool, bool, bool, bool, bool],
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]: ...
+
+    def style_backward(self, x: Tensor, grad: Tensor, style: Tensor, wanted: bool) -> Tensor | None: ...
+
+
+def output_tells_input(act: str, slope: float, gain: float) -> bool:
+    """Return whether the output gives the activation's input back wherever the gradient is not zero."""
+    return act in PIECEWISE_LINEAR and gain > 0 and (act != "lrelu" or slope > 0)
+
+
+def rgb_factors(rgb_weight: Tensor | None, rgb_styles: Tensor | None) -> Tensor | None:
+    """Return ToRGB's weight of each sample, (N,3,O)."""
+    if rgb_weight is None or rgb_styles is None:
+        return None
+    return (rgb_weight.detach().float() * rgb_styles.detach().float()[:, None]).contiguous()
+
+
+def _rgb_factors_of(weight: Tensor, style: Tensor) -> Tensor:
+    return (weight.detach()[:, :, 0, 0].float() * style[:, None]).contiguous()
+
+
+def forward(
+    passes: Passes,
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    noise: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor | None,
+    fir: Tensor | None,
+    rgb_weight: Tensor | None,
+    rgb_styles: Tensor | None,
+    up: int,
+    down: int,
+    demodulate: bool,
+    act: str,
+    slope: float,
+    gain: float,
+    clamp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, ToRGB's sums, the demodulation and the epilogue's input; the last three empty where there are none."""
+    geometry, settings = Geometry(weight.shape[2], up, down), (act, slope, gain, clamp)
+    fmt = memory_format(x)
+    x = x.detach().contiguous(memory_format=fmt)
+    v = vectors(x, weight, styles, demodulate)
+    factors = rgb_factors(rgb_weight, rgb_styles)
+    noise, strength, bias = map(as_float, (noise, strength, bias))
+    operands = (v.demodulation, noise, strength, bias)
+    keeps_core = not output_tells_input(act, slope, gain)
+    if is_rgb(weight, geometry):
+        core = passes.dots(x, _rgb_factors_of(weight, v.style))
+    else:
+        core = _convolve(passes, x, weight, v, fir, geometry, fmt)
+        operands = (v.outer, noise, strength, bias)
+    if up == 2 and not keeps_core:
+        pad = [geometry.fir_pad] * 4
+        y = _ops.fir_epilogue(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
+        rgb = None if factors is None else passes.dots(y, factors)
+    else:
+        if up == 2:
+            core = _filter(core, fir, geometry.fir_pad, 4.0)
+        y = torch.empty_like(core) if keeps_core else core
+        rgb = passes.epilogue(core, y, operands, factors, settings)
+    y = y.to(x.dtype).contiguous(memory_format=fmt)
+    kept = core.to(x.dtype).contiguous(memory_format=fmt) if keeps_core else None
+    rest = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, kept)]
+    return y, rest[0], rest[1], rest[2]
+
+
+def _filter(x: Tensor, fir: Tensor | None, pad: int, gain: float, flip: bool = False) -> Tensor:
+    return _ops.upfirdn2d(x, fir_taps(fir, x), 1, 1, [pad] * 4, gain, flip)
+
+
+def _convolve(
+    passes: Passes,
+    x: Tensor,
+    weight: Tensor,
+    v: Vectors,
+    fir: Tensor | None,
+    geometry: Geometry,
+    fmt: torch.memory_format,
+) -> Tensor:
+    """Return the convolution's result, for up = 2 without the FIR."""
+    style = v.inner
+    if folds_style(x, geometry):
+        w = ready(weight, weight.dtype, fmt, geometry.up == 2)
+        w = (w * style.view(*((-1, 1) if geometry.up == 2 else (1, -1)), 1, 1)).to(x.dtype)
+    else:
+        w = ready(weight, x.dtype, fmt, geometry.up == 2)
+        x = passes.scale(x, style)
+    if geometry.down == 2:
+        x = _filter(x, fir, geometry.fir_pad, 1.0)
+    return geometry.convolve(x, w).contiguous(memory_format=fmt)
+
+
+def backward(
+    passes: Passes,
+    x: Tensor,
+    grad: Tensor | None,
+    grad_rgb: Tensor | None,
+    weight: Tensor,
+    styles: Tensor,
+    demodulation: Tensor,
+    y: Tensor,
+    core: Tensor,
+    noise: Tensor | None,
+    strength: Tensor | None,
+    bias: Tensor | None,
+    fir: Tensor | None,
+    rgb_weight: Tensor | None,
+    rgb_styles: Tensor | None,
+    up: int,
+    down: int,
+    demodulate: bool,
+    act: str,
+    slope: float,
+    gain: float,
+    clamp: float,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """Return the gradients to x, weight, styles, noise, strength, bias, rgb_weight and rgb_styles; see `wanted`."""
+    geometry, settings = Geometry(weight.shape[2], up, down), (act, slope, gain, clamp)
+    fmt = memory_format(x)
+    x = x.contiguous(memory_format=fmt)
+    want_x, want_weight, want_styles, want_noise, want_strength, want_bias, want_rgb_weight, want_rgb_styles = wanted
+    v = vectors_from(x, styles, demodulation if demodulate else None)
+    plain_rgb = is_rgb(weight, geometry)
+    scale = v.demodulation if plain_rgb else v.outer
+    factors = rgb_factors(rgb_weight, rgb_styles)
+    operands = (scale, as_float(noise), as_float(strength), as_float(bias))
+    want_scale = demodulate and (want_weight or want_styles)
+    wants = (want_scale, want_noise, want_strength, want_bias, want_rgb_weight or want_rgb_styles)
+    if plain_rgb:
+        # Three planes: float32 and planar, whatever x is. The limit it was clamped to was rounded with the output.
+        settings = (act, slope, gain, float(torch.tensor(clamp, dtype=y.dtype)))
+        y, core = y.float().contiguous(), core.float().contiguous()
+        grad = None if grad is None else grad.float().contiguous()
+    core_grad, found = _epilogue_backward(passes, grad, y, core, operands, factors, grad_rgb, settings, wants)
+    grad_scale, grad_noise, grad_strength, grad_bias, grad_factors = found
+    if grad_scale is not None and v.factor is not None and not plain_rgb:
+        grad_scale = grad_scale * v.factor  # the gradient to demodulation itself
+
+    gx = grad_styles = grad_weight = None
+    if plain_rgb and (want_x or want_styles or want_weight):
+        # x takes the place of an output whose ToRGB sums were asked for.
+        gx, sums = passes.epilogue_backward(
+            None, x, (None,) * 4, _rgb_factors_of(weight, v.style), core_grad,
+            ("linear", 1.0, 1.0, -1.0), (False, False, False, False, want_styles or want_weight),
+        )  # fmt: skip
+        if sums[4] is not None:
+            grad_styles = (sums[4] * weight.detach()[:, :, 0, 0].float()).sum(1)
+            grad_weight = (sums[4] * v.style[:, None]).sum(0)[:, :, None, None]
+    elif want_x or want_styles or want_weight:
+        gx, grad_styles, grad_weight = _convolve_backward(
+            passes, core_grad, x, weight, v, fir, geometry, fmt, (want_x, want_styles, want_weight)
+        )
+    if grad_scale is not None and v.demodulation is not None:
+        # d = (sum_i s^2 W2 + eps)^-1/2, so dd/ds = -d^3 s W2 and dd/dw = -d^3 s^2 w.
+        cubic = grad_scale * v.demodulation**3
+        if want_styles and grad_styles is not None:
+            grad_styles = grad_styles - v.style * (cubic @ squares(weight).to(cubic.dtype))
+        if want_weight and grad_weight is not None:
+            grad_weight = grad_weight - weight.detach() * (cubic.t() @ (v.style * v.style))[:, :, None, None]
+
+    grad_rgb_weight = grad_rgb_styles = None
+    if grad_factors is not None and rgb_weight is not None and rgb_styles is not None:
+        grad_rgb_weight = (grad_factors * rgb_styles[:, None].float()).sum(0)
+        grad_rgb_styles = (grad_factors * rgb_weight.float()).sum(1)
+    if grad_noise is not None and noise is not None and noise.shape[0] != x.shape[0]:
+        grad_noise = grad_noise.sum(0, keepdim=True)
+    if grad_weight is not None:
+        grad_weight = grad_weight.contiguous(memory_format=memory_format(weight))
+    gradients = (gx, grad_weight, grad_styles, grad_noise, grad_strength, grad_bias, grad_rgb_weight, grad_rgb_styles)
+    likes = (x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles)
+    return tuple(
+        g.to(like.dtype) if want and g is not None and like is not None else x.new_empty(0)
+        for want, g, like in zip(wanted, gradients, likes, strict=True)
+    )
+
+
+def vectors_from(x: Tensor, styles: Tensor, demodulation: Tensor | None) -> Vectors:
+    """Make the vectors again from the demodulation that the forward pass returned."""
+    s = styles.detach().to(compute_dtype(x)).contiguous()
+    half = x.dtype == torch.float16 and demodulation is not None
+    return Vectors(s, demodulation, fp16_factor(s, demodulation) if half and demodulation is not None else None)
+
+
+def _epilogue_backward(
+    passes: Passes,
+    grad: Tensor | None,
+    y: Tensor,
+    core: Tensor,
+    operands: Optional4,
+    factors: Tensor | None,
+    grad_rgb: Tensor | None,
+    settings: Settings,
+    wanted: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    fmt = memory_format(y)
+    y = y.contiguous(memory_format=fmt)
+    grad = None if grad is None else grad.to(y.dtype).contiguous(memory_format=fmt)
+    grad_rgb = None if grad_rgb is None else grad_rgb.float().contiguous()
+    if output_tells_input(*settings[:3]):
+        return passes.epilogue_backward(grad, y, operands, factors, grad_rgb, settings, wanted)
+    # The output hides the activation's input, which was kept: ToRGB's part first, then the epilogue from its input.
+    found: tuple[Tensor | None, ...] = (None,) * 5
+    if grad_rgb is not None or grad is None:
+        grad, found = passes.epilogue_backward(
+            grad, y, (None,) * 4, factors, grad_rgb, ("linear", 1.0, 1.0, -1.0), (*(False,) * 4, wanted[4])
+        )
+    gradients = _ops.noise_bias_act_backward(grad, core, True, *operands, *settings, [True, *wanted[:4]], "auto")
+    sums = tuple(g if want else None for g, want in zip(gradients[1:], wanted[:4], strict=True))
+    return gradients[0], (*sums, found[4])
+
+
+def _convolve_backward(
+    passes: Passes,
+    core_grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    v: Vectors,
+    fir: Tensor | None,
+    geometry: Geometry,
+    fmt: torch.memory_format,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients to x, styles and weight without what passes through the demodulation."""
+    want_x, want_styles, want_weight = wanted
+    style = v.inner
+    w = ready(weight, x.dtype, fmt, geometry.up == 2)
+    if geometry.up == 2:
+        core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
+    # Of the convolution's input only the shape counts, unless the weight's gradient is wanted.
+    source = passes.scale(x, style) if want_weight else x
+    if geometry.down == 2 and want_weight:
+        source = _filter(source, fir, geometry.fir_pad, 1.0)
+    elif geometry.down == 2:
+        n, c, rows, columns = x.shape
+        source = x.new_empty(1).expand(n, c, *(side + 2 * geometry.fir_pad - 3 for side in (rows, columns)))
+    data, grad_weight = geometry.convolve_backward(core_grad, source, w, (want_x or want_styles, want_weight))
+    gx = grad_styles = None
+    if want_x or want_styles:
+        if geometry.down == 2:
+            data = _filter(data.contiguous(memory_format=fmt), fir, geometry.fir_pad_back, 1.0, flip=True)
+        gx = data.contiguous(memory_format=fmt)
+        grad_styles = passes.style_backward(x, gx, style, want_styles)
+        if grad_styles is not None and v.factor is not None:
+            grad_styles = grad_styles / v.factor
+    if want_weight and geometry.up == 2:
+        grad_weight = grad_weight.transpose(0, 1)
+    return gx, grad_styles, grad_weight.to(style.dtype) if want_weight else None
