@@ -212,7 +212,18 @@ def _native(
     return y, statistics
 
 
-_forward = dispatcher("norm_modulate", eager=_eager, cpu=_native, cuda=_native)
+def _triton(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, rstd: Tensor | None, *settings: Any
+) -> tuple[Tensor, Tensor]:
+    from faceedit.kernels import norm_modulate_triton
+
+    fmt = memory_format(x)
+    x, norm = x.contiguous(memory_format=fmt), NORMS.index(settings[0])
+    maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (_kind(gamma, x), _kind(beta, x))
+    return norm_modulate_triton.forward(x, *maps, as_float(mean), as_float(rstd), kinds, norm, *settings[1:])
+
+
+_forward = dispatcher("norm_modulate", eager=_eager, cpu=_native, cuda=_native, triton=_triton)
 
 
 def _fake(x: Tensor, gamma: Any, beta: Any, mean: Any, rstd: Any, norm: str, *settings: Any) -> tuple[Tensor, Tensor]:
@@ -349,7 +360,34 @@ def _as_operands(x: Tensor, found: list[Tensor | None], operands: tuple[Tensor |
     return result[0], result[1], result[2], result[3], result[4]
 
 
-_backward = dispatcher("norm_modulate_backward", eager=_backward_eager, cpu=_backward_native, cuda=_backward_native)
+def _backward_triton(
+    x: Tensor,
+    grad: Tensor,
+    statistics: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    *arguments: Any,
+) -> Gradients:
+    from faceedit.kernels import norm_modulate_triton
+
+    norm, one_plus, _, act, slope, wanted = arguments
+    fmt = memory_format(x)
+    x, grad = x.contiguous(memory_format=fmt), grad.to(x.dtype).contiguous(memory_format=fmt)
+    maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (_kind(gamma, x), _kind(beta, x))
+    rows, settings = (as_float(mean), as_float(rstd)), (NORMS.index(norm), one_plus, act, slope, wanted)
+    found = norm_modulate_triton.backward(x, grad, statistics, *maps, *rows, kinds, *settings)
+    return _as_operands(x, found, (gamma, beta, mean, rstd))
+
+
+_backward = dispatcher(
+    "norm_modulate_backward",
+    eager=_backward_eager,
+    cpu=_backward_native,
+    cuda=_backward_native,
+    triton=_backward_triton,
+)
 
 
 def _backward_fake(x: Tensor, grad: Tensor, statistics: Tensor, *arguments: Any) -> Gradients:
