@@ -11,15 +11,21 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import native
-from faceedit.kernels.activations import ACTIVATIONS, activate, activation_slope, check_activation
+from faceedit.kernels.activations import ACTIVATIONS, check_activation
 from faceedit.kernels.dispatch import dispatcher, requested_backend
+from faceedit.kernels.norm_modulate_reference import (
+    PER_ELEMENT,
+    PER_PIXEL,
+    Gradients,
+    backward_reference,
+    compute_dtype,
+    kind_of,
+    reference,
+)
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import as_float, check_image, check_shape, empty_float, empty_like, memory_format
 
 NORMS = ("instance", "none", "given")
-ABSENT, PER_CHANNEL, PER_PIXEL, PER_ELEMENT = range(4)  # what a gamma or beta is; the codes of csrc/norm_modulate.h
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of x, gamma, beta, mean, rstd; empty where not wanted
 
 
 def norm_modulate(
@@ -73,71 +79,6 @@ def norm_modulate(
     return torch.ops.faceedit.norm_modulate(x, gamma, beta, mean, rstd, norm, one_plus, eps, act, slope)[0]
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _kind(operand: Tensor | None, x: Tensor) -> int:
-    if operand is None:
-        return ABSENT
-    if operand.dim() < 4:
-        return PER_CHANNEL
-    return PER_PIXEL if operand.shape[1] == 1 and x.shape[1] != 1 else PER_ELEMENT
-
-
-def _spread(operand: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an operand of any of its shapes as one that broadcasts against (N,C,H,W)."""
-    return operand.to(dtype) if operand.dim() == 4 else operand.to(dtype)[..., None, None]
-
-
-def _statistics(
-    x: Tensor, mean: Tensor | None, rstd: Tensor | None, norm: str, eps: float
-) -> tuple[Tensor, Tensor] | None:
-    """Return mean and rstd, broadcastable against x, which is in the dtype they are computed in."""
-    if norm == "none":
-        return None
-    if mean is not None and rstd is not None:
-        return _spread(mean, x.dtype), _spread(rstd, x.dtype)
-    found = x.mean((2, 3), keepdim=True)
-    variance = (x - found).square().mean((2, 3), keepdim=True)
-    return found, (variance + eps).rsqrt()
-
-
-def _modulate(u: Tensor, gamma: Tensor | None, beta: Tensor | None, one_plus: bool) -> Tensor:
-    if gamma is not None:
-        factor = _spread(gamma, u.dtype)
-        u = u * (1 + factor if one_plus else factor)
-    return u if beta is None else u + _spread(beta, u.dtype)
-
-
-def reference(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    norm: str,
-    one_plus: bool,
-    eps: float,
-    act: str,
-    slope: float,
-) -> tuple[Tensor, Tensor]:
-    """Compute norm_modulate in plain PyTorch: the oracle in fp64, and what ONNX export writes.
-
-    Returns: y, and what an instance norm found, (3,N,C): mean, rstd, and rstd times what rounding took off the mean
-             (0 here); empty for another norm.
-    """
-    u = x.to(_compute_dtype(x))
-    statistics = _statistics(u, mean, rstd, norm, eps)
-    found = u.new_empty(0)
-    if statistics is not None:
-        u = (u - statistics[0]) * statistics[1]
-        if norm == "instance":
-            centre, scale = (t.flatten(1) for t in statistics)
-            found = torch.stack([centre, scale, torch.zeros_like(scale)])
-    return activate(_modulate(u, gamma, beta, one_plus), act, slope).to(x.dtype), found
-
-
 def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     y, statistics = reference(x, *arguments)
     y = y.contiguous(memory_format=memory_format(x))
@@ -149,7 +90,7 @@ def _operand(operand: Tensor | None, x: Tensor, fmt: torch.memory_format) -> Ten
     if operand is None or operand.dim() < 4:
         return as_float(operand)
     operand = operand.detach().to(x.dtype)
-    return operand.contiguous() if _kind(operand, x) == PER_PIXEL else operand.contiguous(memory_format=fmt)
+    return operand.contiguous() if kind_of(operand, x) == PER_PIXEL else operand.contiguous(memory_format=fmt)
 
 
 def _row_stride(operand: Tensor | None) -> int:
@@ -183,8 +124,8 @@ def _call(
         "beta_stride": _row_stride(beta),
         "mean_stride": _row_stride(mean),
         "rstd_stride": _row_stride(rstd),
-        "gamma_kind": _kind(gamma, x),
-        "beta_kind": _kind(beta, x),
+        "gamma_kind": kind_of(gamma, x),
+        "beta_kind": kind_of(beta, x),
         "dtype": native.DTYPE_CODES[x.dtype],
         "norm": NORMS.index(norm),
         "act": ACTIVATIONS.index(act),
@@ -219,7 +160,7 @@ def _triton(
 
     fmt = memory_format(x)
     x, norm = x.contiguous(memory_format=fmt), NORMS.index(settings[0])
-    maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (_kind(gamma, x), _kind(beta, x))
+    maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (kind_of(gamma, x), kind_of(beta, x))
     return norm_modulate_triton.forward(x, *maps, as_float(mean), as_float(rstd), kinds, norm, *settings[1:])
 
 
@@ -228,7 +169,7 @@ _forward = dispatcher("norm_modulate", eager=_eager, cpu=_native, cuda=_native, 
 
 def _fake(x: Tensor, gamma: Any, beta: Any, mean: Any, rstd: Any, norm: str, *settings: Any) -> tuple[Tensor, Tensor]:
     shape = (3, *x.shape[:2]) if norm == "instance" else (0,)
-    return torch.empty_like(x, memory_format=memory_format(x)), x.new_empty(shape, dtype=_compute_dtype(x))
+    return torch.empty_like(x, memory_format=memory_format(x)), x.new_empty(shape, dtype=compute_dtype(x))
 
 
 _op = define_op(
@@ -240,62 +181,6 @@ _op = define_op(
 
 
 # Backward. With gz = dL/dz and gu = gz * gamma, an instance norm passes on rstd * (gu - mean(gu) - u * mean(gu * u)).
-
-
-def _reduce(gradient: Tensor, operand: Tensor) -> Tensor:
-    """Sum an element-wise gradient (N,C,H,W) down to an operand's shape, in its dtype."""
-    if operand.dim() == 1:
-        gradient = gradient.sum((0, 2, 3))
-    elif operand.dim() == 2:
-        gradient = gradient.sum((2, 3))
-    elif operand.shape[1] != gradient.shape[1]:
-        gradient = gradient.sum(1, keepdim=True)
-    return gradient.to(operand.dtype)
-
-
-def backward_reference(
-    x: Tensor,
-    grad: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    norm: str,
-    one_plus: bool,
-    eps: float,
-    act: str,
-    slope: float,
-    wanted: list[bool],
-) -> Gradients:
-    """Compute the gradients in plain PyTorch: the oracle, the eager backend, and the path that is differentiated again.
-
-    wanted: for x, gamma, beta, mean and rstd. A gradient that is not wanted is an empty tensor.
-    """
-    dtype = _compute_dtype(x)
-    wide = x.to(dtype)
-    statistics = _statistics(wide, mean, rstd, norm, eps)
-    u = wide if statistics is None else (wide - statistics[0]) * statistics[1]
-    gz = grad.to(dtype) * activation_slope(_modulate(u, gamma, beta, one_plus), act, slope)
-    gu = gz
-    if gamma is not None:
-        factor = _spread(gamma, dtype)
-        gu = gz * (1 + factor if one_plus else factor)
-    gx, ggamma, gbeta, gmean, grstd = (grad.new_empty(0) for _ in range(5))
-    if wanted[0]:
-        wide_gx = gu
-        if norm == "instance":
-            wide_gx = gu - gu.mean((2, 3), keepdim=True) - u * (gu * u).mean((2, 3), keepdim=True)
-        gx = (wide_gx if statistics is None else wide_gx * statistics[1]).to(x.dtype)
-    if wanted[1] and gamma is not None:
-        ggamma = _reduce(gz * u, gamma)
-    if wanted[2] and beta is not None:
-        gbeta = _reduce(gz, beta)
-    if mean is not None and rstd is not None:
-        if wanted[3]:
-            gmean = _reduce(-gu * _spread(rstd, dtype), mean)
-        if wanted[4]:
-            grstd = _reduce(gu * (wide - _spread(mean, dtype)), rstd)
-    return gx, ggamma, gbeta, gmean, grstd
 
 
 def _backward_eager(x: Tensor, grad: Tensor, statistics: Tensor, *arguments: Any) -> Gradients:
@@ -311,7 +196,7 @@ def _backward_eager(x: Tensor, grad: Tensor, statistics: Tensor, *arguments: Any
 
 def _gradient_format(operand: Tensor, x: Tensor) -> torch.memory_format:
     """Return the format of a gradient: x's for x and maps of its shape, contiguous for all others."""
-    return memory_format(x) if _kind(operand, x) == PER_ELEMENT else torch.contiguous_format
+    return memory_format(x) if kind_of(operand, x) == PER_ELEMENT else torch.contiguous_format
 
 
 def _backward_native(
@@ -354,7 +239,7 @@ def _as_operands(x: Tensor, found: list[Tensor | None], operands: tuple[Tensor |
             continue
         if operand.dim() == 1:
             g = g.sum(0)
-        elif _kind(operand, x) == PER_PIXEL:
+        elif kind_of(operand, x) == PER_PIXEL:
             g = g.sum(1, keepdim=True).contiguous()
         result.append(g.to(operand.dtype))
     return result[0], result[1], result[2], result[3], result[4]
@@ -375,7 +260,7 @@ def _backward_triton(
     norm, one_plus, _, act, slope, wanted = arguments
     fmt = memory_format(x)
     x, grad = x.contiguous(memory_format=fmt), grad.to(x.dtype).contiguous(memory_format=fmt)
-    maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (_kind(gamma, x), _kind(beta, x))
+    maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (kind_of(gamma, x), kind_of(beta, x))
     rows, settings = (as_float(mean), as_float(rstd)), (NORMS.index(norm), one_plus, act, slope, wanted)
     found = norm_modulate_triton.backward(x, grad, statistics, *maps, *rows, kinds, *settings)
     return _as_operands(x, found, (gamma, beta, mean, rstd))
