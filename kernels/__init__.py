@@ -13,10 +13,12 @@ from faceedit.kernels.modulated_conv2d import modulated_conv2d
 from faceedit.kernels.noise_bias_act import noise_bias_act
 from faceedit.kernels.noise_regularizer import noise_regularizer, normalize_noise_
 from faceedit.kernels.norm_modulate import norm_modulate
+from faceedit.kernels.normalization import adain, instance_norm_act, sft, spade
 from faceedit.kernels.operator import decomposition_table
 from faceedit.kernels.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
+    "adain",
     "alpha_blend",
     "backend",
     "backends_report",
@@ -26,6 +28,7 @@ __all__ = [
     "filter2d",
     "fir_epilogue",
     "gaussian_kl",
+    "instance_norm_act",
     "last_backend",
     "masked_mse",
     "modulated_conv2d",
@@ -34,6 +37,8 @@ __all__ = [
     "norm_modulate",
     "normalize_noise_",
     "setup_filter",
+    "sft",
+    "spade",
     "upfirdn2d",
     "upsample2d",
 ]
