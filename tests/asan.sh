@@ -33,7 +33,9 @@ echo '{"native": true, "cuda": false, "reason": "", "cuda_reason": "FACEEDIT_CUD
 
 # Leaks are the interpreter's own. torch.compile and Triton start compilers, which need none of this: left out.
 # -P keeps this folder, and with it the package that is not instrumented, off the path.
-export PYTHONPATH="$root/$build/package" ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=9 OMP_NUM_THREADS=2
+export PYTHONPATH="$root/$build/package" ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:exitcode=9
+# Spinning workers would stall a busy machine; see the table of hazards in docs/testing.md.
+export OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
 export LD_PRELOAD=$libraries
 
 # The instrument itself first: a kernel told that its input is longer than it is must be stopped.
