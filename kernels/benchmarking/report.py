@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _HEADER = (
-    f"{'op':<20} {'layer':<14} {'dtype':<8} {'pass':<16} {'provider':<12} {'median ms':>10} {'IQR ms':>19} "
+    f"{'op':<20} {'layer':<14} {'dtype':<8} {'pass':<16} {'provider':<14} {'median ms':>10} {'IQR ms':>19} "
     f"{'ratio':>6} {'IQR':>13} {'minima':>6} {'GB/s':>7} {'copy':>5} {'GFLOP/s':>8} {'matrix':>6} {'peak MB':>8}"
 )
 _CUDA_HEADER = f" {'warm ms':>9} {'graph ms':>9} {'graph cold':>10}"
@@ -33,7 +33,7 @@ def introduction(description: dict[str, Any], rates: dict[str, Any], missing: di
 def line(record: dict[str, Any], rates: dict[str, Any]) -> str:
     """Return one record as a line of the table."""
     start = (
-        f"{record['op']:<20} {record['layer']:<14} {record['dtype']:<8} {record['pass']:<16} {record['provider']:<12}"
+        f"{record['op']:<20} {record['layer']:<14} {record['dtype']:<8} {record['pass']:<16} {record['provider']:<14}"
     )
     if record["status"] != "ok":
         return f"{start} {record['status'].upper()}: {record['reason']}"
@@ -59,7 +59,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> Iterable[str]:
     yield ""
     yield "median over the layers:"
     for row in lines:
-        text = f"{row['op']:<20} {row['dtype']:<8} {row['pass']:<16} {row['provider']:<12} {row['ratio']:>6.2f}x"
+        text = f"{row['op']:<20} {row['dtype']:<8} {row['pass']:<16} {row['provider']:<14} {row['ratio']:>6.2f}x"
         text += f" (minima {row['ratio_of_minima']:.2f}x) over {row['layers']} layers"
         if row["ratio_to_compile"] is not None and row["provider"] != "compile":
             text += f", {row['ratio_to_compile']:.2f}x compile"

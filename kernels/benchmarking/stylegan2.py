@@ -3,7 +3,7 @@
 
 `nvlabs_form` computes as NVlabs' code does: weights modulated and demodulated per sample, one grouped convolution for
 the batch (or, `fused=False`, scaled activations and a shared one), then the FIR filter, the noise, and bias and
-activation, each in a pass of its own over NCHW tensors.
+activation, each in a pass of its own over NCHW tensors. `our_form` calls one op a layer on channels_last tensors.
 """
 
 import math
@@ -15,6 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faceedit.kernels.benchmarking.case import draw
+from faceedit.kernels.fir_epilogue import fir_epilogue
+from faceedit.kernels.modulated_conv2d import modulated_conv2d
+from faceedit.kernels.upfirdn2d import setup_filter
 
 GAIN = math.sqrt(2)
 FIR = (1.0, 3.0, 3.0, 1.0)
@@ -46,14 +49,12 @@ class Network:
     def convolutions(self) -> Iterator[Layer]:
         return (layer for layer in self.layers if not layer.rgb)
 
-    def to(self, device: str | torch.device) -> "Network":
-        """Return the network on another device; itself where it is there already."""
-        if self.constant.device == torch.device(device):
-            return self
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Network":
+        """Return the network on a device, the weights of its convolutions in `dtype`."""
         moved = (
             replace(
                 layer,
-                weight=layer.weight.to(device),
+                weight=layer.weight.to(device, dtype),
                 affine=layer.affine.to(device),
                 bias=layer.bias.to(device),
                 strength=layer.strength.to(device),
@@ -172,5 +173,46 @@ def nvlabs_form(
             continue
         y = y.add_((next(maps) * layer.strength).to(dtype))
         x = F.leaky_relu(y + bias, 0.2) * GAIN
+    assert image is not None
+    return image
+
+
+# On this library
+
+
+def our_form(network: Network, ws: Tensor, noises: Sequence[Tensor]) -> Tensor:
+    """Return the same image; activations have the dtype of the network's weights, images and sums fp32."""
+    dtype = network.layers[0].weight.dtype
+    x = network.constant.to(dtype).expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
+    fir, maps = setup_filter(FIR, device=ws.device), iter(noises)
+    image: Tensor | None = None
+    styles = [layer.style(w) for layer, w in zip(network.layers, ws.unbind(1), strict=True)]
+    for index, layer in enumerate(network.layers):
+        if layer.rgb:
+            continue
+        # A resolution's last convolution is followed by its ToRGB, whose sums the same pass makes.
+        to_rgb = network.layers[index + 1] if network.layers[index + 1].rgb else None
+        result = modulated_conv2d(
+            x,
+            layer.weight,
+            styles[index],
+            noise=next(maps),
+            strength=layer.strength,
+            bias=layer.bias,
+            up=layer.up,
+            rgb_weight=None if to_rgb is None else to_rgb.weight[:, :, 0, 0].float(),
+            rgb_styles=None if to_rgb is None else styles[index + 1] / math.sqrt(to_rgb.weight.shape[1]),
+        )
+        if isinstance(result, Tensor):
+            x = result
+            continue
+        x, rgb = result
+        assert to_rgb is not None
+        if image is None:
+            image = rgb + to_rgb.bias[None, :, None, None]
+        else:
+            image = fir_epilogue(
+                image, fir, up=2, pad=(2, 1, 2, 1), fir_gain=4.0, bias=to_rgb.bias, act="linear", add=rgb
+            )
     assert image is not None
     return image
