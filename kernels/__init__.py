@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused operators for face editing networks, each with eager, C++, CUDA and Triton implementations.
 
-Importing compiles nothing and touches no GPU. docs/kernels has one page per op, and in switching.md what replaces the ops
-of other StyleGAN2 libraries.
+Importing compiles nothing and touches no GPU. docs/kernels has one page per op; its switching.md says what replaces
+the ops of other StyleGAN2 libraries.
 """
 
 from faceedit.kernels.alpha_blend import alpha_blend
