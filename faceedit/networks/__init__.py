@@ -39,6 +39,13 @@ KINDS: dict[str, NetworkKind] = {
         NetworkKind(
             "attribute-classifier", "faceedit.networks.classifier", "AttributeClassifierConfig", "AttributeClassifier"
         ),
+        NetworkKind("stylegan2", "faceedit.networks.stylegan2", "StyleGAN2Config", "StyleGAN2Generator"),
+        NetworkKind(
+            "stylegan2-discriminator",
+            "faceedit.networks.stylegan2",
+            "StyleGAN2DiscriminatorConfig",
+            "StyleGAN2Discriminator",
+        ),
     )
 }
 
