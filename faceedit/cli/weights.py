@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`faceedit weights`: what is installed, and what each file says about itself."""
+"""`faceedit weights`: what is installed, what each file says about itself, and other people's checkpoints."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from faceedit.cli import options
 from faceedit.cli.output import print_json
 
-app = typer.Typer(help="List and describe weights.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="List, describe and import weights.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command("list")
@@ -60,3 +61,38 @@ def show(
         typer.echo(f"{key + ':':<16} {value}")
     if card:
         typer.echo(f"\n{card.rstrip()}")
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(help="What the checkpoint is: stylegan2.", show_default=False)],
+    file: Annotated[Path, typer.Argument(help="The checkpoint: .pkl, .pt or .safetensors.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.", show_default=False)],
+    part: Annotated[
+        str,
+        typer.Option(
+            "--part",
+            help="Which network of the file, for stylegan2: ema (the usual one), generator or discriminator.",
+            show_default=False,
+        ),
+    ] = "",
+    licence: Annotated[
+        str, typer.Option("--licence", help="The licence that the weights came with, an SPDX identifier.")
+    ] = "LicenseRef-unstated",
+    training_data: Annotated[
+        str, typer.Option("--training-data", metavar="TEXT", help="What the weights were trained on.")
+    ] = "unstated",
+    json: options.Json = False,
+) -> None:
+    """Convert a checkpoint of another project; nothing that the file contains is ever run.
+
+    Example: faceedit weights import stylegan2 ffhq.pkl -o ffhq.safetensors
+    """
+    from faceedit.config import to_dict
+    from faceedit.importers import import_weights
+
+    header = import_weights(kind, file, output, part=part, licence=licence, training_data=training_data)
+    if json:
+        print_json({"file": str(output), **to_dict(header)})
+        return
+    typer.echo(f"{output}: {header.kind}, {header.config['size_px']} px, from {header.recipe.partition(': ')[2]}")
