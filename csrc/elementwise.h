@@ -197,6 +197,21 @@ FE_HD float slope_from_output(float y, float slope, float gain, float clamp) {
   return clamped ? 0.0f : activation_slope<ACT>(y, slope) * gain;
 }
 
+// The same two for loops that must vectorise: a limit of NaN is none. GCC takes `clamp < 0` out of a loop by making two
+// loops, of which it then vectorises one.
+FE_HD float clamp_limit(float clamp) { return clamp < 0.0f ? bits_to_float(0x7fc00000u) : clamp; }
+
+template <int ACT>
+FE_HD float finish_within(float z, float slope, float gain, float limit) {
+  return clamp_symmetric(activate<ACT>(z, slope) * gain, limit);
+}
+
+template <int ACT>
+FE_HD float slope_within(float y, float slope, float gain, float limit) {
+  const float magnitude = y < 0.0f ? -y : y;
+  return magnitude >= limit ? 0.0f : activation_slope<ACT>(y, slope) * gain;
+}
+
 // z from the output y of a piecewise linear activation; `inverse` is 1 / gain, `inverse_below` 1 / (gain * slope). Where
 // the output does not tell (clamped, or the flat side of a ReLU) dy/dz is 0, so that z counts for nothing there.
 template <int ACT>

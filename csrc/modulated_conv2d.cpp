@@ -36,11 +36,18 @@ inline void noise_offsets(const ModulatedEpilogueParams& p, const Block& block, 
   for (int32_t q = 0; q < block.pixels; ++q) offset[q] = noise ? noise[q] * strength : 0.0f;
 }
 
+// The sum of kRows values by halves: four short steps, where adding one by one would take sixteen.
+FE_HD float tree_sum(float* value) {
+  for (int half = kRows / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) value[j] += value[j + half];
+  return value[0];
+}
+
 template <class T, int ACT, bool WRITE>
 void forward_block(const ModulatedEpilogueParams& p, const Block& block) {
   const int64_t channels = p.channels;
   const int32_t pixels = block.pixels;
-  const float slope = p.slope, gain = p.gain, clamp = p.clamp;
+  const float slope = p.slope, gain = p.gain, limit = clamp_limit(p.clamp);
   const float* scale = p.scale + (WRITE ? block.sample * channels : 0);
   const float* bias = p.bias;
   const float* factors = p.rgb_factors + block.sample * 3 * channels;
@@ -54,19 +61,26 @@ void forward_block(const ModulatedEpilogueParams& p, const Block& block) {
       const T* x = static_cast<const T*>(p.x) + element(p, block, 0, q);
       T* y = WRITE ? static_cast<T*>(p.y) + element(p, block, 0, q) : nullptr;
       const float noise = WRITE ? offset[q] : 0.0f;
-      float r = 0.0f, g = 0.0f, b = 0.0f;
-#pragma omp simd reduction(+ : r, g, b)
-      for (int64_t c = 0; c < channels; ++c) {
+      alignas(64) float sum[3][kRows] = {};
+      auto add = [&](int64_t c, int j) {
         float value = load(x[c]);
         if (WRITE) {
-          value = finish<ACT>(value * scale[c] + noise + bias[c], slope, gain, clamp);
+          value = finish_within<ACT>(value * scale[c] + noise + bias[c], slope, gain, limit);
           store(value, y + c);
         }
-        r += value * red[c];
-        g += value * green[c];
-        b += value * blue[c];
+        sum[0][j] += value * red[c];
+        sum[1][j] += value * green[c];
+        sum[2][j] += value * blue[c];
+      };
+      int64_t first = 0;
+      for (; first + kRows <= channels; first += kRows) {
+#pragma omp simd
+        for (int j = 0; j < kRows; ++j) add(first + j, j);
       }
-      rgb[q] = r, rgb[p.pixels + q] = g, rgb[2 * p.pixels + q] = b;
+      const int rest = static_cast<int>(channels - first);
+#pragma omp simd
+      for (int j = 0; j < rest; ++j) add(first + j, j);
+      for (int k = 0; k < 3; ++k) rgb[k * p.pixels + q] = tree_sum(sum[k]);
     }
     return;
   }
@@ -80,7 +94,7 @@ void forward_block(const ModulatedEpilogueParams& p, const Block& block) {
     for (int32_t q = 0; q < pixels; ++q) {
       float value = load(x[q]);
       if (WRITE) {
-        value = finish<ACT>(value * d + offset[q] + shift, slope, gain, clamp);
+        value = finish_within<ACT>(value * d + offset[q] + shift, slope, gain, limit);
         store(value, y + q);
       }
       sums[0][q] += value * red;
@@ -98,7 +112,7 @@ struct Sums {
 };
 
 struct Inversion {
-  float clamp, inverse, inverse_below;
+  float limit, inverse, inverse_below;
 };
 
 template <class T>
@@ -106,7 +120,7 @@ Inversion inversion(const ModulatedEpilogueParams& p) {
   // The output was rounded to its dtype; so was the limit it was clamped to.
   T rounded;
   store(p.clamp, &rounded);
-  return {p.clamp < 0.0f ? p.clamp : load(rounded), 1.0f / p.gain, 1.0f / (p.gain * p.slope)};
+  return {clamp_limit(p.clamp < 0.0f ? p.clamp : load(rounded)), 1.0f / p.gain, 1.0f / (p.gain * p.slope)};
 }
 
 template <class T, int ACT, bool RGB, bool FULL>
@@ -121,7 +135,7 @@ void backward_lanes(const ModulatedEpilogueParams& p, const Block& block, const 
     if (RGB)
       for (int k = 0; k < 3; ++k) factor[k][i] = p.rgb_factors[(block.sample * 3 + k) * p.channels + first + i];
   }
-  const float slope = p.slope, gain = p.gain, clamp = inv.clamp;
+  const float slope = p.slope, gain = p.gain, limit = inv.limit;
   const float inverse = inv.inverse, inverse_below = inv.inverse_below;
   const T none[kLanes] = {};
   const float* grad_rgb = RGB ? p.grad_rgb + block.sample * 3 * p.pixels + block.first_pixel : nullptr;
@@ -142,7 +156,7 @@ void backward_lanes(const ModulatedEpilogueParams& p, const Block& block, const 
         const float y = load(saved[i]);
         float g = load(grad[i]);
         if (RGB) g += g0 * factor[0][i] + g1 * factor[1][i] + g2 * factor[2][i];
-        const float gz = g * slope_from_output<ACT>(y, slope, gain, clamp);
+        const float gz = g * slope_within<ACT>(y, slope, gain, limit);
         const float core = input_from_output<ACT>(y, inverse, inverse_below) - noise - bias[i];
         sum[0][i] += gz;
         sum[1][i] += gz * core;
@@ -164,7 +178,7 @@ void backward_lanes(const ModulatedEpilogueParams& p, const Block& block, const 
 template <class T, int ACT, bool RGB>
 void backward_plane(const ModulatedEpilogueParams& p, const Block& block, const Inversion& inv, int64_t c,
                     const float* offset, const Sums& sums, float* rows) {
-  const float slope = p.slope, gain = p.gain, clamp = inv.clamp;
+  const float slope = p.slope, gain = p.gain, limit = inv.limit;
   const float inverse = inv.inverse, inverse_below = inv.inverse_below;
   const float scale = p.scale ? p.scale[block.sample * p.channels + c] : 1.0f;
   const float bias = p.bias ? p.bias[c] : 0.0f;
@@ -189,7 +203,7 @@ void backward_plane(const ModulatedEpilogueParams& p, const Block& block, const 
       sum1 += g1 * y;
       sum2 += g2 * y;
     }
-    const float gz = g * slope_from_output<ACT>(y, slope, gain, clamp);
+    const float gz = g * slope_within<ACT>(y, slope, gain, limit);
     sum_bias += gz;
     sum_scale += gz * (input_from_output<ACT>(y, inverse, inverse_below) - offset[q] - bias);
     rows[q] += gz;
@@ -225,12 +239,7 @@ void backward_block(const ModulatedEpilogueParams& p, const BlockPlan& plan, con
   }
   if (!p.grad_noise && !p.grad_strength) return;
   if (p.channels_last) {
-    for (int32_t q = 0; q < block.pixels; ++q) {
-      float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-      for (int j = 0; j < kRows; ++j) sum += rows[q * kRows + j];
-      total[q] = sum;
-    }
+    for (int32_t q = 0; q < block.pixels; ++q) total[q] = tree_sum(rows + q * kRows);
   }
   const float strength = p.strength ? *p.strength : 1.0f;
   if (p.grad_noise) {
