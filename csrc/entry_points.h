@@ -10,6 +10,7 @@
 #include "noise_bias_act.h"
 #include "noise_regularizer.h"
 #include "norm_modulate.h"
+#include "place_components.h"
 #include "upfirdn2d.h"
 
 // ENTRY(function, Params): `function` exists as fe::<isa>::function(const Params&, int threads) and, in a CUDA build, as
@@ -33,7 +34,10 @@
   ENTRY(upfirdn2d_fwd, UpFirDnParams)                    \
   ENTRY(noise_regularizer_fwd, NoiseRegularizerParams)   \
   ENTRY(noise_regularizer_bwd, NoiseRegularizerParams)   \
-  ENTRY(normalize_noise, NormalizeNoiseParams)
+  ENTRY(normalize_noise, NormalizeNoiseParams)           \
+  ENTRY(place_components_fwd, PlaceComponentsParams)     \
+  ENTRY(place_components_bwd, PlaceComponentsParams)     \
+  ENTRY(mask_centres, MaskCentresParams)
 
 // WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
 // these parameters needs. Pointers only say which results are wanted.

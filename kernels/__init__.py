@@ -16,6 +16,7 @@ from faceedit.kernels.noise_regularizer import noise_regularizer, normalize_nois
 from faceedit.kernels.norm_modulate import norm_modulate
 from faceedit.kernels.normalization import adain, instance_norm_act, sft, spade
 from faceedit.kernels.operator import decomposition_table
+from faceedit.kernels.place_components import mask_centres, place_components
 from faceedit.kernels.upfirdn2d import downsample2d, filter2d, setup_filter, upfirdn2d, upsample2d
 
 __all__ = [
@@ -31,12 +32,14 @@ __all__ = [
     "gaussian_kl",
     "instance_norm_act",
     "last_backend",
+    "mask_centres",
     "masked_mse",
     "modulated_conv2d",
     "noise_bias_act",
     "noise_regularizer",
     "norm_modulate",
     "normalize_noise_",
+    "place_components",
     "setup_filter",
     "sft",
     "spade",
