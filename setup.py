@@ -8,6 +8,7 @@ FACEEDIT_NATIVE  auto (default) | off | require   `require` turns a failed nativ
 FACEEDIT_CUDA    auto (default) | off | require   the same for the CUDA kernels
 """
 
+import hashlib
 import json
 import os
 import re
@@ -67,6 +68,30 @@ def cuda_resources(output: str) -> list[dict[str, str | int]]:
     return [{key: int(value) if value.isdigit() else value for key, value in row.items()} for row in rows]
 
 
+def keep_resources(record: Path, rows: list[dict[str, str | int]]) -> list[dict[str, str | int]]:
+    """Join a build's rows with those of earlier ones: a kernel that was not compiled again is not reported again."""
+    known = json.loads(record.read_text()) if record.exists() else []
+    joined = {(row["kernel"], row["architecture"]): row for row in [*known, *rows]}
+    record.write_text(json.dumps(list(joined.values())))
+    return list(joined.values())
+
+
+def found_cuda(build: Path) -> bool:
+    """Whether CMake found a CUDA compiler for this build directory."""
+    lines = (build / "CMakeCache.txt").read_text().splitlines()
+    return any(line.startswith("CMAKE_CUDA_COMPILER:") and not line.endswith("NOTFOUND") for line in lines)
+
+
+def toolchain(with_cuda: bool) -> str:
+    """Return a key of what compiles: the compilers' own descriptions, and the flags they take from the environment."""
+    parts = [sys.version, str(with_cuda)] + [os.environ.get(name, "") for name in ("CXXFLAGS", "CUDAFLAGS", "LDFLAGS")]
+    for variable, usual in (("CXX", "c++"), ("CUDACXX", "nvcc")):
+        path = shutil.which(os.environ.get(variable, usual))
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False) if path else None
+        parts += [str(path), done.stdout if done else ""]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
 class CMakeBuild(build_ext):
     """Build the one extension with CMake, and record what was built."""
 
@@ -105,7 +130,9 @@ class CMakeBuild(build_ext):
         cmake = shutil.which("cmake")
         if not cmake:
             raise BuildFailedError("cmake was not found")
-        build = Path(self.build_temp).resolve() / "cmake"
+        with_cuda = setting("FACEEDIT_CUDA") != "off"
+        # A directory for each toolchain: the next build compiles what changed, never with another compiler's objects.
+        build = Path(self.build_temp).resolve() / f"cmake-{toolchain(with_cuda)}"
         configure = [
             cmake,
             "-S",
@@ -116,19 +143,17 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build / 'out'}",
         ]
-        if shutil.which("ninja"):
-            configure.append("-GNinja")
+        if ninja := shutil.which("ninja"):
+            # Build environments come and go: name today's ninja, not the one an earlier build remembers.
+            configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         compile_command = [cmake, "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 8))]
-        with_cuda = setting("FACEEDIT_CUDA") != "off"
         if not with_cuda:
             info["cuda_reason"] = "FACEEDIT_CUDA=off"
         try:
-            # A build directory made by another compiler or another build environment would be reused silently.
-            shutil.rmtree(build, ignore_errors=True)
-            output = run([*configure, f"-DFACEEDIT_CUDA={'ON' if with_cuda else 'OFF'}"])
-            compiled = run(compile_command)
-            info["cuda_resources"] = cuda_resources(compiled)
-            info["cuda"] = with_cuda and "Looking for a CUDA compiler - NOTFOUND" not in output
+            run([*configure, f"-DFACEEDIT_CUDA={'ON' if with_cuda else 'OFF'}"])
+            rows = cuda_resources(run(compile_command))
+            info["cuda_resources"] = keep_resources(build / "cuda_resources.json", rows)
+            info["cuda"] = with_cuda and found_cuda(build)
             if with_cuda and not info["cuda"]:
                 info["cuda_reason"] = "no CUDA compiler (nvcc) was found"
         except BuildFailedError as error:
