@@ -357,5 +357,27 @@ FE_HD float exponential_minus_one(float x) {
   return magnitude < 1.0f ? x + x * x * exponential_series(x) : far;
 }
 
+// Gates: z and c are before their sigmoid and tanh.
+struct GateGradients {
+  float h, z, c;
+};
+
+FE_HD float gru_gate(float h, float z, float c) {
+  const float u = sigmoid(z);
+  return (1.0f - u) * h + u * hyperbolic_tangent(c);
+}
+
+FE_HD GateGradients gru_gate_slopes(float h, float z, float c) {
+  const float u = sigmoid(z), t = hyperbolic_tangent(c);
+  return {1.0f - u, (t - h) * (u * (1.0f - u)), u * (1.0f - t * t)};
+}
+
+FE_HD float reset_gate(float h, float z) { return sigmoid(z) * h; }
+
+FE_HD GateGradients reset_gate_slopes(float h, float z) {
+  const float u = sigmoid(z);
+  return {u, h * (u * (1.0f - u)), 0.0f};
+}
+
 }  // namespace FE_ISA
 }  // namespace fe

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "alpha_blend.h"
+#include "attribute_maps.h"
+#include "gates.h"
 #include "kl.h"
 #include "masked_mse.h"
 #include "modulated_conv2d.h"
@@ -37,7 +39,11 @@
   ENTRY(normalize_noise, NormalizeNoiseParams)           \
   ENTRY(place_components_fwd, PlaceComponentsParams)     \
   ENTRY(place_components_bwd, PlaceComponentsParams)     \
-  ENTRY(mask_centres, MaskCentresParams)
+  ENTRY(mask_centres, MaskCentresParams)                 \
+  ENTRY(gate_fwd, GateParams)                            \
+  ENTRY(gate_bwd, GateParams)                            \
+  ENTRY(attribute_maps_fwd, AttributeMapsParams)         \
+  ENTRY(attribute_maps_bwd, AttributeMapsParams)
 
 // WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
 // these parameters needs. Pointers only say which results are wanted.
@@ -52,7 +58,8 @@
   WORKSPACE(noise_regularizer_fwd_partials, NoiseRegularizerParams)    \
   WORKSPACE(noise_regularizer_fwd_coarse, NoiseRegularizerParams)      \
   WORKSPACE(noise_regularizer_bwd_coarse, NoiseRegularizerParams)      \
-  WORKSPACE(normalize_noise_workspace, NormalizeNoiseParams)
+  WORKSPACE(normalize_noise_workspace, NormalizeNoiseParams)           \
+  WORKSPACE(attribute_maps_bwd_workspace, AttributeMapsParams)
 
 namespace fe {
 

@@ -6,8 +6,10 @@ the ops of other StyleGAN2 libraries.
 """
 
 from faceedit.kernels.alpha_blend import alpha_blend
+from faceedit.kernels.attribute_maps import attribute_maps, conv_attribute_maps
 from faceedit.kernels.dispatch import backend, backends_report, last_backend
 from faceedit.kernels.fir_epilogue import fir_epilogue
+from faceedit.kernels.gates import gru_gate, reset_gate
 from faceedit.kernels.kl import bernoulli_kl, gaussian_kl
 from faceedit.kernels.masked_mse import masked_mse
 from faceedit.kernels.modulated_conv2d import modulated_conv2d
@@ -22,14 +24,17 @@ from faceedit.kernels.upfirdn2d import downsample2d, filter2d, setup_filter, upf
 __all__ = [
     "adain",
     "alpha_blend",
+    "attribute_maps",
     "backend",
     "backends_report",
     "bernoulli_kl",
+    "conv_attribute_maps",
     "decomposition_table",
     "downsample2d",
     "filter2d",
     "fir_epilogue",
     "gaussian_kl",
+    "gru_gate",
     "instance_norm_act",
     "last_backend",
     "mask_centres",
@@ -40,6 +45,7 @@ __all__ = [
     "norm_modulate",
     "normalize_noise_",
     "place_components",
+    "reset_gate",
     "setup_filter",
     "sft",
     "spade",
