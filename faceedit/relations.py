@@ -21,6 +21,7 @@ from torch import Tensor
 
 from faceedit.attributes import MAGGAN, check_attribute
 from faceedit.errors import UnknownNameError, UsageError, suggestion
+from faceedit.kernels import attribute_maps
 from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN, LabelScheme
 
 _BROWS = "l_brow r_brow"
@@ -176,8 +177,11 @@ def mask_guided_conditioning(
     """
     relations = _relations_like(relations, mask)
     _check_pair("mask_guided_conditioning", attribute_difference, mask, relations)
-    regions = torch.einsum("nak,nkhw->nahw", _related(attribute_difference, relations), mask)
-    return _dilate(regions, dilate_px) * attribute_difference.to(mask)[:, :, None, None]
+    related, intensity = _related(attribute_difference, relations), attribute_difference.to(mask)
+    if dilate_px == 0:
+        return attribute_maps(intensity, mask, related)
+    regions = torch.einsum("nak,nkhw->nahw", related, mask)
+    return _dilate(regions, dilate_px) * intensity[:, :, None, None]
 
 
 @dataclass(frozen=True)
