@@ -10,6 +10,7 @@ import argparse
 import io
 import os
 import pickle
+import pickletools
 import re
 import warnings
 from collections import OrderedDict
@@ -138,11 +139,20 @@ def _read_pickle(file: Any, name: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of typed storages, which old pickles consist of
+            _check_memo(file)
             return _Reader(file, name).load()
     except (WeightsError, OSError):
         raise
     except Exception as error:  # a hostile pickle can make any allowed class raise anything
         raise _damaged(name, error) from error
+
+
+def _check_memo(file: Any) -> None:
+    """Refuse a pickle that numbers its objects beyond their count: the reader would allocate room up to that number."""
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
+            raise pickle.UnpicklingError("an object numbered beyond the last one")
+    file.seek(0)
 
 
 def _refused(name: str, class_name: str) -> WeightsError:

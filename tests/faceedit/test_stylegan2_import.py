@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import pickle
+import random
 import sys
 from pathlib import Path
 
@@ -301,6 +302,33 @@ def test_a_tensor_stays_within_its_storage(tmp_path: Path) -> None:
     for layout in ((0, (100,), (1,)), (3, (2,), (1,)), (-1, (2,), (1,)), (0, (2, 2), (2,)), (0, (2,), (-1,))):
         (tmp_path / "net.pkl").write_bytes(pickle.dumps({"a": Outside(*layout)}))
         refused(tmp_path / "net.pkl", tmp_path, "whole checkpoint")
+
+
+def test_a_number_cannot_take_all_memory(tmp_path: Path) -> None:
+    for put in (b"r\xff\xff\xff\x7f", b"p2147483647\n", b"q\x09"):
+        (tmp_path / "net.pkl").write_bytes(b"\x80\x03}" + put + b".")
+        refused(tmp_path / "net.pkl", tmp_path, "numbered beyond the last one")
+
+
+@pytest.mark.parametrize("form", ["pkl", "zip", "legacy"])
+def test_damaged_bytes_end_in_one_error(form: str, tmp_path: Path) -> None:
+    path, state = tmp_path / "net", originals.nvlabs_generator((2, 2))
+    if form == "pkl":
+        originals.write_nvlabs_pickle(path, {"G_ema": originals.persistent(state, "", {"gain": np.sqrt(2)})})
+    else:
+        torch.save({"G_ema": state}, path, _use_new_zipfile_serialization=form == "zip")
+    whole, draw, refusals = path.read_bytes(), random.Random(0), []
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(draw.choice((1, 3, 9))):
+            damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            convert(read_checkpoint(path))  # values may change unnoticed in a pickle, which has no checksum
+        except WeightsError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 10
+    assert not any("\n" in message for message in refusals)
 
 
 @pytest.mark.parametrize("form", ["pkl", "pt", "safetensors"])
