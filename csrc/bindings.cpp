@@ -2,11 +2,15 @@
 // faceedit.kernels._C: addresses, sizes and enumerations in, nothing out. Python owns every buffer.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "isa.h"
+#include "upfirdn2d_tile.h"
 
 namespace py = pybind11;
 
@@ -82,6 +86,27 @@ void launch(const char* name, const Params& params, const Target& target, fe::Er
   if (error) throw std::runtime_error(std::string(name) + ": " + error);
 }
 
+template <int V>
+void run_fir_blocks(const fe::UpFirDnParams& p, const fe::FirTile& tile) {
+  using namespace fe::FE_ISA;
+  if (p.dtype != fe::kFloat32 || !fir_packs_fit<float, V>(p, tile)) throw std::invalid_argument("packs do not fit");
+  constexpr int32_t kGuard = 64, kWarps = 8, kWidth = 32;
+  const int32_t size = fir_tile_floats(p, tile);
+  std::vector<FirPack<float, 4>> buffer((size + 3) / 4 + kGuard);
+  float* shared = buffer[0].lane;
+  for (int64_t index = 0; index < tile.blocks(); ++index) {
+    // What a step reads without an earlier one having written it shows as NaN, a write past the end in the guard.
+    std::fill_n(shared, buffer.size() * 4, std::numeric_limits<float>::quiet_NaN());
+    const FirBlock<float, V> block(p, tile, index, shared);
+    for (int32_t i = 0; i < kWarps * kWidth; ++i) block.load_samples(i / kWidth, kWarps, i % kWidth, kWidth);
+    for (int32_t i = 0; p.separable && i < kWarps * kWidth; ++i)
+      block.filter_down(i / kWidth, kWarps, i % kWidth, kWidth);
+    for (int32_t i = 0; i < kWarps * kWidth; ++i) block.filter_along(i / kWidth, kWarps, i % kWidth, kWidth);
+    for (size_t i = size; i < buffer.size() * 4; ++i)
+      if (shared[i] == shared[i]) throw std::out_of_range("a block wrote outside its shared memory");
+  }
+}
+
 #if !defined(FE_WITH_CUDA)
 template <class Params>
 fe::Error without_cuda(const Params&, int, void*) {
@@ -125,6 +150,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_blocks", [](bool cuda, int64_t pixels, int64_t channels) {
     const fe::BlockPlan p = fe::plan_blocks(cuda, pixels, channels);
     return py::make_tuple(p.blocks_per_sample, p.pixels_per_block);
+  });
+
+  // The CUDA kernel of upfirdn2d run here, one thread after another, so that tests can check its index maths. Returns the
+  // number of blocks and the floats of shared memory a block has.
+  m.def("upfirdn2d_blocks", [](bool packs, const py::kwargs& values) {
+    const auto params = read_params<fe::UpFirDnParams>("upfirdn2d_blocks", values);
+    if (fe::Error error = fe::check_upfirdn2d_fwd(params)) throw std::runtime_error(error);
+    const fe::FirTile tile = fe::FE_ISA::plan_fir_tile(params);
+    packs ? run_fir_blocks<4>(params, tile) : run_fir_blocks<1>(params, tile);
+    return py::make_tuple(tile.blocks(), fe::FE_ISA::fir_tile_floats(params, tile));
   });
 
 #define FE_BIND(FUNCTION, PARAMS)                                                                             \

@@ -154,7 +154,13 @@ def _native(
     return y
 
 
-_forward = dispatcher("fir_epilogue", eager=_eager, cpu=_native, cuda=_native)
+def _triton(x: Tensor, *arguments: Any) -> Tensor:
+    from faceedit.kernels import upfirdn2d_triton
+
+    return upfirdn2d_triton.forward(x, *arguments)
+
+
+_forward = dispatcher("fir_epilogue", eager=_eager, cpu=_native, cuda=_native, triton=_triton)
 
 
 def _fake(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], *arguments: Any) -> Tensor:

@@ -136,7 +136,13 @@ def _native(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], gain: fl
     return y
 
 
-_forward = dispatcher("upfirdn2d", eager=_eager, cpu=_native, cuda=_native)
+def _triton(x: Tensor, *arguments: Any) -> Tensor:
+    from faceedit.kernels import upfirdn2d_triton
+
+    return upfirdn2d_triton.forward(x, *arguments)
+
+
+_forward = dispatcher("upfirdn2d", eager=_eager, cpu=_native, cuda=_native, triton=_triton)
 
 
 def _fake(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], gain: float, flip: bool) -> Tensor:

@@ -11,9 +11,9 @@ from support.kernel_cases import DTYPES, FORMATS, PLACES, TOLERANCE, Place, chec
 from torch import Tensor
 
 from faceedit import kernels
-from faceedit.kernels import downsample2d, filter2d, native, setup_filter, upfirdn2d, upsample2d
+from faceedit.kernels import downsample2d, filter2d, native, noise_bias_act, setup_filter, upfirdn2d, upsample2d
 from faceedit.kernels.tensors import memory_format
-from faceedit.kernels.upfirdn2d import output_shape, reference
+from faceedit.kernels.upfirdn2d import native_geometry, output_shape, reference
 
 OP = torch.ops.faceedit.upfirdn2d.default
 FAST = "cpu" if native.build_report()["cpp"] else "eager"
@@ -263,6 +263,55 @@ def test_same_bits_at_any_thread_count_and_batch_size(fmt: torch.memory_format) 
         assert torch.equal(gradient, results[0][1])
     alone, _ = run(Place("cpu"), lambda x: upfirdn2d(x, FIRS["one axis"], *SETTINGS[1]), [x[1:]])
     assert torch.equal(alone[0], results[0][0][1])
+
+
+@needs_cpp
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(1, 40), st.integers(1, 70)), pads,
+    st.tuples(st.integers(1, 6), st.integers(1, 6)), st.sampled_from([1, 2]), st.sampled_from([1, 2]), st.booleans(),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_blocks_of_the_cuda_kernel(
+    shape: tuple[int, int, int, int], pad: list[int], size: tuple[int, int], up: int, down: int, separable: bool,
+    last: bool, epilogue: bool,
+) -> None:  # fmt: skip
+    """Its threads, run one after another on the host, write every output once and nothing else."""
+    fir = draw(*size[: 2 - separable], seed=2)
+    _, _, h, w = shape
+    assume(h * up + pad[2] + pad[3] >= fir.shape[0] and w * up + pad[0] + pad[1] >= fir.shape[-1])
+    check_blocks(draw(*shape, seed=1), fir, up, down, pad, last, epilogue)
+
+
+@needs_cpp
+@pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("size", [(32,), (32, 32)], ids=str)
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_blocks_of_the_cuda_kernel_with_the_largest_filter(
+    up: int, down: int, size: tuple[int, ...], last: bool
+) -> None:
+    check_blocks(draw(1, 20, 7, 5, seed=1), draw(*size, seed=2) / 32, up, down, [15, 16, 14, 13], last, False)
+
+
+def check_blocks(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], last: bool, epilogue: bool) -> None:
+    x = x.contiguous(memory_format=FORMATS[last])
+    n, c = x.shape[:2]
+    y = torch.full(output_shape(x, fir, up, down, pad), float("nan")).contiguous(memory_format=FORMATS[last])
+    call = native_geometry(x, fir, up, down, pad, 1.5, True, y) | {"channels_last": last}
+    expected = reference(x.double(), fir.double(), up, down, pad, 1.5, True)
+    if epilogue:
+        scale, noise, bias = draw(n, c, seed=3), draw(1, 1, *y.shape[2:], seed=4), draw(c, seed=5)
+        strength, add = torch.tensor(0.3), draw(*y.shape, seed=6).contiguous(memory_format=FORMATS[last])
+        operands = {"scale": scale, "noise": noise, "bias": bias, "strength": strength, "add": add}
+        call |= {name: tensor.data_ptr() for name, tensor in operands.items()}
+        call |= {"epilogue": True, "act": 2, "slope": 0.2, "gain": 1.4, "clamp": 3.0}
+        expected = noise_bias_act(expected, scale, noise, strength, bias, gain=1.4, clamp=3.0) + add
+    for packs in (False, True) if last and c % 4 == 0 else (False,):
+        y.fill_(float("nan"))
+        _, floats = native.module().upfirdn2d_blocks(packs, **call)
+        assert floats <= 48 * 1024 // 4
+        bound = 2e-6 * max(float(expected.abs().max()), float(fir.abs().sum()), 1e-3)
+        assert bool(((y.double() - expected).abs() <= bound).all())
 
 
 def test_filters_are_made_as_documented() -> None:
