@@ -7,53 +7,52 @@ namespace fe {
 namespace FE_ISA {
 namespace {
 
-inline void load_mask(const MaskOperand& mask, int64_t sample, int64_t first, int32_t count, float* out) {
-  load_row(mask.data, mask.dtype, sample * mask.stride + first, count, out);
+constexpr int32_t kSumLength = 256;  // a float32 sum's rounding error grows with its length
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;  // larger gradients rarely wait in a cache for their reader
+
+inline void load_mask(const MaskOperand& mask, const PixelBlock& block, float* out) {
+  load_row(mask.data, mask.dtype, block.sample * mask.stride + block.first, block.count, out);
 }
 
-void effective_mask(const MaskedMseParams& p, int64_t sample, int64_t first, int32_t count, float* mask) {
-  if (p.mask.data) {
-    load_mask(p.mask, sample, first, count, mask);
-  } else {
-    for (int32_t q = 0; q < count; ++q) mask[q] = 1.0f;
-  }
+// `relax` is a constant: GCC takes a branch out of a loop by making two loops, of which it then vectorises one.
+template <int32_t RELAX>
+void relax_mask(const MaskedMseParams& p, const PixelBlock& block, float* mask) {
   float operand[kMaxBlockPixels];
-  const int32_t relax = p.relax;
   if (p.exclude.data) {
-    load_mask(p.exclude, sample, first, count, operand);
+    load_mask(p.exclude, block, operand);
 #pragma omp simd
-    for (int32_t q = 0; q < count; ++q) mask[q] = exclude_from(mask[q], operand[q], relax);
+    for (int32_t q = 0; q < block.count; ++q) mask[q] = exclude_from(mask[q], operand[q], RELAX);
   }
   if (p.include.data) {
-    load_mask(p.include, sample, first, count, operand);
+    load_mask(p.include, block, operand);
 #pragma omp simd
-    for (int32_t q = 0; q < count; ++q) mask[q] = include_in(mask[q], operand[q], relax);
+    for (int32_t q = 0; q < block.count; ++q) mask[q] = include_in(mask[q], operand[q], RELAX);
   }
+}
+
+// The weights of a block's pixels: a row of the mask itself where that will do, else `buffer`.
+const float* effective_mask(const MaskedMseParams& p, const PixelBlock& block, float* buffer) {
+  const bool relaxed = p.exclude.data || p.include.data;
+  if (p.mask.data && p.mask.dtype == kFloat32 && !relaxed)
+    return static_cast<const float*>(p.mask.data) + block.sample * p.mask.stride + block.first;
+  if (p.mask.data) {
+    load_mask(p.mask, block, buffer);
+  } else {
+    for (int32_t q = 0; q < block.count; ++q) buffer[q] = 1.0f;
+  }
+  if (relaxed) p.relax == kClamp ? relax_mask<kClamp>(p, block, buffer) : relax_mask<kMinMax>(p, block, buffer);
+  return buffer;
 }
 
 template <class T>
-double weighted_squares(const MaskedMseParams& p, int64_t sample, int64_t first, int32_t count, const float* mask) {
-  const T* a = static_cast<const T*>(p.a);
-  const T* b = static_cast<const T*>(p.b);
+double weighted_squares(const T* a, const T* b, const float* mask, int32_t count) {
   double total = 0.0;
-  if (p.channels_last) {
-    for (int32_t q = 0; q < count; ++q) {
-      const int64_t base = (sample * p.pixels + first + q) * p.channels;
-      float sum = 0.0f;
-      for (int64_t c = 0; c < p.channels; ++c) {
-        const float difference = load(a[base + c]) - load(b[base + c]);
-        sum += difference * difference;
-      }
-      total += static_cast<double>(mask[q] * sum);
-    }
-    return total;
-  }
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const int64_t base = (sample * p.channels + c) * p.pixels + first;
+  for (int32_t first = 0; first < count; first += kSumLength) {
+    const int32_t end = count - first < kSumLength ? count : first + kSumLength;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int32_t q = 0; q < count; ++q) {
-      const float difference = load(a[base + q]) - load(b[base + q]);
+    for (int32_t q = first; q < end; ++q) {
+      const float difference = load(a[q]) - load(b[q]);
       sum += mask[q] * (difference * difference);
     }
     total += static_cast<double>(sum);
@@ -67,18 +66,20 @@ void forward(const MaskedMseParams& p, int threads) {
   const int64_t blocks = p.batch * plan.blocks_per_sample;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t sample = i / plan.blocks_per_sample;
-    const int64_t first = (i % plan.blocks_per_sample) * plan.pixels_per_block;
-    const int64_t left = p.pixels - first;
-    const int32_t count = static_cast<int32_t>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
-    float mask[kMaxBlockPixels];
-    effective_mask(p, sample, first, count, mask);
-    double weight = 0.0;
+    const PixelBlock block = pixel_block(plan, i, p.pixels);
+    float buffer[kMaxBlockPixels];
+    const float* mask = effective_mask(p, block, buffer);
+    double squares = 0.0, weight = 0.0;
     if (p.normalize_by_mask) {
 #pragma omp simd reduction(+ : weight)
-      for (int32_t q = 0; q < count; ++q) weight += static_cast<double>(mask[q]);
+      for (int32_t q = 0; q < block.count; ++q) weight += static_cast<double>(mask[q]);
     }
-    p.workspace[2 * i] = weighted_squares<T>(p, sample, first, count, mask);
+    for_masked_runs(block, p.channels, p.pixels, p.channels_last, mask,
+                    [&p, &squares](int64_t base, const float* m, int32_t count) {
+                      squares += weighted_squares(static_cast<const T*>(p.a) + base, static_cast<const T*>(p.b) + base,
+                                                  m, count);
+                    });
+    p.workspace[2 * i] = squares;
     p.workspace[2 * i + 1] = weight;
   }
   for (int64_t n = 0; n < p.batch; ++n) {
@@ -97,46 +98,43 @@ void forward(const MaskedMseParams& p, int threads) {
 }
 
 template <class T>
+void gradient_row(const T* a, const T* b, const float* weight, int32_t count, T* out) {
+#pragma omp simd
+  for (int32_t q = 0; q < count; ++q) store(weight[q] * (load(a[q]) - load(b[q])), out + q);
+}
+
+template <class T>
+void gradient_row(const T* a, const T* b, const float* weight, int32_t count, bool streamed, T* out) {
+  if (!streamed) return gradient_row(a, b, weight, count, out);
+  T row[kMaxBlockPixels];
+  gradient_row(a, b, weight, count, row);
+  stream_row(row, static_cast<int64_t>(sizeof(T)) * count, out);
+}
+
+template <class T>
 void backward(const MaskedMseParams& p, int threads) {
   const BlockPlan plan = plan_cpu_blocks(p.pixels, p.channels);
   const int64_t blocks = p.batch * plan.blocks_per_sample;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t sample = i / plan.blocks_per_sample;
-    const int64_t first = (i % plan.blocks_per_sample) * plan.pixels_per_block;
-    const int64_t left = p.pixels - first;
-    const int32_t count = static_cast<int32_t>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
-    const float factor = 2.0f * p.grad[sample] * p.inverse_weight[sample];
-    const T* a = static_cast<const T*>(p.a);
-    const T* b = static_cast<const T*>(p.b);
-    T* grad_a = static_cast<T*>(p.grad_a);
-    T* grad_b = static_cast<T*>(p.grad_b);
-    float mask[kMaxBlockPixels];
-    effective_mask(p, sample, first, count, mask);
-    if (p.channels_last) {
-      for (int32_t q = 0; q < count; ++q) {
-        const int64_t base = (sample * p.pixels + first + q) * p.channels;
-        for (int64_t c = 0; c < p.channels; ++c) {
-          const float gradient = factor * mask[q] * (load(a[base + c]) - load(b[base + c]));
-          if (grad_a) store(gradient, grad_a + base + c);
-          if (grad_b) store(-gradient, grad_b + base + c);
-        }
-      }
-      continue;
-    }
-    for (int64_t c = 0; c < p.channels; ++c) {
-      const int64_t base = (sample * p.channels + c) * p.pixels + first;
-      if (grad_a) {
+  const bool streamed = p.batch * p.channels * p.pixels * static_cast<int64_t>(sizeof(T)) > kStreamedBytes;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < blocks; ++i) {
+      const PixelBlock block = pixel_block(plan, i, p.pixels);
+      float buffer[kMaxBlockPixels];
+      const float* mask = effective_mask(p, block, buffer);
+      const float factor = 2.0f * p.grad[block.sample] * p.inverse_weight[block.sample];
 #pragma omp simd
-        for (int32_t q = 0; q < count; ++q)
-          store(factor * mask[q] * (load(a[base + q]) - load(b[base + q])), grad_a + base + q);
-      }
-      if (grad_b) {
-#pragma omp simd
-        for (int32_t q = 0; q < count; ++q)
-          store(factor * mask[q] * (load(b[base + q]) - load(a[base + q])), grad_b + base + q);
-      }
+      for (int32_t q = 0; q < block.count; ++q) buffer[q] = factor * mask[q];
+      for_masked_runs(block, p.channels, p.pixels, p.channels_last, buffer,
+                      [&p, streamed](int64_t base, const float* weight, int32_t count) {
+                        const T* a = static_cast<const T*>(p.a) + base;
+                        const T* b = static_cast<const T*>(p.b) + base;
+                        if (p.grad_a) gradient_row(a, b, weight, count, streamed, static_cast<T*>(p.grad_a) + base);
+                        if (p.grad_b) gradient_row(b, a, weight, count, streamed, static_cast<T*>(p.grad_b) + base);
+                      });
     }
+    if (streamed) finish_streams();
   }
 }
 

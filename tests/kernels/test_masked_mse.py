@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compare import assert_close
-from support.kernel_cases import DTYPES, FORMATS, PLACES, Place, check_against_oracle, draw, run
+from support.exporting import check_export
+from support.kernel_cases import DTYPES, FORMATS, PLACES, TOLERANCE, Place, check_against_oracle, draw, run
 from torch import Tensor
 
 from faceedit import kernels
@@ -178,7 +179,7 @@ def test_opcheck(fmt: torch.memory_format, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_and_exports() -> None:
+def test_compiles() -> None:
     a, b = images(2, 3, 4, 5, torch.float32, torch.contiguous_format)
     mask = masks(2, 4, 5)[0]
     step = lambda a: masked_mse(a * 2, b, mask).sum()  # noqa: E731
@@ -186,17 +187,32 @@ def test_compiles_and_exports() -> None:
     expected = torch.autograd.grad(step(a.requires_grad_()), a)[0]
     assert_close("gradient", torch.autograd.grad(compiled(a), a)[0], expected, relative_l2=1e-6)
 
-    class Loss(torch.nn.Module):
-        def forward(self, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-            return masked_mse(a, b, mask, normalize="mask")
 
-    program = torch.export.export(Loss(), (a.detach(), b, mask))
-    table = torch.export.default_decompositions()
-    table[OP] = reference
-    lowered = program.run_decompositions(table)
-    assert all("faceedit" not in str(node.target) for node in lowered.graph.nodes)
-    assert_close("loss", lowered.module()(a.detach(), b, mask), Loss()(a.detach(), b, mask), relative_l2=1e-6)
-    assert torch._decomp.decomposition_table[OP] is reference
+@pytest.mark.slow
+@pytest.mark.parametrize(("relax", "normalize"), [("clamp", "all"), ("minmax", "mask")])
+def test_exports_to_standard_operators(relax: str, normalize: str) -> None:
+    def inputs(n: int) -> list[Tensor]:
+        return [*images(n, 3, 6, 7, torch.float32, torch.contiguous_format), *masks(n, 6, 7)]
+
+    check_export(with_settings(masked_mse, relax, normalize), OP, inputs(2), inputs(5), per_sample={0, 1, 2, 4})
+
+
+@pytest.mark.parametrize(("dtype", "fmt"), zip((torch.float32, torch.bfloat16), FORMATS, strict=True), ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_large_gradients(place: Place, dtype: torch.dtype, fmt: torch.memory_format) -> None:
+    """On the CPU these bypass the caches; their rows start and end inside cache lines."""
+    a, b = images(2, 3, 597, 589 if dtype == torch.float32 else 1181, dtype, fmt)
+    mask = masks(2, *a.shape[2:])[0]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        _, gradients = run(place, lambda a, b: masked_mse(a, b, mask.to(a.device)), [a, b])
+    finally:
+        torch.set_num_threads(before)
+    wanted = mask * (a.float() - b.float()) * (2 / a[0].numel())
+    for name, gradient, sign in zip("ab", gradients, (1, -1), strict=True):
+        assert gradient is not None
+        assert_close(f"gradient of {name}", gradient, sign * wanted, relative_l2=TOLERANCE[dtype][1])
 
 
 def test_vmap_equals_a_loop() -> None:
