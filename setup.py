@@ -68,12 +68,22 @@ def cuda_resources(output: str) -> list[dict[str, str | int]]:
     return [{key: int(value) if value.isdigit() else value for key, value in row.items()} for row in rows]
 
 
+# How nvcc marks what is private to a file: hashes that change with the file, around its name.
+PRIVATE = re.compile(r"\d+_(?:GLOBAL__N|INTERNAL)__[0-9a-f]+_\d+_(?P<file>\w+?_cu)_[0-9a-f]{8}")
+
+
 def keep_resources(record: Path, rows: list[dict[str, str | int]]) -> list[dict[str, str | int]]:
-    """Join a build's rows with those of earlier ones: a kernel that was not compiled again is not reported again."""
+    """Join a build's rows with those of files that an earlier build compiled and this one did not."""
+
+    def source(row: dict[str, str | int]) -> str:
+        found = PRIVATE.search(str(row["kernel"]))
+        return found["file"] if found else str(row["kernel"])
+
     known = json.loads(record.read_text()) if record.exists() else []
-    joined = {(row["kernel"], row["architecture"]): row for row in [*known, *rows]}
-    record.write_text(json.dumps(list(joined.values())))
-    return list(joined.values())
+    compiled = {source(row) for row in rows}
+    joined = [row for row in known if source(row) not in compiled] + rows
+    record.write_text(json.dumps(joined))
+    return joined
 
 
 def found_cuda(build: Path) -> bool:

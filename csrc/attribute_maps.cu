@@ -30,7 +30,7 @@ __device__ __forceinline__ void mix(const T* in, int inputs, int64_t pixels, con
 }
 
 template <class T, bool BACKWARD>
-__global__ void __launch_bounds__(kThreads) maps_kernel(const AttributeMapsParams p, const BlockPlan plan) {
+__global__ void __launch_bounds__(kThreads, 4) maps_kernel(const AttributeMapsParams p, const BlockPlan plan) {
   __shared__ float scratch[kWarps];
   const int64_t sample = blockIdx.x / plan.blocks_per_sample;
   const int64_t q = blockIdx.x % plan.blocks_per_sample * plan.pixels_per_block + threadIdx.x;

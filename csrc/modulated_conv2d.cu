@@ -55,10 +55,16 @@ struct Terms {
   float value[5];
 };
 
+// Made on the host and passed by value: constant memory instead of registers.
+struct InverseOfOutput {
+  float clamp, above, below;
+};
+
 template <class T, bool RGB>
 struct BackwardElement {
   const ModulatedEpilogueParams& p;
-  float strength, clamp, inverse, inverse_below;
+  const InverseOfOutput& inverse;
+  float strength;
 
   __device__ __forceinline__ Terms operator()(int64_t index, int64_t sample, int64_t c, int64_t q) const {
     const float y = load(static_cast<const T*>(p.saved)[index]);
@@ -72,9 +78,9 @@ struct BackwardElement {
         terms.value[2 + k] = g * y;
       }
     }
-    const float gz = grad * slope_from_output(p.act, y, p.slope, p.gain, clamp);
-    float core = p.act == kLeakyRelu ? input_from_output<kLeakyRelu>(y, inverse, inverse_below)
-                                     : input_from_output<kLinear>(y, inverse, inverse_below);
+    const float gz = grad * slope_from_output(p.act, y, p.slope, p.gain, inverse.clamp);
+    float core = p.act == kLeakyRelu ? input_from_output<kLeakyRelu>(y, inverse.above, inverse.below)
+                                     : input_from_output<kLinear>(y, inverse.above, inverse.below);
     if (p.noise) core -= p.noise[sample * p.noise_stride + q] * strength;
     if (p.bias) core -= p.bias[c];
     terms.value[0] = gz;
@@ -85,9 +91,10 @@ struct BackwardElement {
 };
 
 // One block of threads per block of pixels of one sample; its sums go to its own rows of the workspace.
-template <class T, bool RGB>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(const ModulatedEpilogueParams p, const BlockPlan plan, const ModulatedOffsets offsets) {
+template <class T, bool RGB, bool LAST>
+__global__ void __launch_bounds__(kThreads, 4)
+    backward_kernel(const ModulatedEpilogueParams p, const BlockPlan plan, const ModulatedOffsets offsets,
+                    const InverseOfOutput inverse) {
   constexpr int kKinds = RGB ? 5 : 2;
   __shared__ float rows[kWarps][kPixels];        // per warp: sum over channels of each pixel
   __shared__ float sums[kKinds][kWarps][kWarp];  // channels_last: sums of 32 channels
@@ -96,10 +103,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = (blockIdx.x % plan.blocks_per_sample) * plan.pixels_per_block;
   const int64_t left = p.pixels - first;
   const int count = static_cast<int>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
-  T rounded;
-  store(p.clamp, &rounded);
-  const BackwardElement<T, RGB> element{p, p.strength ? *p.strength : 1.0f, p.clamp < 0.0f ? p.clamp : load(rounded),
-                                        1.0f / p.gain, 1.0f / (p.gain * p.slope)};
+  const BackwardElement<T, RGB> element{p, inverse, p.strength ? *p.strength : 1.0f};
   const int64_t area = static_cast<int64_t>(gridDim.x) * p.channels;
   const bool wants_rows = p.grad_noise || p.grad_strength;
   // Where the row of sums of one kind begins; null when nobody wants it.
@@ -112,7 +116,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int q = lane; q < count; q += kWarp) rows[warp][q] = 0.0f;
   __syncwarp();
 
-  if (p.channels_last) {
+  if constexpr (LAST) {
     // A warp owns every eighth pixel; its lanes are 32 neighbouring channels.
     for (int64_t tile = 0; tile < p.channels; tile += kWarp) {
       const int64_t c = tile + lane;
@@ -252,10 +256,12 @@ void backward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
   const ModulatedOffsets offsets = modulated_offsets(p, plan);
   const int64_t each = plan.blocks_per_sample, blocks = p.batch * each;
   const unsigned grid = static_cast<unsigned>(blocks);
-  if (p.grad_rgb)
-    backward_kernel<T, true><<<grid, kThreads, 0, stream>>>(p, plan, offsets);
-  else
-    backward_kernel<T, false><<<grid, kThreads, 0, stream>>>(p, plan, offsets);
+  T rounded;
+  store(p.clamp, &rounded);
+  const InverseOfOutput inverse{p.clamp < 0.0f ? p.clamp : load(rounded), 1.0f / p.gain, 1.0f / (p.gain * p.slope)};
+  auto kernel = p.grad_rgb ? (p.channels_last ? backward_kernel<T, true, true> : backward_kernel<T, true, false>)
+                           : (p.channels_last ? backward_kernel<T, false, true> : backward_kernel<T, false, false>);
+  kernel<<<grid, kThreads, 0, stream>>>(p, plan, offsets, inverse);
   if (p.grad_bias) combine_cuda(p.workspace + offsets.bias, 1, blocks, p.channels, p.grad_bias, stream);
   if (p.grad_strength) combine_cuda(p.workspace + offsets.strength, 1, blocks, 1, p.grad_strength, stream);
   if (p.grad_scale) {

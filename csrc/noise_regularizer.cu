@@ -197,7 +197,7 @@ __device__ __forceinline__ Slopes slopes_at(const Map& map, int l, float grad) {
 }
 
 // One block a map and sample: the gradients of the levels above those of the tiles, the coarsest first.
-__global__ void __launch_bounds__(kThreads) coarse_gradient_kernel(const NoiseRegularizerParams p, const NoisePlan plan) {
+__global__ void __launch_bounds__(kThreads, 4) coarse_gradient_kernel(const NoiseRegularizerParams p, const NoisePlan plan) {
   const Map map = map_at(p, plan, blockIdx.x / p.count, static_cast<int>(blockIdx.x % p.count));
   const int levels = map.plan->levels;
   for (int l = kNoiseTileLevels; l + 1 < levels; ++l)
