@@ -69,7 +69,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--columns", type=int, default=2, help="photos side by side")
     parse.add_argument("--weights", default="starter", help="weights of the maggan editor")
     options = parse.parse_args(arguments)
-    files = sorted(path for path in options.folder.iterdir() if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    files = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
+    if not files:
+        print(f"contact_sheet: folder must hold photos, got none in {options.folder}; name another", file=sys.stderr)
+        return 2
     random.Random(options.seed).shuffle(files)
     editor, parser = load_editor("maggan", options.weights), load_parser()
     rows: list[list[NDArray[np.uint8]]] = []
