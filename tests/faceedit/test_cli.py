@@ -301,5 +301,5 @@ def test_bench_compares_every_provider_and_says_what_is_missing(run: Run) -> Non
 
 
 def test_bench_refuses_unknown_names_and_files_it_could_not_write(run: Run, tmp_path: Path) -> None:
-    run("bench", "kernels", "--check", "--op", "masked_msee").refused(2, "--op", "did you mean masked_mse?")
+    run("bench", "kernels", "--check", "--op", "masked_msee").refused(2, "--op", "did you mean masked_mse")
     run("bench", "kernels", "--check", "--json", str(tmp_path / "no" / "file")).refused(1, "writable folder")
