@@ -79,7 +79,9 @@ class SyntheticPortraits:
             "flipped": ((config.people, members), "int8"),
             "tinted": ((config.people, 1), "bool"),
         }
-        arrays = cache.build_cache(folder, shapes, _FAMILIES_A_CHUNK, self._render, report)
+        arrays = cache.build_cache(
+            folder, shapes, _FAMILIES_A_CHUNK, self._render, report, workers=torch.get_num_threads()
+        )
         self.images, self.masks = arrays["images"], arrays["masks"]
         self.attributes = np.array(arrays["attributes"])
         self.flipped = np.array(arrays["flipped"])

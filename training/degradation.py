@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from faceedit.labels import CELEBAMASK_HQ
 
 _FLIP = torch.tensor(CELEBAMASK_HQ.flip_permutation)
+_LABEL_FLIP = torch.arange(256).index_copy(0, torch.arange(len(_FLIP)), _FLIP)  # values that are no class stay
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
 
 
@@ -58,7 +59,7 @@ def flip_some(image: Tensor, labels: Tensor, generator: torch.Generator) -> tupl
     image, labels = image.clone(), labels.clone()
     image[chosen] = image[chosen].flip(-1)
     mirrored = labels[chosen].flip(-1)
-    labels[chosen] = _FLIP[mirrored] if labels.dim() == 3 else mirrored[:, _FLIP]
+    labels[chosen] = _LABEL_FLIP[mirrored] if labels.dim() == 3 else mirrored[:, _FLIP]
     return image, labels
 
 

@@ -39,7 +39,7 @@ from faceedit.training.data import AugmentConfig, PairConfig, SyntheticConfig, S
 from faceedit.training.evaluation import classify_with, evaluate_editor
 from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
 from faceedit.training.sheets import image_sheet
-from faceedit.training.task import Report, Task, TrainingContext
+from faceedit.training.task import Report, Task, TrainingContext, start_from
 
 _SHEET_EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open", "Eyeglasses")
 _KNOWN = 0.8  # a classifier this sure of a photo's attribute counts as knowing it
@@ -92,7 +92,8 @@ class AdversarialConfig:
 
 @dataclass(frozen=True, slots=True)
 class MagGANRecipe:
-    """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes."""
+    """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes;
+    `initial_weights` continues from an exported or registered generator (critic and optimisers start anew)."""
 
     task: str
     trainer: TrainerConfig
@@ -111,6 +112,7 @@ class MagGANRecipe:
     critic_adam: AdamConfig = field(default_factory=AdamConfig)
     validation_people: int = 24
     validation_classifier: str | None = None
+    initial_weights: str | None = None
 
     def __post_init__(self) -> None:
         size = self.network.size_px
@@ -140,6 +142,7 @@ class MagGANTask(Task[MagGANRecipe]):
             judge = _load_classifier(recipe.validation_classifier, context.device)
             self.classify = classify_with(judge, judge.config.attributes, judge.config.size_px)
         network = MagGANGenerator(recipe.network)
+        start_from(network, recipe.initial_weights)
         self.generator = context.add_network("generator", network, recipe.generator_adam, average=True)
         self.relations = network.relations
         self.critic = context.add_network("critic", MagGANDiscriminator(recipe.critic), recipe.critic_adam)

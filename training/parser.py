@@ -2,14 +2,15 @@
 """Train the starter face parser: synthetic portraits under domain randomisation, then its own opinion of real photos.
 
 Synthetic portraits give exact labels under colours, light and cameras that vary more than the world does. Unlabelled
-photos
-join by the mean-teacher method (Tarvainen and Valpola 2017): the averaged network labels a clean crop and its mirror
-image, and
-the network being trained must agree with it on the same crop after a random warp, recolouring, blur and compression.
+photos join by the mean-teacher method (Tarvainen and Valpola 2017): the averaged network labels a clean crop, and the
+network being trained must agree with it on the same crop after a random warp, recolouring, blur and compression. Where
+face-mesh landmarks of the photos are given, they overrule the teacher on eyes, brows, nose and lips (contours.py):
+without them small errors of the teacher grow, because a student that shares them is rewarded.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faceedit.labels import CELEBAMASK_HQ, flip_soft
+from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.parser import ParserConfig, ParserNet
 from faceedit.training import cache
+from faceedit.training import contours as contour_module
 from faceedit.training import synthetic as portraits
 from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.contours import BARE, DRAWN, UNKNOWN, contour_labels, five_points, read_contours
 from faceedit.training.data import SPLIT_SEEDS
 from faceedit.training.degradation import (
     backdrops,
@@ -37,29 +40,23 @@ from faceedit.training.degradation import (
     warp_image,
     warp_labels,
 )
-from faceedit.training.task import Task, TrainingContext
+from faceedit.training.task import Task, TrainingContext, start_from
 
 _CHUNK = 4
 _PEOPLE_SEED = 100  # the parser's own people: nobody that an editor or a test meets
 
 # Cross-entropy weight by class: thin parts would otherwise be bought off by hair and ground.
 _WEIGHTS = {
-    "l_brow": 2.0,
-    "r_brow": 2.0,
-    "l_eye": 2.5,
-    "r_eye": 2.5,
-    "mouth": 1.5,
-    "u_lip": 2.0,
-    "l_lip": 2.0,
-    "nose": 1.2,
+    **dict.fromkeys(("l_brow", "r_brow", "l_eye", "r_eye", "mouth", "u_lip", "l_lip", "eye_g"), 1.5),
+    **dict.fromkeys(("ear_r", "neck_l"), 4.0),
 }
-_THIN = {"eye_g": 1.5, "ear_r": 5.0, "neck_l": 5.0}
 _FADING = ("l_eye", "r_eye", "l_brow", "r_brow", "nose", "mouth", "u_lip", "l_lip", "l_ear", "r_ear")
 
 
 @dataclass(frozen=True, slots=True)
 class ParserRecipe:
-    """`photos` None trains on synthetic portraits alone. `photo_from` is the share of the run after which photos join;
+    """`photos` None trains on synthetic portraits alone; `photo_contours` is a file of their landmarks, written by
+    training/face_mesh.py. `photo_from` is the share of the run after which photos join; `overlap` weighs the Dice term;
     `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background;
     `initial_weights` continues from an exported or registered parser."""
 
@@ -72,7 +69,9 @@ class ParserRecipe:
     people: int = 7200
     batch: int = 12
     test_people: int = 96
+    overlap: float = 0.5
     photos: Path | None = None
+    photo_contours: Path | None = None
     photo_batch: int = 6
     photo_weight: float = 1.0
     photo_from: float = 0.3
@@ -85,26 +84,35 @@ class ParserRecipe:
         require(self.batch > 0 and self.photo_batch > 0, "batch", "positive", (self.batch, self.photo_batch))
         require(0 <= self.photo_from <= 1, "photo_from", "in [0, 1]", self.photo_from)
         require(0 < self.confident < 1, "confident", "in (0, 1)", self.confident)
+        require(self.overlap >= 0, "overlap", "0 or more", self.overlap)
+        needed = self.photo_contours is None or self.photos is not None
+        require(needed, "photos", "the folder that photo_contours belongs to", self.photos)
 
 
 class ParserTask(Task[ParserRecipe]):
-    """Cross-entropy on synthetic portraits, confidence-weighted consistency on photos."""
+    """Cross-entropy and overlap on synthetic portraits, confidence-weighted consistency on photos."""
 
     recipe_class = ParserRecipe
 
     def __init__(self, recipe: ParserRecipe, context: TrainingContext) -> None:
         super().__init__(recipe, context)
         network = ParserNet(recipe.network)
-        if recipe.initial_weights is not None:
-            from faceedit.registry import load_network
-
-            network.load_state_dict(load_network(recipe.initial_weights).state_dict())
+        start_from(network, recipe.initial_weights)
         self.net = context.add_network("parser", network, recipe.optimizer, average=True)
         self.people = _rendered(recipe, "train", recipe.people, _silent)
         self.test = _rendered(recipe, "test", recipe.test_people, _silent)
-        self.photos = _framed(recipe, _silent) if recipe.photos is not None else None
+        self.photos: np.ndarray | None = None
+        self.contours: np.ndarray | None = None
+        self.held_out: dict[str, np.ndarray] = {}
+        if recipe.photos is not None:
+            framed = _framed(recipe, _silent)
+            self.photos, self.contours = framed["crops"], framed.get("contours")
+            if self.contours is not None:  # every eighth photo only measures
+                test = np.arange(len(self.photos)) % 8 == 0
+                self.held_out = {"crops": self.photos[test], "contours": self.contours[test]}
+                self.photos, self.contours = self.photos[~test], self.contours[~test]
         weights = torch.ones(CELEBAMASK_HQ.num_classes)
-        for name, value in {**_WEIGHTS, **_THIN}.items():
+        for name, value in _WEIGHTS.items():
             weights[CELEBAMASK_HQ.id(name)] = value
         self.class_weights = weights.to(context.device)
 
@@ -137,9 +145,13 @@ class ParserTask(Task[ParserRecipe]):
             assert self.photos is not None
             rows = torch.randint(len(self.photos), (self.recipe.photo_batch,), generator=generator).tolist()
             photo = cache.unpack_image(np.stack([self.photos[r] for r in rows]))
+            drawn = torch.full((len(photo), *photo.shape[2:]), UNKNOWN, dtype=torch.int64)
+            if self.contours is not None:
+                drawn = torch.from_numpy(np.stack([self.contours[r] for r in rows]).astype(np.int64))
+            photo, drawn = flip_some(photo, drawn, generator)
             grid = random_warp(len(rows), photo.shape[-1], generator)
             student = photograph((warp_image(photo, grid) + 1) / 2, generator) * 2 - 1
-            batch |= {"photo": photo, "grid": grid, "student": student}
+            batch |= {"photo": photo, "grid": grid, "student": student, "drawn": warp_labels(drawn, grid)}
         return self.context.to_device(batch)
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -151,6 +163,10 @@ class ParserTask(Task[ParserRecipe]):
         count = len(batch["image"])
         loss = F.cross_entropy(logits[:count].contiguous(), batch["labels"], self.class_weights)
         scalars = {"synthetic": loss.detach()}
+        if self.recipe.overlap:
+            overlap = dice_loss(logits[:count], batch["labels"])
+            loss = loss + self.recipe.overlap * overlap
+            scalars["overlap"] = overlap.detach()
         if "photo" in batch:
             consistency, sure = self._consistency(logits[count:], batch)
             loss = loss + self.recipe.photo_weight * consistency
@@ -163,18 +179,16 @@ class ParserTask(Task[ParserRecipe]):
         with torch.no_grad():
             teacher = self.context.best("parser").eval()
             with self.context.fabric.autocast():
-                both = teacher(torch.cat([batch["photo"], batch["photo"].flip(-1)]))
-            direct, mirrored = both.float().softmax(1).chunk(2)
-            soft = (direct + flip_soft(mirrored, CELEBAMASK_HQ)) / 2
+                soft = teacher(batch["photo"]).float().softmax(1)
             soft = F.grid_sample(soft, batch["grid"], padding_mode="border", align_corners=False)
-            target, weight = pseudo_labels(soft, self.recipe.confident)
-        per_pixel = F.cross_entropy(logits.contiguous(), target, self.class_weights, reduction="none")
+            target, weight = overrule(*pseudo_labels(soft, self.recipe.confident), soft, batch["drawn"])
+        per_pixel = F.cross_entropy(logits.contiguous(), target, reduction="none")
         return (weight * per_pixel).mean(), (weight > 0).float().mean()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean IoU on unseen synthetic portraits, as rendered: over all 19 classes, and over the six parts people look
-        at."""
+        """IoU by class and their mean on unseen synthetic portraits, as rendered; with contours also the IoU of drawn
+        parts, left and right together, on photos that were held out (`photo_iou_…`)."""
         network = self.context.best("parser").eval()
         matrix = torch.zeros(19, 19, dtype=torch.int64)
         for start in range(0, len(self.test["images"]), 8):
@@ -185,7 +199,23 @@ class ParserTask(Task[ParserRecipe]):
         scores = intersection_over_union(matrix)
         present = matrix.sum(1) > 0
         named = {f"iou_{name}": scores[i].item() for i, name in enumerate(CELEBAMASK_HQ.classes) if present[i]}
-        return {"mean_iou": scores[present].mean().item(), **named}
+        return {"mean_iou": scores[present].mean().item(), **named, **self._agreement()}
+
+    def _agreement(self) -> dict[str, float]:
+        network = self.context.best("parser").eval()
+        parts = {"eyes": ("l_eye", "r_eye"), "brows": ("l_brow", "r_brow"), "nose": ("nose",)}
+        parts["lips"] = ("u_lip", "mouth", "l_lip")
+        hits, area = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
+        for start in range(0, len(self.held_out.get("crops", ())), 8):
+            image = cache.unpack_image(self.held_out["crops"][start : start + 8]).to(self.context.device)
+            predicted = network(image).argmax(1).cpu().numpy()
+            drawn = self.held_out["contours"][start : start + 8]
+            for part, names in parts.items():
+                ids = [CELEBAMASK_HQ.id(name) for name in names]
+                found, truth, said = np.isin(predicted, ids), np.isin(drawn, ids), drawn != UNKNOWN
+                hits[part] += int((found & truth).sum())
+                area[part] += int(((found & said) | truth).sum())
+        return {f"photo_iou_{part}": hits[part] / area[part] for part in parts if area[part]}
 
     @torch.no_grad()
     def sample_sheet(self) -> Tensor:
@@ -211,6 +241,8 @@ class ParserTask(Task[ParserRecipe]):
         data = "synthetic portraits rendered by this project"
         if self.recipe.photos is not None:
             data += "; unlabelled public-domain portrait photographs (self-training)"
+        if self.recipe.photo_contours is not None:
+            data += ", with eyes, brows, nose and lips drawn from MediaPipe Face Mesh landmarks"
         save_weights(
             path,
             "parser",
@@ -221,7 +253,11 @@ class ParserTask(Task[ParserRecipe]):
             source="trained by this project",
             recipe="parser-starter",
             label_scheme=CELEBAMASK_HQ.name,
-            metrics={"synthetic_test_mean_iou": metrics["mean_iou"]} if metrics else None,
+            metrics={
+                "synthetic_test_mean_iou" if name == "mean_iou" else name: value
+                for name, value in metrics.items()
+                if name == "mean_iou" or name.startswith("photo_iou_")
+            },
         )
 
 
@@ -242,6 +278,41 @@ def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
     least = torch.where(is_thin, 0.5, confident)
     weight = ((confidence - least) / (1 - least)).clamp(0, 1)
     return target, torch.where(contested, torch.zeros_like(weight), weight)
+
+
+def overrule(target: Tensor, weight: Tensor, soft: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """Pseudo labels N×S×S and weights with what contours know put in their place.
+
+    Args: soft N×19×S×S, the teacher's; drawn N×S×S as `contour_labels` makes them. A drawn part wins, unless the
+          teacher sees something before it (hair over a brow, a microphone before the mouth): then nothing is taught.
+          In the bare face a part that should have been drawn is skin; other beliefs (hair, glasses) stand. Around
+          vague edges, and outside the face, nothing is taught where the teacher sees a part that contours draw.
+    """
+    covering = [CELEBAMASK_HQ.id(name) for name in ("hair", "hat", "background", "cloth")]
+    covered = soft[:, covering].sum(1) > 0.5
+    part, known = drawn < BARE, drawn.amin((1, 2), keepdim=True) < UNKNOWN
+    believed = torch.isin(target, torch.tensor([CELEBAMASK_HQ.id(name) for name in DRAWN], device=target.device))
+    misplaced, unsaid = believed & (drawn == BARE), believed & (drawn == UNKNOWN) & known
+    target = torch.where(part, drawn.clamp(max=soft.shape[1] - 1), target)
+    target = torch.where(misplaced, CELEBAMASK_HQ.id("skin"), target)
+    weight = torch.where(part, (~covered).to(weight), weight)
+    weight = torch.where(misplaced, torch.ones_like(weight), weight)
+    return target, torch.where(unsaid, torch.zeros_like(weight), weight)
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 − 2|P∩T|/(|P|+|T|), mean over the classes that a batch shows (Milletari et al. 2016): an ear-ring counts as
+    much as the hair.
+
+    Args: logits N×C×H×W, labels N×H×W int64.
+    """
+    probability = logits.softmax(1)
+    classes = logits.shape[1]
+    truth = torch.bincount(labels.flatten(), minlength=classes).to(probability)
+    correct = probability.gather(1, labels[:, None]).flatten()
+    overlap = torch.zeros_like(truth).index_add(0, labels.flatten(), correct)
+    dice = 2 * overlap / (probability.sum((0, 2, 3)) + truth).clamp_min(1)
+    return 1 - dice[truth > 0].mean()
 
 
 def intersection_over_union(matrix: Tensor) -> Tensor:
@@ -269,13 +340,16 @@ def _rendered(recipe: ParserRecipe, split: str, people: int, report: Callable[[s
 
     shapes = {"images": ((people, size, size, 3), "uint8"), "labels": ((people, size, size), "uint8")}
     name = f"parser-{split}-{size}px-{cache.fingerprint(values, renderer)}"
-    return cache.build_cache(folder / name, shapes, _CHUNK, fill, report)
+    return cache.build_cache(folder / name, shapes, _CHUNK, fill, report, workers=torch.get_num_threads())
 
 
-def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> np.ndarray:
-    """uint8 crops N×S×S×3 of the photos, framed by the detector alone: the parser that would align them is being
-    trained."""
-    from faceedit.alignment import rough_alignment
+def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> dict[str, np.ndarray]:
+    """uint8 "crops" N×S×S×3 of the photos and, with landmarks, "contours" N×S×S.
+
+    Landmarks frame a photo as the runtime aligns it. Without them the detector alone does: the parser that would find
+    the eyes is being trained.
+    """
+    from faceedit.alignment import portrait_alignment, rough_alignment
     from faceedit.detection import detect_faces
     from faceedit.errors import FaceEditError
     from faceedit.images import read_image
@@ -284,29 +358,45 @@ def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> np.ndarray:
     size = recipe.network.size_px
     files = sorted(path for path in recipe.photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     require(bool(files), "photos", "a folder of photos", recipe.photos)
+    meshes = read_contours(recipe.photo_contours) if recipe.photo_contours is not None else {}
 
     def fill(start: int, stop: int) -> dict[str, np.ndarray]:
         crops = np.zeros((stop - start, size, size, 3), dtype=np.uint8)
+        contours = np.full((stop - start, size, size), UNKNOWN, dtype=np.uint8)
         usable = np.zeros(stop - start, dtype=bool)
         for row, path in enumerate(files[start:stop]):
             try:
                 pixels = read_image(path).pixels
             except FaceEditError:
                 continue
-            boxes = detect_faces(pixels)
-            if boxes:
+            height, width = pixels.shape[:2]
+            mesh = meshes.get(path.name)
+            if mesh is not None:
+                alignment = portrait_alignment(five_points(mesh), (height, width), size)
+                contours[row] = contour_labels(alignment.to_crop(mesh), size)
+            elif not meshes and (boxes := detect_faces(pixels)):
                 box = boxes[0]
-                crops[row] = rough_alignment((box.x, box.y, box.w, box.h), pixels.shape[:2], size).warp_image(pixels)
-                usable[row] = True
-        return {"crops": crops, "usable": usable}
+                alignment = rough_alignment((box.x, box.y, box.w, box.h), (height, width), size)
+            else:
+                continue
+            crops[row] = alignment.warp_image(pixels)
+            usable[row] = True
+        return {"crops": crops, "contours": contours, "usable": usable}
 
-    values = {"size": size, "files": [(path.name, path.stat().st_size) for path in files], "version": 1}
-    folder = (recipe.cache_dir or cache.default_cache_dir()) / f"framed-photos-{size}px-{cache.fingerprint(values, [])}"
-    shapes = {"crops": ((len(files), size, size, 3), "uint8"), "usable": ((len(files),), "bool")}
-    arrays = cache.build_cache(folder, shapes, 16, fill, report)
+    values: dict[str, Any] = {"size": size, "files": [(path.name, path.stat().st_size) for path in files], "version": 2}
+    if recipe.photo_contours is not None:
+        values["contours"] = hashlib.sha256(recipe.photo_contours.read_bytes()).hexdigest()
+    name = f"framed-photos-{size}px-{cache.fingerprint(values, [Path(contour_module.__file__)])}"
+    shapes = {
+        "crops": ((len(files), size, size, 3), "uint8"),
+        "contours": ((len(files), size, size), "uint8"),
+        "usable": ((len(files),), "bool"),
+    }
+    arrays = cache.build_cache((recipe.cache_dir or cache.default_cache_dir()) / name, shapes, 16, fill, report)
     usable = np.asarray(arrays["usable"])
     require(bool(usable.any()), "photos", "a folder of photos that show faces", recipe.photos)
-    return np.asarray(arrays["crops"])[usable]
+    wanted = ("crops", "contours") if meshes else ("crops",)
+    return {name: np.asarray(arrays[name])[usable] for name in wanted}
 
 
-__all__ = ["ParserRecipe", "ParserTask", "intersection_over_union"]
+__all__ = ["ParserRecipe", "ParserTask", "dice_loss", "intersection_over_union", "overrule", "pseudo_labels"]

@@ -49,6 +49,17 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def start_from(network: nn.Module, weights: str | None) -> None:
+    """Give a network the parameters of exported or registered `weights` of the same architecture; None: nothing.
+
+    Raises: WeightsError if they can't be read; RuntimeError, naming the keys, if they are of another architecture.
+    """
+    if weights is not None:
+        from faceedit.registry import load_network
+
+        network.load_state_dict(load_network(weights).state_dict())
+
+
 class TrainingContext:
     """Networks, optimisers and averages of one run, and the Fabric that places them.
 

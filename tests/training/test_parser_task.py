@@ -16,7 +16,7 @@ from faceedit.detection import FaceBox
 from faceedit.errors import UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.registry import load_network
-from faceedit.training.parser import pseudo_labels
+from faceedit.training.parser import dice_loss, pseudo_labels
 
 
 def quiet(line: str) -> None:
@@ -62,6 +62,33 @@ def test_a_run_with_few_photos_exports_what_loads(
     assert "photographs" in network.header.training_data
     sheet = Image.open(tmp_path / "run" / "samples" / "step_00000004.png")
     assert sheet.size == (4 * 64, (1 + 3) * 2 * 64)
+
+
+def test_contours_join_and_hold_photos_out(cache_dir: Path, photos: Path, tmp_path: Path) -> None:
+    mesh = np.random.default_rng(5).uniform(20, 40, (478, 2)).astype(np.float32)
+    mesh[[33, 133, 263, 362, 1, 61, 291]] = [(18, 25), (22, 25), (28, 25), (32, 25), (25, 32), (20, 40), (30, 40)]
+    np.savez(tmp_path / "contours.npz", **{f"{number}.png": mesh for number in range(3)})
+    more = (f"photos={photos}", f"photo_contours={tmp_path / 'contours.npz'}", "photo_from=0")
+    result = train(cache_dir, tmp_path / "run", *more)
+    assert {f"photo_iou_{part}" for part in ("eyes", "brows", "nose", "lips")} <= result.metrics.keys()
+    network: Any = load_network(result.weights, kind="parser")
+    assert "Face Mesh" in network.header.training_data
+    assert "photo_iou_eyes" in network.header.metrics
+
+
+def test_contours_need_their_photos(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="photos must be the folder"):
+        train(tmp_path / "cache", tmp_path / "run", f"photo_contours={tmp_path / 'contours.npz'}")
+
+
+def test_dice_counts_every_class_that_is_shown() -> None:
+    labels = torch.tensor([[[0, 0, 0, 1]]])
+    logits = torch.full((1, 3, 1, 4), -50.0)
+    logits[0, 0, 0] = 50.0  # everything is called class 0
+    # class 0: 2·3/(4+3), class 1: 0, class 2 is not shown and does not count
+    assert dice_loss(logits, labels).item() == pytest.approx(1 - (6 / 7 + 0) / 2, abs=1e-5)
+    perfect = torch.where(torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2) > 0, 50.0, -50.0)
+    assert dice_loss(perfect, labels).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_photos_without_a_face_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

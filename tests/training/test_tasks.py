@@ -212,3 +212,14 @@ def test_moved_weighs_what_the_true_edit_changes() -> None:
     assert weight[0, 0, 0, 0] == 1
     torch.testing.assert_close(weight[0, 0, 0, 1], torch.tensor(0.5))
     assert weight.sum() == pytest.approx(1.5)
+
+
+def test_a_run_goes_on_from_exported_weights(cache_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(to_yaml(tiny_maggan(cache_dir)))
+    first = training.run(path, ["trainer.steps=1"], output_dir=tmp_path / "first", report=quiet)
+    assert first is not None
+    task = build(tiny_maggan(cache_dir, f"initial_weights={first.weights}"), MagGANTask)
+    exported = load_network(first.weights, kind="maggan").state_dict()
+    for key, value in task.context.networks["generator"].state_dict().items():
+        assert torch.equal(value, exported[key]), key

@@ -205,8 +205,8 @@ def _relief(p: Person, layers: Layers, palette: _Palette) -> Tensor:
     chin = 0.03 * bump(x, y - p.chin + 0.10, 0.10, 0.07) - 0.018 * bump(x, f["mouth_fy"] - 0.115, 0.10, 0.028)
     philtrum = -0.008 * bump(x, y - 0.5 * (length + p.mouth_y), 0.012, 0.05)
     bags = -0.012 * p.Bags_Under_Eyes * bump(x.abs() - p.eye_gap, y - 0.075, 0.08, 0.014)
-    lines = -0.0035 * (1 - p.Young) * torch.sin(y * 75) * bump(x, y + 0.33, 0.22, 0.10)
-    lines = lines - 0.006 * (1 - p.Young) * bump(x.abs() - p.eye_gap - 0.13, y, 0.05, 0.02) * torch.sin(y * 160)
+    lines = -0.0050 * (1 - p.Young) * torch.sin(y * 75) * bump(x, y + 0.33, 0.22, 0.10)
+    lines = lines - 0.008 * (1 - p.Young) * bump(x.abs() - p.eye_gap - 0.13, y, 0.05, 0.02) * torch.sin(y * 160)
     z = dome + nose + tip + wings + socket + ridge + apple - fold + mouth + chin + philtrum + bags + lines
     step = 2 * g.pixel
     dx = (torch.roll(z, -1, 2) - torch.roll(z, 1, 2)) / step
@@ -242,6 +242,8 @@ def _face(canvas: Canvas, p: Person, layers: Layers, palette: _Palette) -> None:
     canvas.paint("skin", a["face"], shaded("skin", skin))
     beard_region = torch.maximum(a["beard"] * a["face"], a["beard"] * f["beard_grown"])
     tone = palette.natural_colour * 0.8
+    # Beards are darker than the skin they grow on, or nobody would see them.
+    tone = tone * (0.42 * base.mean(1, keepdim=True) / tone.mean(1, keepdim=True).clamp_min(0.02)).clamp(max=1)
     gray = torch.full_like(tone, 0.6)
     own_beard = torch.where((p.beard_gray[:, None] > 0.45) & (p.Young[:, None] < 0.5), gray, tone)
     own_beard = torch.where(p.beard_kind[:, None] == 0, own_beard * 0.7 + 0.15 * base, own_beard)
@@ -251,6 +253,10 @@ def _face(canvas: Canvas, p: Person, layers: Layers, palette: _Palette) -> None:
     # Facial hair counts as skin in this label scheme, also where it hangs below the chin.
     canvas.paint("skin", f["beard_grown"] * smooth(a["beard"], 0.1, 0.4) * (1 - a["face"]), hairs * light)
     canvas.paint(None, rough, hairs * (0.6 + 0.4 * light))
+
+    # A shaved jaw is a little darker and greyer than the cheeks above it.
+    shaved_tone = torch.tensor([0.80, 0.83, 0.87], device=g.x.device).view(1, 3, 1, 1)
+    canvas.paint(None, f["shaved"] * a["face"] * 0.6 * p.Male, skin * shaved_tone * light)
 
     shadow_under = 0.30 * bump(f["nose_x"], g.fy - f["nose_length"] - 0.02, 0.06, 0.022)[:, None]
     canvas.paint(None, a["face"] * shadow_under[:, 0], skin * 0.45)
@@ -297,7 +303,9 @@ def _mouth(canvas: Canvas, p: Person, layers: Layers, palette: _Palette, lit: Te
     device = g.x.device
     natural = palette.base_skin * torch.tensor([0.93, 0.66, 0.66], device=device).view(1, 3, 1, 1)
     natural = natural + torch.tensor([0.03, 0.0, 0.01], device=device).view(1, 3, 1, 1)
+    natural = palette.base_skin + p.lip_tone[:, None] * (natural - palette.base_skin)
     painted = _column(p.lipstick)
+    natural = natural * (1 + (1 - p.Male[:, None]) * torch.tensor([0.02, -0.10, -0.07], device=device).view(1, 3, 1, 1))
     lips = natural + p.Wearing_Lipstick[:, None] * (0.85 * painted + 0.15 * natural - natural)
     lips = lips * (1 + 0.08 * noise.sample(f["mouth_x"] * 60 + 9, f["mouth_fy"] * 8, 2))[:, None]
     canvas.paint("u_lip", a["u_lip"] * a["face"], palette.region("u_lip", lips * 0.86) * lit)

@@ -66,7 +66,7 @@ def nose_length(params: PortraitParameters) -> Tensor:
 def _mouth_corner(params: PortraitParameters) -> tuple[Tensor, Tensor]:
     """Half width of the mouth and how far its corners rise, both after the smile."""
     smile = smile_amount(params)
-    return params["mouth_width"] * (1 + 0.16 * smile), 0.030 * smile
+    return params["mouth_width"] * (1 + 0.16 * smile), 0.046 * smile
 
 
 def build_layers(params: PortraitParameters, size_px: int) -> Layers:
@@ -240,7 +240,7 @@ def _brow(layers: Layers, p: Person, side: float) -> None:
     t = bx / half
     arch = p.brow_arch + 0.026 * p.Arched_Eyebrows
     centre = -lift - arch * (1 - (t - 0.25) ** 2) + p.brow_slant * bx + arch
-    thick = p.brow_thick * (1 + 0.75 * p.Bushy_Eyebrows) * (0.82 + 0.36 * p.Male)
+    thick = p.brow_thick * (1 + 0.75 * p.Bushy_Eyebrows) * (0.78 + 0.44 * p.Male)
     thick = thick * (1 - 0.30 * t - 0.35 * smooth(t, 0.1, 1.05))
     ragged = layers.noise.wave(bx * 1.0 + 3 + side, 60.0, 2) * 0.006
     d = torch.maximum((g.fy - centre).abs() - thick + ragged, bx.abs() - half)
@@ -254,7 +254,7 @@ def _nose(layers: Layers, p: Person) -> None:
     slide = 0.16 * torch.sin(p.yaw) * smooth(g.fy, -0.05, length)
     x = g.fx - p.nose_side - 0.4 * slide
     t = (g.fy / length).clamp(0, 1)
-    half = p.nose_bridge + (wide - p.nose_bridge) * t**1.7 * (1 - 0.30 * smooth(g.fy, length * 0.90, length * 1.03))
+    half = p.nose_bridge + (wide - p.nose_bridge) * t**1.5 * (1 - 0.22 * smooth(g.fy, length * 0.90, length * 1.03))
     bottom = length - 0.10 * (x / wide) ** 2 * 0.35
     d = torch.maximum(x.abs() - half, torch.maximum(-0.03 - g.fy, g.fy - bottom))
     a["nose"] = g.alpha(d)
@@ -307,12 +307,13 @@ def _facial_hair(layers: Layers, p: Person) -> None:
     shape = torch.where(p.beard_kind == 1, goatee, full)
     density = torch.where(p.beard_kind == 0, 0.38 * p.beard_density, p.beard_density)
     a["beard"] = g.alpha(shape, 12.0) * density * bearded
+    f["shaved"] = g.alpha(full, 16.0)
     reach = f["mouth_half"] * (0.92 + 0.1 * p.beard_density)
     my = f["mouth_fy"] - f["lip_top"] + p.mustache_thick * 0.7
     droop = 0.06 * (x / reach) ** 2
     stache = torch.maximum((my - droop).abs() - p.mustache_thick * (1 - 0.4 * (x / reach) ** 2), x.abs() - reach)
     stubble = (p.beard_kind == 0).float() * bearded * (1 - p.Mustache)
-    a["mustache"] = g.alpha(stache + noise.wave(x + 8, 40.0, 3) * 0.008, 5.0) * (0.9 * p.Mustache + 0.35 * stubble)
+    a["mustache"] = g.alpha(stache + noise.wave(x + 8, 40.0, 3) * 0.008, 3.0) * (0.9 * p.Mustache + 0.35 * stubble)
     f["beard_grown"] = g.alpha(jaw, 3.0) * (grow > 0.001).float() * smooth(y, 0.2, 0.45)
 
 
