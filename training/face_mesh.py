@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
     files = sorted(p for p in arguments.photos.rglob("*") if p.suffix.lower() in {".jpg", ".jpeg", ".png"})
     if not files:
         parser.error(f"photos must be a folder of photos, got {arguments.photos}; give one that holds some")
-    landmarks = {}
+    landmarks: dict[str, Any] = {}
     with mediapipe.solutions.face_mesh.FaceMesh(
         static_image_mode=True, max_num_faces=1, refine_landmarks=True, min_detection_confidence=0.3
     ) as mesh:
@@ -43,7 +44,7 @@ def main() -> None:
                 height, width = pixels.shape[:2]
                 points = [(point.x * width - 0.5, point.y * height - 0.5) for point in found[0].landmark]
                 landmarks[path.name] = np.array(points, dtype=np.float32)
-    np.savez_compressed(arguments.output, allow_pickle=False, **landmarks)
+    np.savez_compressed(arguments.output, **landmarks)
     print(f"{len(landmarks)} of {len(files)} photos show a face: {arguments.output}")
 
 
