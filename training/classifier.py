@@ -25,7 +25,7 @@ from faceedit.training import cache, losses
 from faceedit.training.config import AdamConfig, TrainerConfig, require
 from faceedit.training.data import AugmentConfig, SyntheticConfig, SyntheticPortraits, augment_images
 from faceedit.training.sheets import image_sheet
-from faceedit.training.task import Report, Task, TrainingContext
+from faceedit.training.task import Report, Task, TrainingContext, start_from
 
 # What a region of random colour no longer says.
 _COLOUR_ATTRIBUTES = frozenset(
@@ -46,7 +46,7 @@ class PlacementConfig:
 
 @dataclass(frozen=True, slots=True)
 class ClassifierRecipe:
-    """A `task: classifier` recipe."""
+    """A `task: classifier` recipe. `initial_weights` goes on from an exported or registered classifier."""
 
     task: str
     trainer: TrainerConfig
@@ -58,6 +58,7 @@ class ClassifierRecipe:
     adam: AdamConfig = field(default_factory=AdamConfig)
     batch_size: int = 32
     validation_people: int = 100
+    initial_weights: str | None = None
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
@@ -82,6 +83,7 @@ class ClassifierTask(Task[ClassifierRecipe]):
             [float(name not in _COLOUR_ATTRIBUTES) for name in recipe.network.attributes]
         )
         network = AttributeClassifier(recipe.network)
+        start_from(network, recipe.initial_weights)
         self.network = context.add_network("classifier", network, recipe.adam, average=True)
 
     @classmethod

@@ -158,7 +158,7 @@ def test_photo_edits_flip_one_known_attribute() -> None:
     assert (blind["photo_difference"].abs().sum(1) == 1).all()
 
 
-def tiny_classifier(cache_dir: Path) -> Any:
+def tiny_classifier(cache_dir: Path, *more: str) -> Any:
     return training.resolve(
         "classifier-starter",
         [
@@ -170,6 +170,7 @@ def tiny_classifier(cache_dir: Path) -> Any:
             "adam={rate: 0.003, beta1: 0.9}",
             "batch_size=8",
             "validation_people=8",
+            *more,
         ],
     )
 
@@ -192,6 +193,9 @@ def test_classifier_run_exports_what_loads(cache_dir: Path, tmp_path: Path) -> N
     assert {"accuracy", "flip", "accuracy_maggan", "accuracy_Male"} <= result.metrics.keys()
     network: Any = load_network(result.weights or "")
     assert network.config.attributes == ("Blond_Hair", "Male", "Smiling")
+    goes_on = build(tiny_classifier(cache_dir, f"initial_weights={result.weights}"), ClassifierTask)
+    for key, value in goes_on.context.networks["classifier"].state_dict().items():
+        assert torch.equal(value, network.state_dict()[key]), key
 
 
 def test_placement_without_spread_changes_nothing() -> None:
