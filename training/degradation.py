@@ -53,14 +53,15 @@ def warp_labels(labels: Tensor, grid: Tensor) -> Tensor:
     return moved[:, 0].round().long()
 
 
-def flip_some(image: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mirror half of the samples, left and right classes exchanged. `labels` is N×S×S int64 or N×19×S×S soft."""
+def flip_some(image: Tensor, generator: torch.Generator, *maps: Tensor) -> tuple[Tensor, ...]:
+    """Mirror half of the samples, left and right classes exchanged. `maps` are N×S×S int64 or N×19×S×S soft."""
     chosen = torch.rand(image.shape[0], generator=generator) < 0.5
-    image, labels = image.clone(), labels.clone()
-    image[chosen] = image[chosen].flip(-1)
-    mirrored = labels[chosen].flip(-1)
-    labels[chosen] = _LABEL_FLIP[mirrored] if labels.dim() == 3 else mirrored[:, _FLIP]
-    return image, labels
+    flipped = [image.clone(), *(one.clone() for one in maps)]
+    flipped[0][chosen] = image[chosen].flip(-1)
+    for one in flipped[1:]:
+        mirrored = one[chosen].flip(-1)
+        one[chosen] = _LABEL_FLIP[mirrored] if one.dim() == 3 else mirrored[:, _FLIP]
+    return tuple(flipped)
 
 
 def smooth_field(count: int, cells: int, size_px: int, generator: torch.Generator, channels: int = 1) -> Tensor:

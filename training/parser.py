@@ -57,6 +57,7 @@ _FADING = ("l_eye", "r_eye", "l_brow", "r_brow", "nose", "mouth", "u_lip", "l_li
 class ParserRecipe:
     """`photos` None trains on synthetic portraits alone; `photo_contours` is a file of their landmarks, written by
     training/face_mesh.py. `photo_from` is the share of the run after which photos join; `overlap` weighs the Dice term;
+    `photo_teacher` names weights that label the photos once, instead of the averaged network all along;
     `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background;
     `initial_weights` continues from an exported or registered parser."""
 
@@ -72,6 +73,7 @@ class ParserRecipe:
     overlap: float = 0.5
     photos: Path | None = None
     photo_contours: Path | None = None
+    photo_teacher: str | None = None
     photo_batch: int = 6
     photo_weight: float = 1.0
     photo_from: float = 0.3
@@ -111,6 +113,9 @@ class ParserTask(Task[ParserRecipe]):
                 test = np.arange(len(self.photos)) % 8 == 0
                 self.held_out = {"crops": self.photos[test], "contours": self.contours[test]}
                 self.photos, self.contours = self.photos[~test], self.contours[~test]
+        self.taught: np.ndarray | None = None
+        if self.photos is not None and recipe.photo_teacher is not None:
+            self.taught = _opinions(recipe.photo_teacher, self.photos, context)
         weights = torch.ones(CELEBAMASK_HQ.num_classes)
         for name, value in _WEIGHTS.items():
             weights[CELEBAMASK_HQ.id(name)] = value
@@ -131,7 +136,7 @@ class ParserTask(Task[ParserRecipe]):
         rows = torch.randint(len(self.people["images"]), (self.recipe.batch,), generator=generator).tolist()
         image = (cache.unpack_image(np.stack([self.people["images"][r] for r in rows])) + 1) / 2
         labels = torch.from_numpy(np.stack([self.people["labels"][r] for r in rows]).astype(np.int64))
-        image, labels = flip_some(image, labels, generator)
+        image, labels = flip_some(image, generator, labels)
         image = recolour_regions(image, labels, generator)
         if self.photos is not None:
             others = torch.randint(len(self.photos), (len(rows),), generator=generator).tolist()
@@ -148,10 +153,13 @@ class ParserTask(Task[ParserRecipe]):
             drawn = torch.full((len(photo), *photo.shape[2:]), UNKNOWN, dtype=torch.int64)
             if self.contours is not None:
                 drawn = torch.from_numpy(np.stack([self.contours[r] for r in rows]).astype(np.int64))
-            photo, drawn = flip_some(photo, drawn, generator)
+            known = [drawn] if self.taught is None else [drawn, cache.unpack_mask(self.taught[rows])]
+            photo, drawn, *soft = flip_some(photo, generator, *known)
             grid = random_warp(len(rows), photo.shape[-1], generator)
             student = photograph((warp_image(photo, grid) + 1) / 2, generator) * 2 - 1
             batch |= {"photo": photo, "grid": grid, "student": student, "drawn": warp_labels(drawn, grid)}
+            if soft:
+                batch["soft"] = soft[0]
         return self.context.to_device(batch)
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -177,9 +185,11 @@ class ParserTask(Task[ParserRecipe]):
     def _consistency(self, logits: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Weighted cross-entropy to the teacher's arg-max where it is sure; returns it and the share that is."""
         with torch.no_grad():
-            teacher = self.context.best("parser").eval()
-            with self.context.fabric.autocast():
-                soft = teacher(batch["photo"]).float().softmax(1)
+            soft = batch.get("soft")
+            if soft is None:
+                teacher = self.context.best("parser").eval()
+                with self.context.fabric.autocast():
+                    soft = teacher(batch["photo"]).float().softmax(1)
             soft = F.grid_sample(soft, batch["grid"], padding_mode="border", align_corners=False)
             target, weight = overrule(*pseudo_labels(soft, self.recipe.confident), soft, batch["drawn"])
         per_pixel = F.cross_entropy(logits.contiguous(), target, reduction="none")
@@ -259,6 +269,18 @@ class ParserTask(Task[ParserRecipe]):
                 if name == "mean_iou" or name.startswith("photo_iou_")
             },
         )
+
+
+@torch.no_grad()
+def _opinions(weights: str, photos: np.ndarray, context: TrainingContext) -> np.ndarray:
+    """What exported or registered `weights` say of each photo, averaged with its mirror image, packed N×S×S×3."""
+    from faceedit.parsing import FaceParser
+    from faceedit.registry import load_network
+
+    teacher = FaceParser(load_network(weights, context.device, kind="parser"), weights)
+    with context.fabric.autocast():
+        parts = [teacher.parse_crop(cache.unpack_image(photos[k : k + 8])) for k in range(0, len(photos), 8)]
+    return np.concatenate([cache.pack_mask(part) for part in parts])
 
 
 def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from faceedit.detection import FaceBox
 from faceedit.errors import UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.registry import load_network
+from faceedit.training.degradation import flip_some
 from faceedit.training.parser import dice_loss, pseudo_labels
 
 
@@ -74,6 +76,27 @@ def test_contours_join_and_hold_photos_out(cache_dir: Path, photos: Path, tmp_pa
     network: Any = load_network(result.weights, kind="parser")
     assert "Face Mesh" in network.header.training_data
     assert "photo_iou_eyes" in network.header.metrics
+
+    # Exported weights may label the photos once, instead of the averaged network all along.
+    fixed = train(cache_dir, tmp_path / "fixed", *more, f"photo_teacher={result.weights}")
+    logged = [json.loads(line) for line in (tmp_path / "fixed" / "metrics.jsonl").read_text().splitlines()]
+    both = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["synthetic"] for line in logged[:1]] == [line["synthetic"] for line in both[:1]]
+    assert logged[0]["photo"] != both[0]["photo"]
+    assert fixed.metrics.keys() == result.metrics.keys()
+
+
+def test_mirroring_exchanges_left_and_right_and_spares_what_is_no_class() -> None:
+    left, right = CELEBAMASK_HQ.id("l_eye"), CELEBAMASK_HQ.id("r_eye")
+    image = torch.arange(16.0).view(8, 1, 1, 2).expand(8, 3, 1, 2)
+    labels = torch.tensor([left, 254]).view(1, 1, 2).expand(8, 1, 2)
+    soft = torch.nn.functional.one_hot(labels.clamp(max=18), 19).permute(0, 3, 1, 2).float()
+    flipped, names, mask = flip_some(image, torch.Generator().manual_seed(1), labels, soft)
+    turned = flipped[:, 0, 0, 0] > flipped[:, 0, 0, 1]
+    assert 0 < turned.sum() < 8
+    assert names[turned].tolist() == [[[254, right]]] * int(turned.sum())
+    assert names[~turned].tolist() == [[[left, 254]]] * int((~turned).sum())
+    assert (mask[turned].argmax(1)[:, 0, 1] == right).all()
 
 
 def test_contours_need_their_photos(tmp_path: Path) -> None:
