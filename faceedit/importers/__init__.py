@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Other people's checkpoints as this project's weights files. `KINDS` names what can be read; each has one module.
 
-A module has `PARTS`, the networks that its checkpoints may hold, and `convert(checkpoint, part)`. Nothing in here ever
-runs what a file says: see `faceedit.importers.checkpoints`.
+A module has `PARTS`, the networks that its checkpoints may hold (empty where that is one), and
+`convert(checkpoint, part)`. Nothing in here ever runs what a file says: see `faceedit.importers.checkpoints`.
 """
 
 import importlib
@@ -13,7 +13,10 @@ from faceedit.errors import UnknownNameError, WeightsError, suggestion
 from faceedit.importers.checkpoints import read_checkpoint
 from faceedit.registry import WeightsHeader, save_weights, sha256_of
 
-KINDS: dict[str, str] = {"stylegan2": "faceedit.importers.stylegan2"}
+KINDS: dict[str, str] = {
+    "stylegan2": "faceedit.importers.stylegan2",
+    "maskfacegan-classifier": "faceedit.importers.maskfacegan_classifier",
+}
 
 
 def import_weights(
@@ -38,6 +41,10 @@ def import_weights(
             f"import_weights: kind must be one that can be read, got {kind!r}; {suggestion(kind, KINDS)}"
         )
     module = importlib.import_module(KINDS[kind])
+    if part and not module.PARTS:
+        raise UnknownNameError(
+            f"import_weights: part must be left out for {kind}, got {part!r}; its checkpoints hold one network"
+        )
     if part and part not in module.PARTS:
         raise UnknownNameError(
             f"import_weights: part must be one of {', '.join(module.PARTS)}, got {part!r}; "
@@ -56,5 +63,7 @@ def import_weights(
         training_data=training_data,
         source=f"{Path(path).name} (SHA-256 {sha256_of(path)})",
         recipe=f"weights import {kind}: {converted.origin}",
+        label_scheme=getattr(converted.config, "label_scheme", ""),
+        attributes=getattr(converted.config, "attributes", ()),
         half=False,
     )

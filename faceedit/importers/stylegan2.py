@@ -9,7 +9,6 @@ pickle's own settings, or else is the paper's.
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from faceedit.errors import WeightsError
 from faceedit.importers.checkpoints import Checkpoint, Record, State, flatten
+from faceedit.importers.conversion import Converted, fill, shape_text, width
 from faceedit.networks.stylegan2 import (
     MAX_PX,
     MIN_PX,
@@ -36,18 +36,7 @@ PARTS: dict[str, tuple[str, str]] = {  # what the two families call it
 _DEFAULT_FIR = (1.0, 3.0, 3.0, 1.0)
 _RESAMPLING = (".resample_filter", ".blur.kernel", ".upsample.kernel", ".0.kernel")  # buffers that hold the filter
 _AVERAGE_SAMPLES = 50_000
-_MAX_WIDTH = 1 << 14
 _AFFINE = ("affine.weight", "affine.bias")
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """A checkpoint's network as ours: its kind, configuration and state; origin, a few words on where it came from."""
-
-    kind: str
-    config: StyleGAN2Config | StyleGAN2DiscriminatorConfig
-    state_dict: dict[str, Tensor]
-    origin: str
 
 
 def convert(checkpoint: Checkpoint, part: str = "") -> Converted:
@@ -113,7 +102,7 @@ def _nvlabs_generator(state: State, origin: str) -> Converted:
             f"import_weights: {state.name} must be unconditional, got a generator of classes; use another checkpoint"
         )
     levels = _levels(state, {key.split(".")[1] for key in state.tensors if key.startswith("synthesis.b")})
-    widths = tuple(_width(state, f"synthesis.b{size_at(level)}.conv1.weight", 0) for level in range(levels))
+    widths = tuple(width(state, f"synthesis.b{size_at(level)}.conv1.weight", 0) for level in range(levels))
     layers = sum(1 for key in state.tensors if key.startswith("mapping.fc") and key.endswith(".weight"))
     architecture: Architecture = "orig"
     if "synthesis.b8.skip.weight" in state.tensors:
@@ -125,8 +114,8 @@ def _nvlabs_generator(state: State, origin: str) -> Converted:
         channels=_own_widths(widths),
         fir=_fir(state),
         clamp=_clamp(state, "synthesis.b4.conv1"),
-        z_width=_width(state, "mapping.fc0.weight", 1),
-        w_width=_width(state, "mapping.fc0.weight", 0),
+        z_width=width(state, "mapping.fc0.weight", 1),
+        w_width=width(state, "mapping.fc0.weight", 0),
         mapping_layers=layers,
         mapping_rate=_setting(state, "mapping.fc0.bias_gain", StyleGAN2Config().mapping_rate),
         architecture=architecture,
@@ -155,13 +144,13 @@ def _rosinality_generator(state: State, average: Tensor | None, origin: str) -> 
     depth = sum(1 for key in state.tensors if re.fullmatch(r"to_rgbs\.[0-9]+\.bias", key))
     _check_levels(state, depth + 1)
     names = ["conv1.conv.weight", *(f"convs.{2 * level + 1}.conv.weight" for level in range(depth))]
-    widths = tuple(_width(state, name, 1) for name in names)
+    widths = tuple(width(state, name, 1) for name in names)
     config = StyleGAN2Config(
         size_px=size_at(depth),
         channels=_own_widths(widths),
         fir=_fir(state),
-        z_width=_width(state, "style.1.weight", 1),
-        w_width=_width(state, "style.1.weight", 0),
+        z_width=width(state, "style.1.weight", 1),
+        w_width=width(state, "style.1.weight", 0),
         mapping_layers=sum(1 for key in state.tensors if key.startswith("style.") and key.endswith(".weight")),
     )
     names_of = dict(_rosinality_generator_names(config))
@@ -210,8 +199,8 @@ def _nvlabs_discriminator(state: State, origin: str) -> Converted:
             "checkpoint"
         )
     levels = _levels(state, {key.split(".")[0] for key in state.tensors})
-    widths = [_width(state, "b4.conv.weight", 0)]
-    widths += [_width(state, f"b{size_at(level)}.conv0.weight", 0) for level in range(1, levels)]
+    widths = [width(state, "b4.conv.weight", 0)]
+    widths += [width(state, f"b{size_at(level)}.conv0.weight", 0) for level in range(1, levels)]
     architecture: Architecture = "orig"
     if "b8.skip.weight" in state.tensors:
         architecture = "resnet"
@@ -243,8 +232,8 @@ def _nvlabs_discriminator(state: State, origin: str) -> Converted:
 def _rosinality_discriminator(state: State, origin: str) -> Converted:
     depth = sum(1 for key in state.tensors if key.startswith("convs.") and key.endswith(".skip.1.weight"))
     _check_levels(state, depth + 1)
-    widths = [_width(state, "final_conv.0.weight", 0)]
-    widths += [_width(state, f"convs.{depth + 1 - level}.conv1.0.weight", 0) for level in range(1, depth + 1)]
+    widths = [width(state, "final_conv.0.weight", 0)]
+    widths += [width(state, f"convs.{depth + 1 - level}.conv1.0.weight", 0) for level in range(1, depth + 1)]
     config = StyleGAN2DiscriminatorConfig(
         size_px=size_at(depth), channels=_own_widths(tuple(widths)), fir=_fir(state), architecture="resnet"
     )
@@ -272,37 +261,16 @@ def _fill(
     names: dict[str, str],
     origin: str,
 ) -> Converted:
-    """The state of our network from tensors under their names; every tensor is used, and every shape fits."""
-    with torch.device("meta"):
-        wanted = network_class(config).state_dict()
-    converted = {}
-    for ours, shape in ((name, tensor.shape) for name, tensor in wanted.items()):
-        theirs = state.tensor(names[ours])
-        if [n for n in theirs.shape if n != 1] != [n for n in shape if n != 1]:
-            raise WeightsError(
-                f"import_weights: {names[ours]} of {state.name} must have the shape {_shape(shape)} at "
-                f"{config.size_px} px, got {_shape(theirs.shape)}; the file is inconsistent"
-            )
-        converted[ours] = _plain(state, names[ours], theirs).reshape(shape)
-    used = set(names.values())
-    surplus = [key for key in state.tensors if key not in used and not key.endswith(_RESAMPLING)]
-    if surplus:
-        raise WeightsError(
-            f"import_weights: {state.name} must hold nothing but a StyleGAN2 network, got {', '.join(surplus[:3])}"
-            f"{' and more' if len(surplus) > 3 else ''}; check what it is"
-        )
-    return Converted(kind, config, converted, origin)
-
-
-def _plain(state: State, key: str, tensor: Tensor) -> Tensor:
-    """The tensor in fp32. Refuses kinds that no checkpoint has, and views by which a small file would become large."""
-    is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.is_floating_point()
-    if not is_plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise WeightsError(
-            f"import_weights: {key} of {state.name} must be a plain tensor of floats, got {tensor.dtype} of shape "
-            f"{_shape(tensor.shape)} in another form; save it as one"
-        )
-    return tensor.detach().to(torch.float32)
+    return fill(
+        network_class,
+        kind,
+        config,
+        state,
+        origin,
+        names=names,
+        what="a StyleGAN2 network",
+        ignored=lambda key: key.endswith(_RESAMPLING),
+    )
 
 
 def _levels(state: State, blocks: set[str]) -> int:
@@ -323,16 +291,6 @@ def _check_levels(state: State, levels: int) -> None:
             f"import_weights: {state.name} must be of {MIN_PX} to {MAX_PX} px, got {levels} sizes from 4 px on; use "
             "another checkpoint"
         )
-
-
-def _width(state: State, key: str, axis: int) -> int:
-    tensor = state.tensor(key)
-    if tensor.ndim <= axis or not 1 <= tensor.shape[axis] <= _MAX_WIDTH:
-        raise WeightsError(
-            f"import_weights: {key} of {state.name} must be a layer's weight, got shape {_shape(tensor.shape)}; the "
-            "file is inconsistent"
-        )
-    return tensor.shape[axis]
 
 
 def _own_widths(widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -374,12 +332,8 @@ def _fir(state: State) -> tuple[float, ...]:
             if taps.shape != (4, 4) or not torch.allclose(torch.outer(row, row), taps / taps.sum(), atol=1e-6):
                 raise WeightsError(
                     f"import_weights: {key} of {state.name} must be a separable filter of 4 taps, got "
-                    f"{_shape(tensor.shape)}; use another checkpoint"
+                    f"{shape_text(tensor.shape)}; use another checkpoint"
                 )
             default = torch.tensor(_DEFAULT_FIR, dtype=torch.float64) / sum(_DEFAULT_FIR)
             return _DEFAULT_FIR if torch.allclose(row, default, atol=1e-6) else tuple(row.tolist())
     return _DEFAULT_FIR
-
-
-def _shape(shape: torch.Size) -> str:
-    return f"({','.join(map(str, shape))})"

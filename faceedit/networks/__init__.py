@@ -39,6 +39,9 @@ KINDS: dict[str, NetworkKind] = {
         NetworkKind(
             "attribute-classifier", "faceedit.networks.classifier", "AttributeClassifierConfig", "AttributeClassifier"
         ),
+        NetworkKind(
+            "attribute-tree", "faceedit.networks.attribute_tree", "AttributeTreeConfig", "AttributeTreeClassifier"
+        ),
         NetworkKind("stylegan2", "faceedit.networks.stylegan2", "StyleGAN2Config", "StyleGAN2Generator"),
         NetworkKind(
             "stylegan2-discriminator",
