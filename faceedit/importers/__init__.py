@@ -16,6 +16,7 @@ from faceedit.registry import WeightsHeader, save_weights, sha256_of
 KINDS: dict[str, str] = {
     "stylegan2": "faceedit.importers.stylegan2",
     "maskfacegan-classifier": "faceedit.importers.maskfacegan_classifier",
+    "maskfacegan-parser": "faceedit.importers.maskfacegan_parser",
 }
 
 

@@ -42,6 +42,7 @@ KINDS: dict[str, NetworkKind] = {
         NetworkKind(
             "attribute-tree", "faceedit.networks.attribute_tree", "AttributeTreeConfig", "AttributeTreeClassifier"
         ),
+        NetworkKind("deeplab-parser", "faceedit.networks.deeplab", "DeepLabConfig", "DeepLabParser"),
         NetworkKind("stylegan2", "faceedit.networks.stylegan2", "StyleGAN2Config", "StyleGAN2Generator"),
         NetworkKind(
             "stylegan2-discriminator",

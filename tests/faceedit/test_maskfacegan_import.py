@@ -17,9 +17,10 @@ from faceedit.attributes import CLASSIFIER_ORDER
 from faceedit.errors import UnknownNameError, WeightsError
 from faceedit.importers import import_weights
 from faceedit.networks.attribute_tree import AttributeTreeConfig
+from faceedit.networks.deeplab import DeepLabConfig
 from faceedit.registry import load_network
 
-CLASSIFIER = "maskfacegan-classifier"
+CLASSIFIER, PARSER = "maskfacegan-classifier", "maskfacegan-parser"
 
 
 def imported(kind: str, path: Path, **options) -> torch.nn.Module:
@@ -54,6 +55,28 @@ def test_classifier_logits(layout: str, tmp_path: Path) -> None:
         assert network.config.attributes[column].lower() == head
         assert values.std() > 1e-3, head
         torch.testing.assert_close(ours[:, column], values, rtol=0, atol=1e-4)
+
+
+def test_parser_logits(tmp_path: Path) -> None:
+    state = originals.parser_state()
+    torch.save(state, tmp_path / "state.pt")
+    network = imported(PARSER, tmp_path / "state.pt")
+    assert network.config == DeepLabConfig(width=1 / 8, head_width=6)
+    assert network.header.label_scheme == "maskfacegan"
+    image = images(1, 512)
+    theirs = originals.parser_logits(state, image, 512)
+    assert theirs.std((0, 2, 3)).min() > 0.1
+    torch.testing.assert_close(network(image * 2 - 1), theirs, rtol=0, atol=1e-4)
+
+
+def test_parser_of_another_depth_from_parallel_training(tmp_path: Path) -> None:
+    state = originals.parser_state(group=4, head=2, depths=(3, 4, 23, 3))
+    kept = {f"module.{key}": value for key, value in state.items() if "num_batches_tracked" not in key}
+    torch.save(kept, tmp_path / "state.pt")
+    network = imported(PARSER, tmp_path / "state.pt")
+    assert network.config == DeepLabConfig(backbone="resnet101", width=1 / 16, head_width=2)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, kept.get(f"module.{name}", torch.tensor(0))), name
 
 
 # Bad files
@@ -105,6 +128,53 @@ def test_wrong_classifier_files_are_named(mistake: str, tmp_path: Path) -> None:
         imported(CLASSIFIER, tmp_path / "state.pt")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+PARSER_MISTAKES: dict[str, tuple[Change, str]] = {
+    "nineteen classes": (
+        lambda state: state.update({"model.classifier.4.weight": torch.zeros(19, 6, 1, 1)}),
+        r"classifier\.4\.weight .* must be of the 9 classes background, mouth, .* got 19",
+    ),
+    "auxiliary head": (
+        lambda state: state.update({"model.aux_classifier.4.bias": torch.zeros(9)}),
+        r"nothing but MaskFaceGAN's face parser, got model\.aux_classifier\.4\.bias",
+    ),
+    "a block missing": (
+        lambda state: [state.pop(key) for key in list(state) if key.startswith("model.backbone.layer3.5.")],
+        "ResNet of depth 50 or 101, got 5 blocks",
+    ),
+    "a tensor missing": (
+        lambda state: state.pop("model.classifier.0.project.0.weight"),
+        r"must hold model\.classifier\.0\.project\.0\.weight, got none",
+    ),
+    "another network": (
+        lambda state: [state.pop(key) for key in list(state) if key.startswith("model.classifier")],
+        r"must hold model\.classifier\.4\.weight, got none",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", PARSER_MISTAKES)
+def test_wrong_parser_files_are_named(mistake: str, tmp_path: Path) -> None:
+    change, words = PARSER_MISTAKES[mistake]
+    state = originals.parser_state(group=4, head=2)
+    change(state)
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(WeightsError, match=words) as caught:
+        imported(PARSER, tmp_path / "state.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_hostile_file_is_refused(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self):
+            return eval, ("1/0",)
+
+    for is_zip in (True, False):
+        state = {**originals.tree_state(), "extra": Hostile()}
+        torch.save(state, tmp_path / "state.pt", _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(WeightsError, match=r"got eval; nothing of it was run"):
+            imported(CLASSIFIER, tmp_path / "state.pt")
 
 
 def test_a_part_is_refused(tmp_path: Path) -> None:

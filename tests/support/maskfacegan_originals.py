@@ -110,3 +110,69 @@ def tree_logits(state: State, image: Tensor, side: int = 2) -> dict[str, Tensor]
             here.append(y if group == "15-16" else normed(y.clamp(min=0), state, f"{name}.2"))
         above = here
     return {head: y[:, 0] for head, y in zip(HEADS.split(), above, strict=True)}
+
+
+# Blocks, inner width at 64 channels a group, and the dilation of the first and of the other blocks (output stride 8).
+STAGES = {"layer1": (3, 1, 1, 1), "layer2": (4, 2, 1, 1), "layer3": (6, 4, 1, 2), "layer4": (3, 8, 2, 4)}
+
+
+def parser_state(group: int = 8, head: int = 6, classes: int = 9, depths: tuple[int, ...] = (), seed: int = 0) -> State:
+    """The parser's file, with the class weights of its training loss."""
+    torch.manual_seed(seed)
+    state: State = {"loss.weight": torch.rand(classes)}
+
+    def block(conv: str, norm: str, inputs: int, outputs: int, kernel: int) -> None:
+        random_conv(state, f"model.{conv}", inputs, outputs, kernel)
+        random_norm(state, f"model.{norm}", outputs)
+
+    block("backbone.conv1", "backbone.bn1", 3, 64, 7)
+    before = 64
+    for number, (stage, (blocks, times, _, _)) in enumerate(STAGES.items()):
+        for i in range(depths[number] if depths else blocks):
+            name, inner, after = f"backbone.{stage}.{i}", group * times, 256 * times
+            for j, (inputs, outputs, kernel) in enumerate(
+                ((before, inner, 1), (inner, inner, 3), (inner, after, 1)), 1
+            ):
+                block(f"{name}.conv{j}", f"{name}.bn{j}", inputs, outputs, kernel)
+            state[f"model.{name}.bn3.weight"] *= 0.3  # or sixteen residual blocks would sum up to thousands
+            if i == 0:
+                block(f"{name}.downsample.0", f"{name}.downsample.1", before, after, 1)
+            before = after
+    for i, kernel in enumerate((1, 3, 3, 3)):
+        block(f"classifier.0.convs.{i}.0", f"classifier.0.convs.{i}.1", before, head, kernel)
+    block("classifier.0.convs.4.1", "classifier.0.convs.4.2", before, head, 1)
+    block("classifier.0.project.0", "classifier.0.project.1", 5 * head, head, 1)
+    block("classifier.1", "classifier.2", head, head, 3)
+    random_conv(state, "model.classifier.4", head, classes, 1, bias=True)
+    return state
+
+
+def parser_logits(state: State, image: Tensor, size_px: int) -> Tensor:
+    """Logits (N,9,P,P); image (N,3,S,S) in [0, 1], P = size_px."""
+
+    def conv(x: Tensor, name: str, norm: str, stride: int = 1, dilation: int = 1) -> Tensor:
+        weight = state[f"model.{name}.weight"]
+        reach = weight.shape[-1] // 2 * dilation
+        return normed(F.conv2d(x, weight, None, stride, reach, dilation), state, f"model.{norm}")
+
+    x = F.adaptive_avg_pool2d(image, size_px) * 2 - 1
+    x = conv(x, "backbone.conv1", "backbone.bn1", stride=2).clamp(min=0)
+    x = F.max_pool2d(x, 3, 2, 1)
+    for stage, (blocks, _, first, other) in STAGES.items():
+        for i in range(blocks):
+            name, stride = f"backbone.{stage}.{i}", 2 if stage == "layer2" and i == 0 else 1
+            y = conv(x, f"{name}.conv1", f"{name}.bn1").clamp(min=0)
+            y = conv(y, f"{name}.conv2", f"{name}.bn2", stride, other if i else first).clamp(min=0)
+            y = conv(y, f"{name}.conv3", f"{name}.bn3")
+            x = conv(x, f"{name}.downsample.0", f"{name}.downsample.1", stride) if i == 0 else x
+            x = (x + y).clamp(min=0)
+    scales = [
+        conv(x, f"classifier.0.convs.{i}.0", f"classifier.0.convs.{i}.1", dilation=rate).clamp(min=0)
+        for i, rate in enumerate((1, 12, 24, 36))
+    ]
+    pooled = conv(x.mean((2, 3), keepdim=True), "classifier.0.convs.4.1", "classifier.0.convs.4.2").clamp(min=0)
+    x = torch.cat([*scales, pooled.expand_as(scales[0])], 1)
+    x = conv(x, "classifier.0.project.0", "classifier.0.project.1").clamp(min=0)
+    x = conv(x, "classifier.1", "classifier.2").clamp(min=0)
+    x = F.conv2d(x, state["model.classifier.4.weight"], state["model.classifier.4.bias"])
+    return F.interpolate(x, size=(size_px, size_px), mode="bilinear", align_corners=False)

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MaskFaceGAN asks of a face parser, whatever architecture is inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from faceedit.labels import MASKFACEGAN, scheme
+from faceedit.networks.folding import fold_batch_norm
+from faceedit.networks.resizing import resize_square
+
+
+@dataclass(frozen=True, slots=True)
+class RegionParserConfig:
+    """What every region parser has.
+
+    Args:   size_px, side that images are resized to; label_scheme, whose classes the channels are.
+    Raises: UnknownNameError for a scheme that does not exist; ValueError on a size.
+    """
+
+    size_px: int = 512
+    label_scheme: str = MASKFACEGAN.name
+
+    def __post_init__(self) -> None:
+        scheme(self.label_scheme)
+        if self.size_px < 32 or self.size_px % 32:
+            raise ValueError(
+                f"{type(self).__name__}: size_px must be a multiple of 32, got {self.size_px}; the layers halve five "
+                "times"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """How many channels the logits have."""
+        return scheme(self.label_scheme).num_classes
+
+
+class RegionParser(nn.Module):
+    """Label every pixel of an aligned face, at any size.
+
+    Flow:    resize to config.size_px (area average downwards, bilinear upwards); model; logits to config.size_px, then
+             to the image's size, both bilinearly.
+    Args:    image (N,3,S,S) in [-1, 1].   Returns: logits (N,C,S,S), C classes of config.label_scheme.
+    Raises:  ValueError when the image is not square with three channels.
+    Source:  SYSTEMS 5.2.2. MaskFaceGAN takes the softmax at 512² and resizes that: pass a 512² image for its very
+             masks.
+    """
+
+    def __init__(self, config: RegionParserConfig, model: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = resize_square(image, self.config.size_px, type(self).__name__)
+        logits = self.model(x)
+        for side in (self.config.size_px, image.shape[-1]):
+            if logits.shape[-1] != side:
+                logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
+        return logits
+
+    def fold_batch_norm(self) -> RegionParser:
+        """A frozen copy for inference, in channels_last, whose normalisations are part of the convolutions before
+        them. Gradients still reach the image."""
+        return fold_batch_norm(self)
