@@ -42,7 +42,10 @@ KINDS: dict[str, NetworkKind] = {
         NetworkKind(
             "attribute-tree", "faceedit.networks.attribute_tree", "AttributeTreeConfig", "AttributeTreeClassifier"
         ),
+        NetworkKind("attribute-cnn", "faceedit.networks.attribute_cnn", "AttributeCNNConfig", "AttributeCNN"),
         NetworkKind("deeplab-parser", "faceedit.networks.deeplab", "DeepLabConfig", "DeepLabParser"),
+        NetworkKind("fcn-parser", "faceedit.networks.fcn", "FCNConfig", "FCNParser"),
+        NetworkKind("region-unet-parser", "faceedit.networks.region_unet", "RegionUNetConfig", "RegionUNetParser"),
         NetworkKind("stylegan2", "faceedit.networks.stylegan2", "StyleGAN2Config", "StyleGAN2Generator"),
         NetworkKind(
             "stylegan2-discriminator",

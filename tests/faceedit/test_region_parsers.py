@@ -11,10 +11,18 @@ from faceedit.errors import UnknownNameError
 from faceedit.networks import folding
 from faceedit.networks.deeplab import DeepLabConfig, DeepLabParser
 from faceedit.networks.dilated_backbones import dilated_backbone
+from faceedit.networks.fcn import FCNConfig, FCNParser
+from faceedit.networks.parser import ParserNet
 from faceedit.networks.region_parser import RegionParser
+from faceedit.networks.region_unet import RegionUNetConfig, RegionUNetParser
 from faceedit.registry import load_network, save_weights
 
-TINY = DeepLabConfig(size_px=64, backbone="mobilenet_v3_large", width=0.25, head_width=8, rates=(2, 4))
+NARROW = {
+    "deeplab-parser": DeepLabConfig(size_px=64, backbone="mobilenet_v3_large", width=0.25, head_width=8, rates=(2, 4)),
+    "fcn-parser": FCNConfig(size_px=64, width=1 / 16),
+    "region-unet-parser": RegionUNetConfig(size_px=64, widths=(4, 4, 8, 8, 8), blocks=(1, 1, 1, 1, 1)),
+}
+CLASSES = {"deeplab-parser": DeepLabParser, "fcn-parser": FCNParser, "region-unet-parser": RegionUNetParser}
 
 
 def images(count: int, size_px: int) -> torch.Tensor:
@@ -31,16 +39,30 @@ def settled(network: torch.nn.Module, size_px: int) -> torch.nn.Module:
     return network.eval()
 
 
+@pytest.fixture(scope="module", params=NARROW)
+def kind(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def parser() -> RegionParser:
+def parser(kind: str) -> RegionParser:
     torch.manual_seed(0)
-    return settled(DeepLabParser(TINY), 64)
+    return settled(CLASSES[kind](NARROW[kind]), 64)
 
 
-def test_paper_network_is_torchvisions() -> None:
+@pytest.mark.parametrize(
+    ("network", "config", "name"),
+    [
+        (DeepLabParser, DeepLabConfig(), "deeplabv3_resnet50"),
+        (FCNParser, FCNConfig(), "fcn_resnet50"),
+        (FCNParser, FCNConfig(backbone="resnet101"), "fcn_resnet101"),
+    ],
+)
+def test_paper_networks_are_torchvisions(network, config, name: str) -> None:
+    build = getattr(models.segmentation, name)
     with torch.device("meta"):
-        ours = DeepLabParser(DeepLabConfig()).state_dict()
-        theirs = models.segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=9).state_dict()
+        ours = network(config).state_dict()
+        theirs = build(weights=None, weights_backbone=None, num_classes=9).state_dict()
     assert {name: value.shape for name, value in ours.items()} == {
         f"model.{name}": value.shape for name, value in theirs.items()
     }
@@ -111,12 +133,21 @@ def test_folding_leaves_other_orders_alone() -> None:
     torch.testing.assert_close(folded(images(1, 8)), network(images(1, 8)))
 
 
-def test_saved_parser_loads(parser: RegionParser, tmp_path) -> None:
-    path = tmp_path / "parser.safetensors"
+def test_the_unet_is_the_starters() -> None:
+    torch.manual_seed(0)
+    network = RegionUNetParser(RegionUNetConfig(size_px=256)).eval()
+    assert isinstance(network.model, ParserNet)
+    image = images(1, 256)
+    assert torch.equal(network(image), network.model(image))
+
+
+def test_saved_parser_loads(parser: RegionParser, kind: str, tmp_path) -> None:
+    path, config = tmp_path / "parser.safetensors", parser.config
     facts = {"licence": "Apache-2.0", "training_data": "none", "source": "tests"}
-    save_weights(path, "deeplab-parser", TINY, parser.state_dict(), label_scheme=TINY.label_scheme, half=False, **facts)
-    loaded = load_network(path, kind="deeplab-parser")
-    assert loaded.config == TINY
+    save_weights(path, kind, config, parser.state_dict(), label_scheme=config.label_scheme, half=False, **facts)
+    loaded = load_network(path, kind=kind)
+    assert type(loaded) is type(parser)
+    assert loaded.config == config
     assert torch.equal(loaded(images(1, 64)), parser(images(1, 64)))
 
 
@@ -130,11 +161,14 @@ def test_rejects_mistakes(parser: RegionParser) -> None:
     ):
         with pytest.raises(ValueError, match=words):
             DeepLabConfig(**mistake)
+    for mistake in ({"widths": (4, 4)}, {"blocks": (1, 1, 1, 1, 0)}):
+        with pytest.raises(ValueError, match="widths and blocks must be five positive numbers"):
+            RegionUNetConfig(**mistake)
     for config, words in (
         (DeepLabConfig(output_stride=4), "output_stride must be 8 or 16, got 4"),
         (DeepLabConfig(width=0.0), "width must be in"),
     ):
         with pytest.raises(ValueError, match=words):
             DeepLabParser(config)
-    with pytest.raises(ValueError, match=r"DeepLabParser: image must be \(N,3,S,S\), got \(1, 3, 64, 32\)"):
+    with pytest.raises(ValueError, match=rf"{type(parser).__name__}: image must be \(N,3,S,S\), got \(1, 3, 64, 32\)"):
         parser(torch.zeros(1, 3, 64, 32))
