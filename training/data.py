@@ -24,6 +24,7 @@ from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
 from faceedit.training import synthetic as portraits
 from faceedit.training.config import require
+from faceedit.training.synthetic.geometry import face_points
 
 # Seeds of sample_parameters by purpose. Two seeds share nobody, so no test person is ever trained on.
 SPLIT_SEEDS = {"train": 1_000, "validation": 2_000_000, "test": 3_000_000}
@@ -90,11 +91,20 @@ class SyntheticPortraits:
     def __len__(self) -> int:
         return self.config.people
 
+    def landmarks(self) -> Tensor:
+        """Five points P×5×2 of every person as sampled, pixels (x, y), image-left first."""
+        starts = range(0, len(self), _FAMILIES_A_CHUNK)
+        people = (self._people(start, min(start + _FAMILIES_A_CHUNK, len(self))) for start in starts)
+        return torch.cat([face_points(chunk, self.config.size_px) for chunk in people])
+
+    def _people(self, start: int, stop: int) -> portraits.PortraitParameters:
+        """Each chunk is its own sample_parameters seed, so a cache can resume anywhere."""
+        return portraits.sample_parameters(stop - start, self.seed + start // _FAMILIES_A_CHUNK)
+
     def _render(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
-        """Families start…stop. Each chunk is its own sample_parameters seed, so a cache can resume anywhere."""
-        chunk = start // _FAMILIES_A_CHUNK
-        generator = torch.Generator().manual_seed(self.seed * 1_000 + chunk)
-        people = portraits.sample_parameters(stop - start, self.seed + chunk)
+        """Families start…stop, a chunk."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000 + start // _FAMILIES_A_CHUNK)
+        people = self._people(start, stop)
         variants, order = _flipped_variants(people, self.config, generator)
         family = [people, *variants]
         tinted = torch.rand(stop - start, generator=generator) < self.config.tinted_share

@@ -118,8 +118,8 @@ def replace_background(image: Tensor, labels: Tensor, ground: Tensor, chosen: Te
     return image + region * (ground - image)
 
 
-def photograph(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Light, tone, blur, noise and JPEG on N×3×S×S in [0,1]."""
+def photograph(image: Tensor, generator: torch.Generator, grey_share: float = 0.2) -> Tensor:
+    """Light, tone, blur, noise and JPEG on N×3×S×S in [0,1]; `grey_share` of the pictures lose their colours."""
     count, _, size, _ = image.shape
 
     def some(probability: float) -> Tensor:
@@ -130,7 +130,7 @@ def photograph(image: Tensor, generator: torch.Generator) -> Tensor:
     image = image ** torch.exp(_uniform(count, -0.5, 0.5, generator, 1, 1, 1))
     image = image * _uniform(count, 0.75, 1.25, generator, 1, 1, 1) * _uniform(count, 0.88, 1.12, generator, 3, 1, 1)
     grey = (image * _LUMA).sum(1, keepdim=True)
-    saturation = torch.where(some(0.2) > 0, torch.zeros(()), _uniform(count, 0.4, 1.5, generator, 1, 1, 1))
+    saturation = torch.where(some(grey_share) > 0, torch.zeros(()), _uniform(count, 0.4, 1.5, generator, 1, 1, 1))
     image = grey + saturation * (image - grey)
     mean = image.mean((1, 2, 3), keepdim=True)
     image = (mean + _uniform(count, 0.7, 1.3, generator, 1, 1, 1) * (image - mean)).clamp(0, 1)

@@ -25,10 +25,8 @@ from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.parser import ParserConfig, ParserNet
 from faceedit.training import cache
 from faceedit.training import contours as contour_module
-from faceedit.training import synthetic as portraits
 from faceedit.training.config import AdamConfig, TrainerConfig, require
 from faceedit.training.contours import BARE, DRAWN, UNKNOWN, contour_labels, five_points, read_contours
-from faceedit.training.data import SPLIT_SEEDS
 from faceedit.training.degradation import (
     backdrops,
     flip_some,
@@ -40,10 +38,9 @@ from faceedit.training.degradation import (
     warp_image,
     warp_labels,
 )
+from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
+from faceedit.training.segmentation import dice_loss, overlay_sheet, segmentation_scores
 from faceedit.training.task import Task, TrainingContext, start_from
-
-_CHUNK = 4
-_PEOPLE_SEED = 100  # the parser's own people: nobody that an editor or a test meets
 
 # Cross-entropy weight by class: thin parts would otherwise be bought off by hair and ground.
 _WEIGHTS = {
@@ -133,10 +130,9 @@ class ParserTask(Task[ParserRecipe]):
 
     def batch(self, step: int) -> dict[str, Tensor]:
         generator = self.context.generator("parser", step)
-        rows = torch.randint(len(self.people["images"]), (self.recipe.batch,), generator=generator).tolist()
-        image = (cache.unpack_image(np.stack([self.people["images"][r] for r in rows])) + 1) / 2
-        labels = torch.from_numpy(np.stack([self.people["labels"][r] for r in rows]).astype(np.int64))
-        image, labels = flip_some(image, generator, labels)
+        rows = torch.randint(len(self.people), (self.recipe.batch,), generator=generator).tolist()
+        image, labels = self.people.read(rows)
+        image, labels = flip_some((image + 1) / 2, generator, labels)
         image = recolour_regions(image, labels, generator)
         if self.photos is not None:
             others = torch.randint(len(self.photos), (len(rows),), generator=generator).tolist()
@@ -200,16 +196,8 @@ class ParserTask(Task[ParserRecipe]):
         """IoU by class and their mean on unseen synthetic portraits, as rendered; with contours also the IoU of drawn
         parts, left and right together, on photos that were held out (`photo_iou_…`)."""
         network = self.context.best("parser").eval()
-        matrix = torch.zeros(19, 19, dtype=torch.int64)
-        for start in range(0, len(self.test["images"]), 8):
-            image = cache.unpack_image(self.test["images"][start : start + 8]).to(self.context.device)
-            predicted = network(image).argmax(1).cpu()
-            truth = torch.from_numpy(self.test["labels"][start : start + 8].astype(np.int64))
-            matrix += torch.bincount((truth * 19 + predicted).flatten(), minlength=361).view(19, 19)
-        scores = intersection_over_union(matrix)
-        present = matrix.sum(1) > 0
-        named = {f"iou_{name}": scores[i].item() for i, name in enumerate(CELEBAMASK_HQ.classes) if present[i]}
-        return {"mean_iou": scores[present].mean().item(), **named, **self._agreement()}
+        scores = segmentation_scores(network, self.test.batches(8), CELEBAMASK_HQ, self.context.device)
+        return scores | self._agreement()
 
     def _agreement(self) -> dict[str, float]:
         network = self.context.best("parser").eval()
@@ -227,23 +215,14 @@ class ParserTask(Task[ParserRecipe]):
                 area[part] += int(((found & said) | truth).sum())
         return {f"photo_iou_{part}": hits[part] / area[part] for part in parts if area[part]}
 
-    @torch.no_grad()
     def sample_sheet(self) -> Tensor:
         """Rows of (image, prediction): degraded synthetic people, then photos when there are any."""
-        network = self.context.best("parser").eval()
         images = [self.batch(0)["image"][:8].cpu()]
         columns = len(images[0])
         if self.photos is not None:
             chosen = np.linspace(0, len(self.photos) - 1, 3 * columns).astype(int).reshape(3, columns)
             images += [cache.unpack_image(self.photos[row]) for row in chosen]
-        rows = []
-        for image in images:
-            labels = network(image.to(self.context.device)).argmax(1).cpu().numpy()
-            colours = torch.from_numpy(np.stack([CELEBAMASK_HQ.colorize(one) for one in labels]))
-            pixels = torch.from_numpy(cache.pack_image(image))
-            mixed = (pixels.float() * 0.45 + colours.float() * 0.55).to(torch.uint8)
-            rows += [torch.cat(list(pixels), 1), torch.cat(list(mixed), 1)]
-        return torch.cat(rows, 0)
+        return overlay_sheet(self.context.best("parser").eval(), images, CELEBAMASK_HQ, self.context.device)
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
         from faceedit.registry import save_weights
@@ -322,47 +301,12 @@ def overrule(target: Tensor, weight: Tensor, soft: Tensor, drawn: Tensor) -> tup
     return target, torch.where(unsaid, torch.zeros_like(weight), weight)
 
 
-def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 − 2|P∩T|/(|P|+|T|), mean over the classes that a batch shows (Milletari et al. 2016): an ear-ring counts as
-    much as the hair.
-
-    Args: logits N×C×H×W, labels N×H×W int64.
-    """
-    probability = logits.softmax(1)
-    classes = logits.shape[1]
-    truth = torch.bincount(labels.flatten(), minlength=classes).to(probability)
-    correct = probability.gather(1, labels[:, None]).flatten()
-    overlap = torch.zeros_like(truth).index_add(0, labels.flatten(), correct)
-    dice = 2 * overlap / (probability.sum((0, 2, 3)) + truth).clamp_min(1)
-    return 1 - dice[truth > 0].mean()
-
-
-def intersection_over_union(matrix: Tensor) -> Tensor:
-    """IoU by class of a confusion matrix K×K (rows are the truth)."""
-    hits = matrix.diagonal().double()
-    return hits / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal()).clamp(min=1)
-
-
 def _silent(line: str) -> None:
     del line
 
 
-def _rendered(recipe: ParserRecipe, split: str, people: int, report: Callable[[str], Any]) -> dict[str, np.ndarray]:
-    """uint8 images P×S×S×3 and labels P×S×S; every third pair of training chunks has regions of random colour."""
-    size, seed = recipe.network.size_px, _PEOPLE_SEED if split == "train" else SPLIT_SEEDS[split]
-    renderer = list(Path(portraits.__file__ or "").parent.glob("*.py"))
-    values = {"split": split, "size": size, "people": people, "seed": seed, "version": 1}
-    folder = recipe.cache_dir or cache.default_cache_dir()
-    everyone = portraits.sample_parameters(people, seed)
-
-    def fill(start: int, stop: int) -> dict[str, np.ndarray]:
-        tinted = split == "train" and (start // _CHUNK // 2) % 3 == 0
-        batch = portraits.render(everyone.select(slice(start, stop)), size, tint_seed=1 if tinted else None)
-        return {"images": cache.pack_image(batch.image), "labels": batch.labels.to(torch.uint8).cpu().numpy()}
-
-    shapes = {"images": ((people, size, size, 3), "uint8"), "labels": ((people, size, size), "uint8")}
-    name = f"parser-{split}-{size}px-{cache.fingerprint(values, renderer)}"
-    return cache.build_cache(folder / name, shapes, _CHUNK, fill, report, workers=torch.get_num_threads())
+def _rendered(recipe: ParserRecipe, split: str, people: int, report: Callable[[str], Any]) -> LabelledPortraits:
+    return labelled_portraits(split, people, recipe.network.size_px, recipe.cache_dir, report)
 
 
 def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> dict[str, np.ndarray]:
@@ -421,4 +365,4 @@ def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> dict[str, np.
     return {name: np.asarray(arrays[name])[usable] for name in wanted}
 
 
-__all__ = ["ParserRecipe", "ParserTask", "dice_loss", "intersection_over_union", "overrule", "pseudo_labels"]
+__all__ = ["ParserRecipe", "ParserTask", "overrule", "pseudo_labels"]

@@ -28,6 +28,11 @@ TASKS: dict[str, str] = {
     "maggan": "faceedit.training.maggan:MagGANTask",
     "classifier": "faceedit.training.classifier:ClassifierTask",
     "parser": "faceedit.training.parser:ParserTask",
+    "attribute-tree": "faceedit.training.maskfacegan_classifier:AttributeTreeTask",
+    "attribute-cnn": "faceedit.training.maskfacegan_classifier:AttributeCNNTask",
+    "deeplab": "faceedit.training.maskfacegan_parser:DeepLabTask",
+    "fcn": "faceedit.training.maskfacegan_parser:FCNTask",
+    "region-unet": "faceedit.training.maskfacegan_parser:RegionUNetTask",
 }
 
 

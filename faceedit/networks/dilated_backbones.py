@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal
 
 from torch import nn
@@ -28,7 +29,9 @@ def dilated_backbone(name: DilatedBackbone, width: float, output_stride: int) ->
     if not 1 / 16 <= width <= 4:
         raise ValueError(f"dilated_backbone: width must be in [1/16, 4], got {width}; 1 is the published network")
     if name == "mobilenet_v3_large":
-        layers = models.mobilenet_v3_large(width_mult=width, num_classes=1).features
+        # With torchvision's momentum, 0.01, running statistics follow too slowly for a recipe of hundreds of steps.
+        norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.1)
+        layers = models.mobilenet_v3_large(width_mult=width, num_classes=1, norm_layer=norm).features
         for first in (start for stride, start in _MOBILENET_STRIDES.items() if stride >= output_stride):
             _dilate(layers[first:])
         return layers, _last_width(layers)

@@ -18,7 +18,8 @@ from faceedit.errors import UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.registry import load_network
 from faceedit.training.degradation import flip_some
-from faceedit.training.parser import dice_loss, pseudo_labels
+from faceedit.training.parser import pseudo_labels
+from faceedit.training.segmentation import dice_loss
 
 
 def quiet(line: str) -> None:

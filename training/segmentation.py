@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well a parser labels pixels: a loss, scores and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from faceedit.labels import LabelScheme
+from faceedit.training import cache
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 − 2|P∩T|/(|P|+|T|), mean over the classes that a batch shows (Milletari et al. 2016): an ear-ring counts as
+    much as the hair.
+
+    Args: logits N×C×H×W, labels N×H×W int64.
+    """
+    probability = logits.softmax(1)
+    classes = logits.shape[1]
+    truth = torch.bincount(labels.flatten(), minlength=classes).to(probability)
+    correct = probability.gather(1, labels[:, None]).flatten()
+    overlap = torch.zeros_like(truth).index_add(0, labels.flatten(), correct)
+    dice = 2 * overlap / (probability.sum((0, 2, 3)) + truth).clamp_min(1)
+    return 1 - dice[truth > 0].mean()
+
+
+@torch.no_grad()
+def segmentation_scores(
+    network: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], scheme: LabelScheme, device: torch.device
+) -> dict[str, float]:
+    """IoU of each class that occurs (`iou_<class>`) and their mean (`mean_iou`), over all pixels of all batches.
+
+    Args:    network maps images N×3×S×S to logits N×C×S×S; batches of such images and int64 labels N×S×S in scheme.
+    """
+    count = scheme.num_classes
+    matrix = torch.zeros(count, count, dtype=torch.int64)
+    for image, truth in batches:
+        predicted = network(image.to(device)).argmax(1).cpu()
+        matrix += torch.bincount((truth * count + predicted).flatten(), minlength=count**2).view(count, count)
+    scores, present = intersection_over_union(matrix), matrix.sum(1) > 0
+    named = {f"iou_{name}": scores[i].item() for i, name in enumerate(scheme.classes) if present[i]}
+    return {"mean_iou": scores[present].mean().item(), **named}
+
+
+def intersection_over_union(matrix: Tensor) -> Tensor:
+    """IoU by class of a confusion matrix K×K (rows are the truth)."""
+    hits = matrix.diagonal().double()
+    return hits / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal()).clamp(min=1)
+
+
+@torch.no_grad()
+def overlay_sheet(network: nn.Module, batches: Iterable[Tensor], scheme: LabelScheme, device: torch.device) -> Tensor:
+    """Rows of (image, image under the colours of its parse), uint8 H×W×3, from batches N×3×S×S of one N and S."""
+    rows = []
+    for image in batches:
+        labels = network(image.to(device)).argmax(1).cpu().numpy()
+        colours = torch.from_numpy(np.stack([scheme.colorize(one) for one in labels]))
+        pixels = torch.from_numpy(cache.pack_image(image))
+        mixed = (pixels.float() * 0.45 + colours.float() * 0.55).to(torch.uint8)
+        rows += [torch.cat(list(pixels), 1), torch.cat(list(mixed), 1)]
+    return torch.cat(rows, 0)
