@@ -79,8 +79,8 @@ class AttributeNetwork(nn.Module, ABC):
     def select(self, names: str | Sequence[str]) -> AttributeNetwork:
         """A network of these attributes alone, in this order, that shares its layers with this one.
 
-        Its logits equal this network's columns bit for bit. Raises UnknownAttributeError for a name that this network
-        does not have.
+        Its logits equal this network's columns bit for bit. Select after moving to a device: buffers are not moved with
+        the other network's. Raises UnknownAttributeError for a name that this network does not have.
         """
         return AttributeColumns(self, self._known(names))
 

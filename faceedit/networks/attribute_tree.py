@@ -117,8 +117,8 @@ class AttributeTreeClassifier(AttributeNetwork):
     def select(self, names: str | Sequence[str]) -> AttributeTreeClassifier:
         """The part of the tree that leads to these attributes, in this order; it shares its layers with this one.
 
-        Its logits equal this network's columns bit for bit. Raises UnknownAttributeError for a name that this network
-        does not have.
+        Its logits equal this network's columns bit for bit. Select after moving to a device: buffers are not moved with
+        the other network's. Raises UnknownAttributeError for a name that this network does not have.
         """
         with torch.device("meta"):
             part = AttributeTreeClassifier(replace(self.config, attributes=self._known(names)))
