@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MaskFaceGAN asks of its networks, and the steps around them: sizes, label schemes, pruning, freezing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from faceedit.attributes import check_attribute
+from faceedit.errors import WeightsError
+from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN, LabelScheme, convert_soft
+from faceedit.maskfacegan.perceptual import Features
+
+Noise = Sequence[Tensor] | str
+
+
+class Generator(Protocol):
+    """Latent code and noise to images; `faceedit.networks.stylegan2.StyleGAN2Generator` is one."""
+
+    config: Any  # size_px, num_ws, w_width, noise_px
+    mapping: Any  # average (w_width); estimate_average(samples, seed)
+
+    @property
+    def synthesis(self) -> Callable[..., Tensor]:
+        """(ws (N,L,W), noise=maps | "zero") -> image (N,3,S,S) around [-1, 1]."""
+
+
+def resize(image: Tensor, size_px: int) -> Tensor:
+    """(N,C,H,W) at another size: averaged over areas when it shrinks (as released), bilinear when it grows."""
+    if image.shape[-2:] == (size_px, size_px):
+        return image
+    if max(image.shape[-2:]) > size_px:
+        return F.interpolate(image, (size_px, size_px), mode="area")
+    return F.interpolate(image, (size_px, size_px), mode="bilinear", align_corners=False)
+
+
+def to_scheme_size(mask: Tensor, size_px: int) -> Tensor:
+    """Masks at another size, bilinearly both ways, as the released code has them."""
+    if mask.shape[-2:] == (size_px, size_px):
+        return mask
+    return F.interpolate(mask, (size_px, size_px), mode="bilinear", align_corners=False)
+
+
+class RegionParser:
+    """Probabilities of the nine regions.
+
+    Args: network maps (N,3,s,s) in [-1, 1] to logits (N,C,s,s) of `scheme`, the MaskFaceGAN one or one that converts to
+          it; size_px, the side it is given (default: its `config.size_px`, else 512).
+    """
+
+    def __init__(self, network: nn.Module, size_px: int | None = None, scheme: LabelScheme | None = None) -> None:
+        self.network = _frozen(network)
+        self.size_px = size_px or _size_of(network, 512)
+        self.scheme = scheme or _scheme_of(network)
+        self.is_half = False
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(N,3,S,S) in [-1, 1] to (N,9,s,s), fp32, sum 1 over regions; differentiable in the image."""
+        logits = _run(self.network, resize(image, self.size_px), self.is_half)
+        if logits.ndim != 4 or logits.shape[1] != self.scheme.num_classes:
+            raise WeightsError(
+                f"RegionParser: network must give {self.scheme.num_classes} classes of {self.scheme.name}, got logits "
+                f"{tuple(logits.shape)}; use a parser of that label scheme"
+            )
+        probabilities = logits.softmax(1)
+        return probabilities if self.scheme == MASKFACEGAN else convert_soft(probabilities, self.scheme, MASKFACEGAN)
+
+
+class AttributeJudge:
+    """Logits of some attributes, by a network that may know more.
+
+    Args: network maps (N,3,s,s) in [-1, 1] to logits (N,A) in the order of `config.attributes`; with `select(names)` it
+          can be pruned to what some of them need.
+    Raises: UnknownAttributeError (`select`) that lists the closest attributes that the network knows.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str] | None = None) -> None:
+        config: Any = network.config
+        self.network = _frozen(network)
+        self.known: tuple[str, ...] = tuple(config.attributes)
+        self.names = self.known if names is None else tuple(names)
+        self.size_px = _size_of(network, None)
+        self._columns = [self.known.index(check_attribute(name, self.known)) for name in self.names]
+        self.is_half = False
+
+    def select(self, names: Sequence[str]) -> AttributeJudge:
+        """The judge of these attributes alone, without the branches that only others need."""
+        wanted = tuple(dict.fromkeys(check_attribute(name, self.known) for name in names))
+        prune: Any = getattr(self.network, "select", None)
+        return AttributeJudge(self.network if prune is None else prune(wanted), wanted)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(N,3,S,S) in [-1, 1] to logits (N, len(names)), fp32; differentiable in the image."""
+        logits = _run(self.network, image if self.size_px is None else resize(image, self.size_px), self.is_half)
+        return logits if self._columns == list(range(len(self.known))) else logits[:, self._columns]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The frozen networks of an editor.
+
+    generator, parser and classifier as above; encoder maps (N,3,256,256) in [-1, 1] to ws (N,L,W), or None; features,
+    the maps that a global edit's perceptual term compares, or None where none is installed.
+    """
+
+    generator: Generator
+    parser: RegionParser
+    classifier: AttributeJudge
+    encoder: Callable[[Tensor], Tensor] | None = None
+    features: Features | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the generator lives; the others have to be there too."""
+        average: Tensor = self.generator.mapping.average
+        return average.device
+
+
+def freeze_generator(generator: nn.Module) -> nn.Module:
+    """The generator in evaluation mode, its parameters frozen: no weight gradient is ever computed."""
+    return _frozen(generator)
+
+
+def encode(encoder: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """Latent codes (N,L,W) of images (N,3,S,S) in [-1, 1], at the side the encoder was trained for (e4e: 256)."""
+    with torch.no_grad():
+        return encoder(resize(image, _size_of(encoder, 256)))
+
+
+@contextlib.contextmanager
+def in_precision(networks: Networks, dtype: str) -> Iterator[Networks]:
+    """The networks in float32, or with convolutions in bfloat16.
+
+    The generator's from 64 px on, by its own policy, which is put back at the end; the parser's and the classifier's by
+    autocast. Logits, statistics and losses stay fp32.
+    """
+    if dtype == "float32":
+        yield networks
+        return
+    from faceedit.networks.stylegan2 import Precision
+
+    synthesis: Any = networks.generator.synthesis
+    before = getattr(synthesis, "precision", None)
+    synthesis.precision = Precision("bfloat16")
+    parser, classifier = copy.copy(networks.parser), copy.copy(networks.classifier)
+    parser.is_half = classifier.is_half = True
+    try:
+        yield replace(networks, parser=parser, classifier=classifier)
+    finally:
+        synthesis.precision = before
+
+
+@lru_cache(maxsize=4)
+def mean_latent(mapping: Any, samples: int) -> Tensor:
+    """The mean of w (W) over random latents, the same whenever asked; 0 samples: the average kept with the weights."""
+    return mapping.estimate_average(samples) if samples else mapping.average
+
+
+def _run(network: nn.Module, image: Tensor, is_half: bool) -> Tensor:
+    """The network's output in fp32. Autocast keeps no copies of weights: a captured graph must not hold stale ones."""
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
+        return network(image).float()
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    return network.eval().requires_grad_(False)
+
+
+def _size_of(network: Any, default: Any) -> Any:
+    return getattr(getattr(network, "config", None), "size_px", default)
+
+
+def _scheme_of(network: nn.Module) -> LabelScheme:
+    """By the number of classes its configuration states: nine are MaskFaceGAN's, nineteen CelebAMask-HQ's."""
+    config: Any = getattr(network, "config", None)
+    by_count = {scheme.num_classes: scheme for scheme in (MASKFACEGAN, CELEBAMASK_HQ)}
+    count = getattr(config, "num_classes", MASKFACEGAN.num_classes)
+    if count not in by_count:
+        raise WeightsError(
+            f"RegionParser: network must have 9 classes of {MASKFACEGAN.name} or 19 of {CELEBAMASK_HQ.name}, got "
+            f"{count}; use another parser"
+        )
+    return by_count[count]
