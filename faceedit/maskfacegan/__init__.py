@@ -5,6 +5,7 @@ config      every count, rate and weight; presets        networks   what is aske
 plan        which regions and terms an edit has          masks      what is held, edited and blended
 schedule    which terms act in which iteration           losses     each constraint, per edit
 perceptual  masked LPIPS for edits of the whole face     optimizer  the stages; many edits in one batch
+outcome     what is reported, given back and raised      graph      an iteration as a CUDA graph
 
 Source: Pernus, Struc and Dobrisek, "High Resolution Face Editing with Masked GAN Latent Code Optimization", IEEE TIP
 2023, and its released code; where the two disagree, `MaskFaceGANConfig` says which is followed.

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One iteration as a CUDA graph: a launch instead of hundreds.
+
+The iterations of a phase are alike, read nothing back and change tensors in place, so what was captured once may be
+replayed. Nothing is thrown away to warm up: the first iterations run as usual, on the side stream that capturing needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+WARM_UP = 3  # iterations before capturing, in which libraries choose algorithms and Adam makes its moments
+
+
+class GraphedIteration:
+    """An iteration that is captured after `WARM_UP` calls and replayed from then on.
+
+    Args: iterate works in place on tensors of a CUDA device and synchronises nowhere.
+    """
+
+    def __init__(self, iterate: Callable[[], None], device: torch.device) -> None:
+        self._iterate, self._device = iterate, device
+        self._stream = torch.cuda.Stream(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._calls = 0
+
+    def __call__(self) -> None:
+        self._calls += 1
+        if self._calls <= WARM_UP:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                self._iterate()
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                self._iterate()
+        self._graph.replay()

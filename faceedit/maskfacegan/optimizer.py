@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three stages: latent code, noise maps, blending. Many edits run as one batch and come out as if each ran alone.
+
+Every term is a value per edit and Adam works element by element, so edits do not mix; an edit whose numbers stop being
+finite is held at its last finite state and the others go on. An iteration reads nothing back from the device, so it can
+be captured in a CUDA graph (`faceedit.maskfacegan.graph`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from faceedit.errors import UsageError
+from faceedit.kernels import alpha_blend, normalize_noise_
+from faceedit.maskfacegan import losses
+from faceedit.maskfacegan.config import MaskFaceGANConfig
+from faceedit.maskfacegan.graph import GraphedIteration
+from faceedit.maskfacegan.masks import EditMasks, check_regions
+from faceedit.maskfacegan.networks import Networks, encode, in_precision, mean_latent
+from faceedit.maskfacegan.outcome import (
+    TERMS,
+    EditCancelledError,
+    EditOutcome,
+    Observer,
+    OptimizationError,
+    Progress,
+    Stage,
+)
+from faceedit.maskfacegan.plan import EditPlan
+from faceedit.maskfacegan.schedule import Phase, latent_phases
+
+Terms = dict[str, tuple[float, Tensor]]
+"""Weight and value (N) of each term that acts."""
+
+
+@dataclass
+class _State:
+    """What the iterations change, in place.
+
+    ws (N,L,W); noises, maps (N,1,r,r); image (N,3,S,S), the last I_G; terms, the last values (N) of those that act.
+    is_finite (N), which edits are; counter (), iterations of this stage; lost_at (N), when an edit was lost, else -1.
+    """
+
+    ws: Tensor
+    noises: list[Tensor]
+    image: Tensor
+    is_finite: Tensor
+    counter: Tensor
+    lost_at: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: torch.optim.Optimizer | None = None
+
+    @classmethod
+    def of(cls, ws: Tensor, noises: list[Tensor], image: Tensor) -> _State:
+        """The state before the first iteration."""
+        device, count = ws.device, ws.shape[0]
+        return cls(
+            ws,
+            noises,
+            image,
+            torch.ones(count, dtype=torch.bool, device=device),
+            torch.zeros((), dtype=torch.int64, device=device),
+            torch.full((count,), -1, dtype=torch.int64, device=device),
+        )
+
+
+def optimize(
+    networks: Networks,
+    source: Tensor,
+    plans: Sequence[EditPlan],
+    config: MaskFaceGANConfig | None = None,
+    *,
+    seed: int = 0,
+    start: Tensor | None = None,
+    observe: Observer | None = None,
+    every: int = 10,
+    should_stop: Callable[[], bool] | None = None,
+    batch: int = 8,
+) -> list[EditOutcome | OptimizationError]:
+    """Edit images, one plan for each; pass an image as often as it has edits.
+
+    Args:    source (N,3,S,S) in [-1, 1] at the generator's size; plans, N of them, local and global ones may mix;
+             seed, of the noise that every edit starts with; start, latent codes (N,L,W) to start from, as from an
+             encoder; observe is called every `every` iterations and after a stage's last one; should_stop is asked
+             before each iteration; batch, how many edits of one kind run together, for memory alone.
+    Returns: outcomes in the order of the plans. One whose latent stage stopped being finite is an OptimizationError in
+             the list, to raise or to report; the others are what they are without it. Where only the noise stage did,
+             the maps stay at their last finite state and the outcome says since when (`held_from`).
+    Raises:  UsageError on sizes, a missing encoder or feature network; MissingRegionError; UnknownAttributeError;
+             EditCancelledError.
+    """
+    config = config or MaskFaceGANConfig()
+    _check(networks, source, plans, start)
+    source = source.to(networks.device)
+    groups = [[i for i, plan in enumerate(plans) if plan.is_global == is_global] for is_global in (False, True)]
+    chunks = [group[at : at + batch] for group in groups for at in range(0, len(group), batch)]
+    outcomes: dict[int, EditOutcome | OptimizationError] = {}
+    for chunk in chunks:
+        given = None if start is None else start[chunk].to(networks.device)
+        with in_precision(networks, config.precision) as running:
+            run = _Run(running, source[chunk], [plans[i] for i in chunk], config, seed, given)
+            run.edits, run.observe, run.every, run.should_stop = tuple(chunk), observe, max(every, 1), should_stop
+            outcomes.update(zip(chunk, run(), strict=True))
+    return [outcomes[i] for i in range(len(plans))]
+
+
+class _Run:
+    """Edits of one kind (all local or all global) that run together."""
+
+    edits: tuple[int, ...] = ()
+    observe: Observer | None = None
+    every = 10
+    should_stop: Callable[[], bool] | None = None
+
+    def __init__(
+        self,
+        networks: Networks,
+        source: Tensor,
+        plans: Sequence[EditPlan],
+        config: MaskFaceGANConfig,
+        seed: int,
+        start: Tensor | None,
+    ) -> None:
+        self.networks, self.source, self.plans, self.config = networks, source, plans, config
+        self.is_global = plans[0].is_global
+        with torch.no_grad():
+            parsed = networks.parser(source)
+        check_regions(parsed, plans, config)
+        self.masks = EditMasks.of(parsed, plans, source.shape[-1])
+        asks = any(plan.attributes for plan in plans)
+        self.semantics = losses.Semantics.of(networks.classifier, plans, source, config) if asks else None
+        self.perception = self._perception() if self.is_global else None
+        self.scales = torch.tensor([plan.scale for plan in plans], device=source.device)
+        self.has_shape = any(plan.shape for plan in plans) and config.shape_weight > 0
+        self.has_size = any(plan.scale for plan in plans) and config.size_weight > 0
+        ws, self.from_mean = self._start(start)
+        noises = _draw_noise(networks, len(plans), seed, source.device)
+        self.state = _State.of(ws, noises, torch.zeros_like(source))
+        self.phases = latent_phases(config, is_global=self.is_global, from_mean=self.from_mean)
+        self.total = sum(phase.stop - phase.start for phase in self.phases) + config.noise_steps
+        self.done = 0
+
+    # Set up
+
+    def _perception(self) -> losses.Perception:
+        if self.networks.features is None:
+            raise UsageError(
+                f"maskfacegan: {', '.join(self.plans[0].values)} edits the whole face and needs a feature network, got "
+                "none; install attribute-classifier-starter or pass Networks(features=...)"
+            )
+        return losses.Perception.of(self.networks.features, self.source)
+
+    def _start(self, start: Tensor | None) -> tuple[Tensor, bool]:
+        """The first latent codes (N,L,W), and whether they are the mean."""
+        networks, config, generator = self.networks, self.config, self.networks.generator
+        if start is not None:
+            return start.clone(), False
+        wants_encoder = config.start == "encoder" or (self.is_global and networks.encoder is not None)
+        if wants_encoder:
+            if networks.encoder is None:
+                raise UsageError(
+                    'maskfacegan: start "encoder" must have an encoder, got none; name one in the weights or start '
+                    'from the "mean"'
+                )
+            return encode(networks.encoder, self.source).float().clone(), False
+        mean = mean_latent(generator.mapping, config.mean_samples)
+        shape = (len(self.plans), generator.config.num_ws, generator.config.w_width)
+        return mean.to(self.source).expand(shape).contiguous(), True
+
+    # Stages
+
+    def __call__(self) -> list[EditOutcome | OptimizationError]:
+        seconds: dict[str, float] = {}
+        with torch.enable_grad():
+            self._timed("latent", self._latent_stage, seconds)
+            self._timed("noise", self._noise_stage, seconds)
+        with torch.no_grad():
+            self._timed("blend", self._blend, seconds)
+        return [self._outcome(row, seconds) for row in range(len(self.plans))]
+
+    def _timed(self, stage: str, run: Callable[[], None], seconds: dict[str, float]) -> None:
+        began = time.perf_counter()
+        run()
+        if self.source.is_cuda:
+            torch.cuda.synchronize(self.source.device)
+        seconds[stage] = time.perf_counter() - began
+
+    def _latent_stage(self) -> None:
+        state, config = self.state, self.config
+        state.ws.requires_grad_(True)
+        state.counter.fill_(self.phases[0].start)
+        for phase in self.phases:
+            if state.optimizer is None or phase.restarts:
+                state.optimizer = self._adam([state.ws], config.latent_rate)
+            state.terms = {}
+            self._iterate("latent", partial(self._latent_step, phase), phase.start, phase.stop)
+        state.ws.requires_grad_(False)
+
+    def _noise_stage(self) -> None:
+        state, config = self.state, self.config
+        self.failures = {
+            row: self._failure(row) for row in (~state.is_finite).nonzero().flatten().tolist()
+        }  # the edit was not made, whatever the noise stage does
+        self.last_latent = {name: value.clone() for name, value in state.terms.items()}
+        if config.noise_steps == 0:
+            return
+        for noise_map in state.noises:
+            noise_map.requires_grad_(True)
+        state.counter.zero_()
+        state.optimizer, state.terms = self._adam(state.noises, config.noise_rate), {}
+        self._iterate("noise", self._noise_step, 0, config.noise_steps)
+        for noise_map in state.noises:
+            noise_map.requires_grad_(False)
+
+    def _blend(self) -> None:
+        """Stage three: I_G of the final state, B, and I' = B ⊙ I_G + (1 - B) ⊙ I (paper, eq. 12)."""
+        self.generated = self._generate(has_noise=self.phases[-1].has_noise or self.config.noise_steps > 0)
+        self.blend = self.masks.blend
+        if any(plan.follows for plan in self.plans):
+            self.blend = self.masks.blend_with(self.networks.parser(self.generated))
+        self.blended = alpha_blend(self.generated, self.source, self.blend)
+
+    def _failure(self, row: int) -> OptimizationError:
+        return OptimizationError(
+            f"maskfacegan: the latent stage must stay finite, got NaN or infinity for {_describe(self.plans[row])} at "
+            f"iteration {int(self.state.lost_at[row])}; lower latent_rate, use precision float32, or check the weights"
+        )
+
+    def _outcome(self, row: int, seconds: Mapping[str, float]) -> EditOutcome | OptimizationError:
+        if row in self.failures:
+            return self.failures[row]
+        one = slice(row, row + 1)
+        if not bool(self.generated[one].isfinite().all()):
+            return OptimizationError(
+                f"maskfacegan: the generated image must be finite, got NaN or infinity for "
+                f"{_describe(self.plans[row])}; check the generator's weights"
+            )
+        state, terms, plan = self.state, self.last_latent | self.state.terms, self.plans[row]
+        has = {"semantics": plan.attributes, "shape": plan.shape, "size": plan.component}
+        idle = {name for name, asked in has.items() if not asked}  # they act for other edits of the batch
+        return EditOutcome(
+            image=self.blended[one],
+            generated=self.generated[one],
+            blend=self.blend[one],
+            ws=state.ws[one].detach().clone(),
+            noise=tuple(noise_map[one].detach().clone() for noise_map in state.noises),
+            losses={name: float(terms[name][row]) for name in TERMS if name in terms and name not in idle},
+            iterations={"latent": self.total - self.config.noise_steps, "noise": self.config.noise_steps},
+            seconds=dict(seconds),
+            held_from=int(state.lost_at[row]),
+        )
+
+    # Iterations
+
+    def _iterate(self, stage: Stage, step: Callable[[], None], start: int, stop: int) -> None:
+        graphed = self.config.cuda_graph and self.source.is_cuda
+        iterate = GraphedIteration(step, self.source.device) if graphed else step
+        for iteration in range(start, stop):
+            if self.should_stop is not None and self.should_stop():
+                raise EditCancelledError(
+                    f"maskfacegan: the edit was cancelled after {self.done} of {self.total} iterations; nothing is kept"
+                )
+            iterate()
+            self.done += 1
+            is_last = iteration + 1 == (self.config.noise_steps if stage == "noise" else self.config.latent_steps)
+            if self.observe is not None and (iteration % self.every == 0 or is_last):
+                self._report(stage, iteration)
+
+    def _report(self, stage: Stage, iteration: int) -> None:
+        assert self.observe is not None
+        terms = {name: self.state.terms[name].to("cpu", copy=True) for name in TERMS if name in self.state.terms}
+        self.observe(Progress(stage, iteration, self.done, self.total, self.edits, terms, self.state.image.clone()))
+
+    def _latent_step(self, phase: Phase) -> None:
+        state, config, masks = self.state, self.config, self.masks
+        image = self._generate(phase.has_noise)
+        terms: Terms = {}
+        if self.perception is not None:
+            terms["perceptual"] = config.perceptual_weight, self.perception(image, masks)
+        else:
+            terms["appearance"] = config.appearance_weight, losses.appearance(image, self.source, masks)
+        parsed: Tensor | None = None
+        if phase.is_constrained:
+            if self.semantics is not None:
+                terms["semantics"] = config.semantic_weight, self.semantics(image)
+            if self.has_shape or self.has_size or phase.updates_masks:
+                # One pass, read up to three times. Where no term needs its gradient, it costs a forward alone.
+                with nullcontext() if self.has_shape or self.has_size else torch.no_grad():
+                    parsed = self.networks.parser(image)
+            if parsed is not None and self.has_shape:
+                terms["shape"] = config.shape_weight, losses.shape(parsed, masks)
+            if parsed is not None and self.has_size:
+                terms["size"] = config.size_weight, losses.size(parsed, masks, self.scales)
+        self._descend(image, terms, [state.ws])
+        if phase.updates_masks and parsed is not None:
+            masks.relax(parsed.detach())
+
+    def _noise_step(self) -> None:
+        state, config = self.state, self.config
+        image = self._generate(has_noise=True)
+        weight = config.global_noise_appearance_weight if self.is_global else config.appearance_weight
+        terms: Terms = {
+            "appearance": (weight, losses.appearance(image, self.source, self.masks)),
+            "noise": (config.noise_weight, losses.noise(state.noises, config)),
+        }
+        if config.compat:  # behind autograd's back: the backward pass sees other values than the forward pass did
+            normalize_noise_([noise_map.data for noise_map in state.noises])
+        self._descend(image, terms, state.noises)
+        if not config.compat:
+            normalize_noise_([noise_map.detach() for noise_map in state.noises])
+
+    def _generate(self, has_noise: bool) -> Tensor:
+        maps: Sequence[Tensor] | str = self.state.noises if has_noise else "zero"
+        return self.networks.generator.synthesis(self.state.ws, noise=maps)
+
+    def _descend(self, image: Tensor, terms: Terms, wanted: Sequence[Tensor]) -> None:
+        """Keep image and terms for observers and take a step of Adam. Edits that are not finite stay where they are."""
+        state = self.state
+        total = torch.stack([weight * term for weight, term in terms.values()]).sum(0)
+        gradients = torch.autograd.grad(total.sum(), wanted)
+        before = [tensor.detach().clone() for tensor in wanted]
+        for tensor, gradient in zip(wanted, gradients, strict=True):
+            tensor.grad = gradient
+        assert state.optimizer is not None
+        state.optimizer.step()
+        with torch.no_grad():
+            state.image.copy_(image)
+            for name, (_, term) in terms.items():
+                state.terms.setdefault(name, torch.zeros_like(term)).copy_(term)
+            state.is_finite &= total.isfinite()
+            for tensor in wanted:  # a gradient that is not finite shows in what it moved
+                state.is_finite &= tensor.isfinite().flatten(1).all(1)
+            for tensor, old in zip(wanted, before, strict=True):
+                kept = state.is_finite.view(-1, *[1] * (tensor.ndim - 1))
+                tensor.copy_(torch.where(kept, tensor, old))
+            newly_lost = ~state.is_finite & (state.lost_at < 0)
+            state.lost_at.copy_(torch.where(newly_lost, state.counter, state.lost_at))
+            state.counter += 1
+
+    def _adam(self, tensors: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(tensors, lr=rate, capturable=self.config.cuda_graph and self.source.is_cuda)
+
+
+def _draw_noise(networks: Networks, count: int, seed: int, device: torch.device) -> list[Tensor]:
+    """N(0, 1) maps (N,1,r,r), the same for every edit and device, so that no edit's noise depends on its batch."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = networks.generator.config.noise_px
+    return [torch.randn(1, 1, px, px, generator=generator).to(device).repeat(count, 1, 1, 1) for px in sides]
+
+
+def _describe(plan: EditPlan) -> str:
+    return ", ".join(plan.values) or f"the size of {plan.component}"
+
+
+def _check(networks: Networks, source: Tensor, plans: Sequence[EditPlan], start: Tensor | None) -> None:
+    config = networks.generator.config
+    side = config.size_px
+    if source.shape != (len(plans), 3, side, side) or not plans:
+        raise UsageError(
+            f"optimize: source must be ({len(plans)},3,{side},{side}), one image a plan at the generator's size, got "
+            f"{tuple(source.shape)}; resize it or load a generator of its size"
+        )
+    if start is not None and start.shape != (len(plans), config.num_ws, config.w_width):
+        raise UsageError(
+            f"optimize: start must be ({len(plans)},{config.num_ws},{config.w_width}), got {tuple(start.shape)}; "
+            "encode with a network of this generator"
+        )
