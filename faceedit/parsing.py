@@ -54,6 +54,7 @@ class FaceRecord:
     alignment:  photo -> 256×256 crop (FFHQ's square enlarged 1.25 times).
     crop:       1×3×256×256 in [-1, 1].
     mask:       1×19×256×256 in [0, 1], sum 1 over classes, CelebAMask-HQ scheme.
+    pixels:     the photo itself, uint8 H×W×3, for editors that need more than the crop; None when it is not at hand.
     """
 
     box: FaceBox
@@ -61,6 +62,7 @@ class FaceRecord:
     alignment: Alignment
     crop: Tensor
     mask: Tensor
+    pixels: NDArray[np.uint8] | None = None
 
     @property
     def labels(self) -> NDArray[np.uint8]:
@@ -176,7 +178,7 @@ class FaceParser:
             )
         crop, mask = self._parse_photo(pixels, face.alignment)
         check_plausible(mask)
-        return FaceRecord(face.box, face.landmarks, face.alignment, crop, mask)
+        return FaceRecord(face.box, face.landmarks, face.alignment, crop, mask, pixels)
 
     def _parse_photo(self, pixels: NDArray[np.uint8], alignment: Alignment) -> tuple[Tensor, Tensor]:
         """Crop and soft mask of one square. Beyond its border the photo is mirrored, and parsed as background."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from faceedit.alignment import PhotoRegion
 from faceedit.classification import STARTER, attribute_probabilities, load_classifier
 from faceedit.compositing import Composite, paste_back
-from faceedit.editors.base import AttributeEdit, EditedFace, Editor, EditRequest, load_editor
+from faceedit.editors.base import AttributeEdit, ComponentSize, EditedFace, Editor, EditRequest, load_editor
 from faceedit.errors import UsageError
 from faceedit.images import Photo, read_image
 from faceedit.labels import CELEBAMASK_HQ
@@ -91,11 +91,12 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
     the photo itself; other regions keep the parse's own soft edge, feathered.
     """
     side = edited.before.shape[-1]
-    alignment = face.alignment.resized(side)
+    alignment = edited.alignment or face.alignment.resized(side)
     region = np.ascontiguousarray(resize_area(edited.region, side)[0, 0].float().cpu().numpy())
     detail = None
     if "hair" in edited.parts:
-        coarse = face.alignment.unwarp_soft(np.ascontiguousarray(edited.region[0, 0].float().cpu().numpy()))
+        mask = np.ascontiguousarray(edited.region[0, 0].float().cpu().numpy())
+        coarse = (edited.alignment or face.alignment).resized(mask.shape[0]).unwarp_soft(mask)
         refined = refine_mask(photo.pixels[coarse.slices()], coarse.values)
         detail = PhotoRegion(refined, coarse.box, coarse.photo_size)
     before, after = _crop_array(edited.before), _crop_array(edited.after)
@@ -173,7 +174,7 @@ def edit(
         },
         "seed": seed,
         "device": where,
-        "requested": dict(wanted.values) if isinstance(wanted, AttributeEdit) else type(wanted).__name__,
+        "requested": _described(wanted),
         "applied_difference": {name: round(value, 4) for name, value in edited.requested.items()},
         "measured": measured,
         "region": {
@@ -184,6 +185,8 @@ def edit(
         },
         "seconds": {stage: round(value, 4) for stage, value in seconds.items()},
     }
+    if edited.details:
+        report["details"] = dict(edited.details)
     return EditResult(
         photo=source,
         pixels=pixels,
@@ -204,6 +207,16 @@ def _one_request(attributes: Mapping[str, float] | None, request: EditRequest | 
     if request is not None:
         return request
     return AttributeEdit(dict(attributes or {}))
+
+
+def _described(request: EditRequest) -> Any:
+    """What was asked for, ready for JSON."""
+    if isinstance(request, AttributeEdit):
+        return dict(request.values)
+    if isinstance(request, ComponentSize):
+        attributes = {} if request.attributes is None else dict(request.attributes.values)
+        return {"component": request.component, "scale": request.scale, **attributes}
+    return type(request).__name__
 
 
 @contextmanager

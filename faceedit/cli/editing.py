@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +13,13 @@ import typer
 
 from faceedit.cli import options
 from faceedit.cli.files import check_folder, write_text
-from faceedit.cli.output import print_json
+from faceedit.cli.output import print_json, progress_bar
+from faceedit.errors import UsageError
 
 if TYPE_CHECKING:
+    from faceedit.editors.base import Editor
+    from faceedit.maskfacegan.outcome import Progress
+    from faceedit.maskfacegan.trajectory import Trajectory
     from faceedit.pipeline import EditResult
 
 
@@ -35,6 +41,32 @@ def write_outputs(result: EditResult, output: Path, compare: bool) -> list[Path]
     return [output, sheet]
 
 
+@contextmanager
+def watched(editor: Editor) -> Iterator[Trajectory | None]:
+    """A progress bar with the loss terms on stderr, and the pictures on the way, while a watchable editor works."""
+    from faceedit.editors.base import Watchable
+
+    if not isinstance(editor, Watchable):
+        yield None
+        return
+    from faceedit.maskfacegan.trajectory import Trajectory
+
+    trajectory = Trajectory()
+    with progress_bar() as bar:
+        task = bar.add_task("optimising", total=None)
+
+        def show(progress: Progress) -> None:
+            trajectory(progress)
+            terms = "  ".join(f"{name} {value.mean().item():.4f}" for name, value in progress.losses.items())
+            bar.update(task, description=f"{progress.stage}  {terms}", completed=progress.done, total=progress.total)
+
+        editor.watch(show)
+        try:
+            yield trajectory
+        finally:
+            editor.watch(None)
+
+
 def edit(
     photo: options.Photo,
     output: Annotated[Path, typer.Option("--output", "-o", help="The edited photo; its suffix is the format.")],
@@ -42,8 +74,15 @@ def edit(
     editor: options.Editor = "maggan",
     weights: options.Weights = "starter",
     face: options.Face = 0,
+    size: options.Size = "",
+    keep: options.Keep = [],  # noqa: B006 - as above
+    preset: options.Preset = "",
     compare: Annotated[bool, typer.Option("--compare", help="Also write OUT_compare: before | mask | after.")] = False,
     report: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON to this file.")] = None,
+    save_trajectory: Annotated[
+        Path | None,
+        typer.Option("--save-trajectory", help="Write how the edit evolved as a strip of pictures (maskfacegan)."),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     json: options.Json = False,
@@ -51,23 +90,35 @@ def edit(
     """Edit one face of a photo; everything outside the edited region keeps its exact pixels.
 
     Example: faceedit edit me.jpg -o out.jpg --set Blond_Hair=1 --set Pale_Skin=0.5 --compare
-    """
-    values = options.parse_settings(settings)
 
-    from faceedit.editors import AttributeEdit, load_editor
-    from faceedit.editors.base import check_request, editor_spec
-    from faceedit.images import check_writable, read_image
+    Example: faceedit edit me.jpg -o out.jpg --editor maskfacegan --weights ffhq.json --set Smiling=1 --size mouth=1.2
+    """
+    options.parse_settings(settings)  # refuses what is malformed before anything heavy is imported
+
+    from faceedit.editors import load_editor
+    from faceedit.editors.base import check_preset, check_request, editor_spec
+    from faceedit.images import check_writable, read_image, write_image
     from faceedit.pipeline import edit as edit_photo
 
     # Everything that can be refused without weights is refused before they are read.
-    check_request(editor_spec(editor), AttributeEdit(values))
-    for path in [output] if not compare else [output, compare_path(output)]:
-        check_writable(path)
+    request, spec = options.parse_request(settings, size, keep), editor_spec(editor)
+    check_request(spec, request)
+    check_preset(spec, preset)
+    if save_trajectory is not None and not spec.presets:
+        raise UsageError(f"edit: --save-trajectory needs an editor that optimises, got {editor}; use maskfacegan")
+    for path in (output, compare_path(output) if compare else None, save_trajectory):
+        if path is not None:
+            check_writable(path)
     if report is not None:
         check_folder(report)
     source = read_image(photo)
-    result = edit_photo(source, attributes=values, editor=load_editor(editor, weights, device), face=face, seed=seed)
+    loaded = load_editor(editor, weights, device, preset)
+    with watched(loaded) as trajectory:
+        result = edit_photo(source, request=request, editor=loaded, face=face, seed=seed)
     written = write_outputs(result, output, compare)
+    if save_trajectory is not None and trajectory is not None:
+        write_image(save_trajectory, trajectory.strip())
+        written.append(save_trajectory)
     if report is not None:
         write_text(report, json_format.dumps(result.report, indent=2) + "\n")
     if json:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from faceedit.errors import UsageError
+
+if TYPE_CHECKING:
+    from faceedit.editors.base import EditRequest
 
 Photo = Annotated[Path, typer.Argument(help="The photo: JPEG, PNG, WebP or TIFF.", show_default=False)]
 Editor = Annotated[str, typer.Option("--editor", "-e", help="The editing system.")]
@@ -24,11 +27,49 @@ Settings = Annotated[
         show_default=False,
     ),
 ]
+Size = Annotated[
+    str,
+    typer.Option(
+        "--size",
+        metavar="PART=SCALE",
+        help="How large a part shall be, 0.5 to 2: mouth, eyebrows, eyes, hair, nose or ears (maskfacegan).",
+        show_default=False,
+    ),
+]
+Keep = Annotated[
+    list[str],
+    typer.Option(
+        "--keep",
+        metavar="NAME",
+        help="An attribute that must not change along; `hair`: the hair's own. Repeatable.",
+        show_default=False,
+    ),
+]
+Preset = Annotated[str, typer.Option("--preset", help="The editor's configuration (maskfacegan: default, code, fast).")]
 Face = Annotated[int, typer.Option("--face", "-f", metavar="N", help="Which face: 0 is the largest, 1 the next.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")]
 Device = Annotated[str, typer.Option("--device", "-d", help="cpu, cuda, cuda:N or auto.")]
 Scheme = Annotated[str, typer.Option("--scheme", help="Label scheme of the mask file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")]
+
+
+def parse_request(settings: Iterable[str], size: str = "", keep: Iterable[str] = ()) -> EditRequest:
+    """The request of `--set`, `--size` and `--keep`. Raises UsageError and its kin."""
+    from faceedit.editors.base import AttributeEdit, ComponentSize
+
+    values, kept = parse_settings(settings), tuple(keep)
+    if not size:
+        return AttributeEdit(values, kept)
+    component, separator, text = size.partition("=")
+    try:
+        scale = float(text)
+    except ValueError:
+        separator = ""
+    if not separator:
+        raise UsageError(f"--size: must be PART=SCALE, got {size!r}; write e.g. --size mouth=1.5")
+    if kept and not values:
+        raise UsageError("--keep: must go with --set, got --size alone; a size changes no attribute by itself")
+    return ComponentSize(component.strip(), scale, AttributeEdit(values, kept) if values else None)
 
 
 def parse_settings(settings: Iterable[str]) -> dict[str, float]:

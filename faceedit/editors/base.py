@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from faceedit.attributes import MAGGAN, complete_request
+from faceedit.attributes import CELEBA, MAGGAN, check_attribute, complete_request
 from faceedit.devices import resolve_device
 from faceedit.errors import OutOfRangeError, UnknownNameError, UsageError, suggestion
 
 if TYPE_CHECKING:
+    from faceedit.alignment import Alignment
+    from faceedit.maskfacegan.outcome import Progress
     from faceedit.parsing import FaceRecord
 
 
@@ -32,11 +34,14 @@ class AttributeEdit:
 
     Both ends are commands: 1 always pushes towards the attribute and 0 always away from it, whatever a classifier
     believes the face has. A value between moves from the estimated present state to that intensity.
+    `keep` names attributes that must not change along, "hair" the hair's own: what a request implies for them (setting
+    one hair colour takes the others away) is left out, and an optimising editor holds them where the face has them.
 
     Raises: UsageError when empty; OutOfRangeError for a value outside [0, 1] or not finite.
     """
 
     values: Mapping[str, float]
+    keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.values:
@@ -70,13 +75,15 @@ class ExemplarEdit:
 
 @dataclass(frozen=True, slots=True)
 class ComponentSize:
-    """Scale one component (a class name of the label scheme): 1 keeps its size.
+    """Scale one component (a class name of the editor's label scheme): 1 keeps its size.
 
+    attributes: what is set along with it, if anything.
     Raises: OutOfRangeError unless 0.5 <= scale <= 2.
     """
 
     component: str
     scale: float
+    attributes: AttributeEdit | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and 0.5 <= self.scale <= 2.0):
@@ -96,6 +103,8 @@ class EditedFace:
     region:         1×1×S×S in [0, 1]: where the request is allowed to show; 0 keeps the photo's pixels.
     parts:          names of the label scheme's classes that `region` was built from.
     requested:      the signed attribute difference that was applied, by name (empty for non-attribute requests).
+    alignment:      the square of the photo that the images show; None: the face record's own.
+    details:        what else the editor has to report, ready for JSON.
     """
 
     before: Tensor
@@ -103,6 +112,8 @@ class EditedFace:
     region: Tensor
     parts: tuple[str, ...]
     requested: Mapping[str, float] = field(default_factory=dict)
+    alignment: Alignment | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable
@@ -129,19 +140,41 @@ class Editor(Protocol):
         """Edit one aligned face. Raises UsageError for a request type outside `accepts`."""
 
 
+@runtime_checkable
+class Watchable(Protocol):
+    """An editor whose edits take long enough to be watched, and stopped."""
+
+    def watch(
+        self, observe: Callable[[Progress], None] | None, every: int = 10, should_stop: Callable[[], bool] | None = None
+    ) -> None:
+        """From now on report progress every `every` iterations and ask before each one whether to stop."""
+
+
 @dataclass(frozen=True, slots=True)
 class EditorSpec:
-    """How an editor is found and what it understands: its module and class, request types and attribute names."""
+    """How an editor is found and what it understands: its module and class, request types and attribute names.
+
+    presets: names of its configurations, the first one is the default; () when there is nothing to choose.
+    """
 
     name: str
     module: str
     class_name: str
     accepts: tuple[type, ...]
     attributes: tuple[str, ...] = ()
+    presets: tuple[str, ...] = ()
 
 
 EDITORS: dict[str, EditorSpec] = {
     "maggan": EditorSpec("maggan", "faceedit.editors.maggan", "MagGANEditor", (AttributeEdit,), MAGGAN),
+    "maskfacegan": EditorSpec(
+        "maskfacegan",
+        "faceedit.editors.maskfacegan",
+        "MaskFaceGANEditor",
+        (AttributeEdit, ComponentSize),
+        CELEBA,
+        ("default", "code", "fast"),
+    ),
 }
 
 
@@ -165,18 +198,33 @@ def check_request(spec: EditorSpec, request: EditRequest) -> None:
         able = [other.name for other in EDITORS.values() if isinstance(request, other.accepts)]
         advice = f"use the editor {' or '.join(able)}" if able else "no installed editor accepts it"
         raise UsageError(f"{spec.name}: request must be {wanted}, got {type(request).__name__}; {advice}")
-    if isinstance(request, AttributeEdit):
-        complete_request(request.values, spec.attributes)
+    attributes = request if isinstance(request, AttributeEdit) else getattr(request, "attributes", None)
+    if attributes is not None:
+        complete_request(attributes.values, spec.attributes)
+        for kept in attributes.keep:
+            check_attribute(kept, (*spec.attributes, "hair"))
 
 
-def load_editor(name: str, weights: str | Path = "starter", device: str | torch.device = "cpu") -> Editor:
+def check_preset(spec: EditorSpec, preset: str) -> None:
+    """Refuse a preset that the editor does not have. Raises UnknownNameError; "" is the editor's default."""
+    if preset and preset not in spec.presets:
+        advice = suggestion(preset, spec.presets) if spec.presets else "leave it out"
+        raise UnknownNameError(f"{spec.name}: preset must be one of its configurations, got {preset!r}; {advice}")
+
+
+def load_editor(
+    name: str, weights: str | Path = "starter", device: str | torch.device = "cpu", preset: str = ""
+) -> Editor:
     """Load an editing system by name.
 
     Args:    name one of `EDITORS`; weights a tag of the registry ("starter" means "<name>-starter"), a registry name
-             or a path to .safetensors; device "cpu", "cuda", "cuda:N" or "auto".
+             or a path to .safetensors (maskfacegan: or to a bundle, .json); device "cpu", "cuda", "cuda:N" or "auto";
+             preset one of the editor's configurations, where it has some.
     Raises:  UnknownNameError, WeightsError, DeviceError.
     """
     spec = editor_spec(name)
+    check_preset(spec, preset)
     editor_class = getattr(importlib.import_module(spec.module), spec.class_name)
-    editor: Editor = editor_class.load(weights, resolve_device(device))
+    options = {"preset": preset} if preset else {}
+    editor: Editor = editor_class.load(weights, resolve_device(device), **options)
     return editor

@@ -6,7 +6,7 @@ Source: Wei et al. 2020 (MagGAN); network in `faceedit.networks.maggan`, part re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -27,21 +27,25 @@ from faceedit.relations import Relations, influence_mask, mask_guided_conditioni
 PRESET = "natural"
 
 
-def attribute_difference(requested: Mapping[str, float], present: Mapping[str, float]) -> dict[str, float]:
+def attribute_difference(
+    requested: Mapping[str, float], present: Mapping[str, float], keep: Collection[str] = ()
+) -> dict[str, float]:
     """The signed difference, in [-1, 1], that takes a face to the requested intensities.
 
     A requested 1 gives +1 and a requested 0 gives -1 whatever `present` says: the request is a command, and the
     estimate may be wrong. A value v between gives v - s, where s is the estimated state, 0 or 1. Attributes that the
     request rules out (Black_Hair when Blond_Hair is set) get -1 only if they are estimated to be there.
 
-    Args: requested name -> value in [0, 1]; present name -> probability, unknown ones count as absent.
+    Args: requested name -> value in [0, 1]; present name -> probability, unknown ones count as absent; keep, names that
+          make way for nothing ("hair": all hair attributes).
     Raises: UnknownAttributeError; UsageError when requested attributes exclude each other.
     """
     difference: dict[str, float] = {}
     for name, value in complete_request(requested, MAGGAN).items():
         state = 1.0 if present.get(name, 0.0) >= 0.5 else 0.0
         if name not in requested:
-            change = -state
+            kept = name in keep or ("hair" in keep and name.endswith("_Hair"))
+            change = 0.0 if kept else -state
         elif value in (0.0, 1.0):
             change = 2.0 * value - 1.0
         else:
@@ -91,7 +95,7 @@ class MagGANEditor:
         check_request(EDITORS[self.name], request)
         assert isinstance(request, AttributeEdit)
         present = attribute_probabilities(self.classifier, face.crop) if self.classifier is not None else {}
-        change = attribute_difference(request.values, present)
+        change = attribute_difference(request.values, present, request.keep)
         difference = torch.tensor([[change.get(name, 0.0) for name in MAGGAN]])
         side = (self.generator.config.size_px, self.generator.config.size_px)
         before = F.interpolate(face.crop, size=side, mode="bilinear", antialias=True, align_corners=False)

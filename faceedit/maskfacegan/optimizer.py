@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +89,9 @@ def optimize(
 
     Args:    source (N,3,S,S) in [-1, 1] at the generator's size; plans, N of them, local and global ones may mix;
              seed, of the noise that every edit starts with; start, latent codes (N,L,W) to start from, as from an
-             encoder; observe is called every `every` iterations and after a stage's last one; should_stop is asked
-             before each iteration; batch, how many edits of one kind run together, for memory alone.
+             encoder; observe is called every `every` iterations, after a stage's last one, at the start and at the
+             end; should_stop is asked before each iteration; batch, how many edits of one kind run together, for memory
+             alone.
     Returns: outcomes in the order of the plans. One whose latent stage stopped being finite is an OptimizationError in
              the list, to raise or to report; the others are what they are without it. Where only the noise stage did,
              the maps stay at their last finite state and the outcome says since when (`held_from`).
@@ -169,7 +171,9 @@ class _Run:
                     'maskfacegan: start "encoder" must have an encoder, got none; name one in the weights or start '
                     'from the "mean"'
                 )
-            return encode(networks.encoder, self.source).float().clone(), False
+            ws = encode(networks.encoder, self.source).float().clone()
+            _check_codes("the encoder", ws, len(self.plans), generator.config)
+            return ws, False
         mean = mean_latent(generator.mapping, config.mean_samples)
         shape = (len(self.plans), generator.config.num_ws, generator.config.w_width)
         return mean.to(self.source).expand(shape).contiguous(), True
@@ -178,11 +182,13 @@ class _Run:
 
     def __call__(self) -> list[EditOutcome | OptimizationError]:
         seconds: dict[str, float] = {}
+        self._report("source", 0, self.source)
         with torch.enable_grad():
             self._timed("latent", self._latent_stage, seconds)
             self._timed("noise", self._noise_stage, seconds)
         with torch.no_grad():
             self._timed("blend", self._blend, seconds)
+        self._report("blend", 0, self.blended)
         return [self._outcome(row, seconds) for row in range(len(self.plans))]
 
     def _timed(self, stage: str, run: Callable[[], None], seconds: dict[str, float]) -> None:
@@ -270,13 +276,14 @@ class _Run:
             iterate()
             self.done += 1
             is_last = iteration + 1 == (self.config.noise_steps if stage == "noise" else self.config.latent_steps)
-            if self.observe is not None and (iteration % self.every == 0 or is_last):
-                self._report(stage, iteration)
+            if iteration % self.every == 0 or is_last:
+                self._report(stage, iteration, self.state.image)
 
-    def _report(self, stage: Stage, iteration: int) -> None:
-        assert self.observe is not None
+    def _report(self, stage: Stage, iteration: int, image: Tensor) -> None:
+        if self.observe is None:
+            return
         terms = {name: self.state.terms[name].to("cpu", copy=True) for name in TERMS if name in self.state.terms}
-        self.observe(Progress(stage, iteration, self.done, self.total, self.edits, terms, self.state.image.clone()))
+        self.observe(Progress(stage, iteration, self.done, self.total, self.edits, terms, image.detach().clone()))
 
     def _latent_step(self, phase: Phase) -> None:
         state, config, masks = self.state, self.config, self.masks
@@ -367,8 +374,13 @@ def _check(networks: Networks, source: Tensor, plans: Sequence[EditPlan], start:
             f"optimize: source must be ({len(plans)},3,{side},{side}), one image a plan at the generator's size, got "
             f"{tuple(source.shape)}; resize it or load a generator of its size"
         )
-    if start is not None and start.shape != (len(plans), config.num_ws, config.w_width):
+    if start is not None:
+        _check_codes("start", start, len(plans), config)
+
+
+def _check_codes(what: str, ws: Tensor, count: int, config: Any) -> None:
+    if ws.shape != (count, config.num_ws, config.w_width):
         raise UsageError(
-            f"optimize: start must be ({len(plans)},{config.num_ws},{config.w_width}), got {tuple(start.shape)}; "
-            "encode with a network of this generator"
+            f"optimize: {what} must give codes ({count},{config.num_ws},{config.w_width}), got {tuple(ws.shape)}; "
+            "encode for a generator of this size"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from faceedit.errors import FaceEditError
 
-Stage = Literal["latent", "noise"]
+Stage = Literal["source", "latent", "noise", "blend"]
 TERMS = ("appearance", "semantics", "shape", "size", "perceptual", "noise")
 
 
@@ -25,11 +25,11 @@ class OptimizationError(FaceEditError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a batch is: after the iteration that is named.
+    """How far a batch is: before anything ("source"), after an iteration, or after blending ("blend").
 
     iteration counts within the stage (from an encoder the latent stage begins at 300); done and total count iterations
     of both stages; edits, positions of the batch's plans in the call; losses, (N) of each term that acted, unweighted;
-    image, the iteration's I_G (N,3,S,S).
+    image (N,3,S,S), the iteration's I_G; I for "source" and I' for "blend".
     """
 
     stage: Stage

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a MaskFaceGAN editor: a small JSON file that names its networks.
+
+    {"generator": "ffhq.safetensors", "classifier": "classifier.safetensors", "parser": "parser.safetensors",
+     "encoder": "e4e.safetensors", "framing": "ffhq"}
+
+Each network is a registry name or a path, relative to the file. The tag "starter" stands for the networks that this
+project trains; a single generator's weights are taken with the starter classifier and parser.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from faceedit.config import from_dict, to_dict
+from faceedit.errors import FaceEditError, UnknownNameError, WeightsError
+from faceedit.maskfacegan.config import MaskFaceGANConfig, preset
+from faceedit.maskfacegan.networks import AttributeJudge, Networks, RegionParser
+from faceedit.maskfacegan.perceptual import StageFeatures
+from faceedit.networks.classifier import AttributeClassifier
+
+Framing = Literal["ffhq", "portrait"]
+
+# What each part is for an error message, and how to come by it.
+_PARTS = {
+    "generator": ("a StyleGAN2 generator", "faceedit weights import stylegan2"),
+    "classifier": ("an attribute classifier", "faceedit weights import maskfacegan-classifier"),
+    "parser": ("a face parser", "faceedit weights import maskfacegan-parser"),
+    "encoder": ("an encoder", "faceedit weights import e4e"),
+    "features": ("a feature network", "faceedit weights list"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Names of registered weights, or paths, of an editor's networks.
+
+    encoder: "" for none.  features: an attribute classifier whose layers a global edit's perceptual term compares, ""
+    for none.  framing: what the generator was trained on, FFHQ's square or the portrait crop (1.25 times as wide).
+    config: fields of MaskFaceGANConfig that differ from the preset's.
+    """
+
+    generator: str = "stylegan2-starter"
+    classifier: str = "maskfacegan-classifier-starter"
+    parser: str = "maskfacegan-parser-starter"
+    encoder: str = ""
+    features: str = "attribute-classifier-starter"
+    framing: Framing = "portrait"
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def configuration(self, preset_name: str) -> MaskFaceGANConfig:
+        """The preset with the bundle's own fields. Raises UnknownNameError, UsageError for a field that is wrong."""
+        return from_dict(MaskFaceGANConfig, {**to_dict(preset(preset_name)), **self.config}, where="config")
+
+
+def read_bundle(weights: str | Path) -> Bundle:
+    """The bundle that a name stands for: "starter", a .json file, or weights of a generator (FFHQ framing).
+
+    Raises: WeightsError for a file that is missing or no bundle.
+    """
+    name = str(weights)
+    if name in ("starter", "maskfacegan-starter"):
+        return Bundle()
+    if not name.endswith(".json"):
+        return Bundle(generator=name, framing="ffhq")
+    path = Path(name)
+    try:
+        bundle = from_dict(Bundle, json.loads(path.read_bytes()), where=path.name)
+    except OSError as error:
+        raise WeightsError(
+            f"read_bundle: weights must be a readable file, got {path} ({error.strerror or error}); check the path"
+        ) from error
+    except (FaceEditError, ValueError) as error:
+        raise WeightsError(f"read_bundle: {path} must be a bundle of networks, got {error}; correct it") from error
+    beside = {
+        part: str(path.parent / value)
+        for part in _PARTS
+        if (value := getattr(bundle, part)) and (path.parent / value).is_file()
+    }
+    return replace(bundle, **beside)  # type: ignore[arg-type]
+
+
+def load_networks(bundle: Bundle, device: torch.device) -> Networks:
+    """The bundle's networks on a device, frozen.
+
+    Raises: WeightsError that says what to train or import when one is missing or of another kind.
+    """
+    generator = _load("generator", bundle.generator, device, "stylegan2")
+    classifier = _load("classifier", bundle.classifier, device)
+    if not hasattr(getattr(classifier, "config", None), "attributes"):
+        raise WeightsError(
+            f"maskfacegan: classifier must be an attribute classifier, got {type(classifier).__name__} in "
+            f"{bundle.classifier}; name other weights"
+        )
+    parser = _load("parser", bundle.parser, device)
+    encoder = _load("encoder", bundle.encoder, device, "e4e") if bundle.encoder else None
+    return Networks(
+        generator,  # type: ignore[arg-type]
+        RegionParser(parser),
+        AttributeJudge(classifier),
+        encoder,
+        _features(bundle.features, device) if bundle.features else None,
+    )
+
+
+def _load(part: str, weights: str, device: torch.device, kind: str = "") -> nn.Module:
+    from faceedit.registry import load_network
+
+    what, how = _PARTS[part]
+    try:
+        return load_network(weights, device, kind=kind)
+    except UnknownNameError as error:
+        raise WeightsError(
+            f"maskfacegan: {part} must be {what} that is installed, got {weights!r}; train one (docs/maskfacegan.md) "
+            f"or run `{how}`, and name it in a bundle"
+        ) from error
+
+
+def _features(weights: str, device: torch.device) -> StageFeatures | None:
+    from faceedit.registry import list_weights
+
+    if weights == Bundle().features and all(row.name != weights for row in list_weights()):
+        return None  # needed by global edits alone, which say so
+    network = _load("features", weights, device, "attribute-classifier")
+    assert isinstance(network, AttributeClassifier)
+    return StageFeatures(network.features, network.config.size_px)

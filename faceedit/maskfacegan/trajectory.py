@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an edit came about, as one strip of pictures: the input, I_G along the stages, the blended result (figure 16)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from faceedit.maskfacegan.networks import resize
+from faceedit.maskfacegan.outcome import Progress
+
+TILE_PX = 256
+_CAPTION_PX = 18
+
+
+@dataclass
+class Trajectory:
+    """An observer that keeps about `count` pictures between the input and the result of one edit of a batch.
+
+    Args: count, how many, spread evenly over the iterations (never more often than observers are called); edit, the
+          position of its plan.
+    """
+
+    count: int = 8
+    edit: int = 0
+    frames: list[tuple[str, NDArray[np.uint8]]] = field(default_factory=list)
+    _due: float = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        if self.edit not in progress.edits:
+            return
+        if progress.stage in ("latent", "noise"):
+            if progress.done < min(self._due, progress.total):
+                return
+            self._due = progress.done + progress.total / max(self.count - 1, 1)
+        row = progress.edits.index(self.edit)
+        self.frames.append((_caption(progress), _tile(progress.image[row : row + 1])))
+
+    def strip(self) -> NDArray[np.uint8]:
+        """uint8 (H,W,3): the pictures from left to right, each with its stage and iteration below it."""
+        tiles = [_captioned(pixels, caption) for caption, pixels in self.frames]
+        return np.concatenate(tiles, axis=1)
+
+
+def _caption(progress: Progress) -> str:
+    ends = {"source": "input", "blend": "result"}
+    letter = {"latent": "w", "noise": "n"}
+    if progress.stage in ends:
+        return ends[progress.stage]
+    return f"{letter[progress.stage]} {progress.iteration}"
+
+
+def _tile(image: Tensor) -> NDArray[np.uint8]:
+    small = resize(image.float(), min(image.shape[-1], TILE_PX))
+    levels = ((small.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return np.asarray(levels[0].permute(1, 2, 0).cpu())
+
+
+def _captioned(pixels: NDArray[np.uint8], caption: str) -> NDArray[np.uint8]:
+    height, width = pixels.shape[:2]
+    tile = Image.new("RGB", (width, height + _CAPTION_PX), "white")
+    tile.paste(Image.fromarray(pixels), (0, 0))
+    ImageDraw.Draw(tile).text((width / 2, height + 3), caption, fill="black", anchor="ma")
+    return np.asarray(tile)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The editor end to end on tiny networks of the real kinds: weights, requests, the pipeline and the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.command_line import Run, read
+from support.drawn_faces import DrawnFace
+from support.small_maskfacegan import ATTRIBUTES, SIZE_PX, STEPS, write_bundle
+
+from faceedit.editors import AttributeEdit, ComponentSize, Editor, load_editor
+from faceedit.editors.base import EDITORS, EditedFace, Watchable
+from faceedit.editors.maggan import attribute_difference
+from faceedit.editors.maskfacegan import MaskFaceGANEditor
+from faceedit.errors import OutOfRangeError, UnknownAttributeError, UnknownNameError, UsageError, WeightsError
+from faceedit.maskfacegan.bundle import Bundle, read_bundle
+from faceedit.maskfacegan.config import PRESETS
+from faceedit.maskfacegan.outcome import EditCancelledError, OptimizationError, Progress
+from faceedit.maskfacegan.trajectory import Trajectory
+from faceedit.parsing import FaceParser, FaceRecord
+from faceedit.pipeline import edit
+from faceedit.registry import DIRECTORY_VARIABLE
+
+SMILE = AttributeEdit({"Smiling": 1.0})
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.fixture
+def editor(bundle: Path) -> MaskFaceGANEditor:
+    loaded = load_editor("maskfacegan", bundle)
+    assert isinstance(loaded, MaskFaceGANEditor)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def face(drawn: DrawnFace, parser: FaceParser) -> FaceRecord:
+    return parser.find_face(drawn.pixels)
+
+
+def test_the_editor_satisfies_both_protocols(editor: MaskFaceGANEditor) -> None:
+    assert isinstance(editor, Editor)
+    assert isinstance(editor, Watchable)
+    assert editor.accepts == EDITORS["maskfacegan"].accepts
+    assert EDITORS["maskfacegan"].presets == tuple(PRESETS)
+
+
+def test_an_edit_reports_what_was_wanted_and_what_came(editor: MaskFaceGANEditor, face: FaceRecord) -> None:
+    edited = editor.apply(face, SMILE)
+    assert edited.before.shape == edited.after.shape == (1, 3, SIZE_PX, SIZE_PX)
+    assert edited.region.shape == (1, 1, SIZE_PX, SIZE_PX)
+    assert edited.parts == ("mouth", "skin")
+    details = edited.details
+    assert details["iterations"] == {"latent": 8, "noise": 4}
+    assert set(details["losses"]) == {"appearance", "semantics", "noise"}
+    assert details["wanted_probability"] == {"Smiling": 0.95}
+    assert set(details["classifier"]) == {"before", "generated", "after"}
+    present = details["classifier"]["before"]["Smiling"]
+    assert edited.requested["Smiling"] == pytest.approx(0.95 - present, abs=1e-4)
+    json.dumps(details)
+
+
+def test_the_photo_is_cropped_at_the_generators_size(bundle: Path, face: FaceRecord, editor: MaskFaceGANEditor) -> None:
+    framed = load_editor("maskfacegan", write_bundle(bundle.parent, "ffhq.json", framing="ffhq"))
+    wide, narrow = (e.apply(face, SMILE).alignment for e in (editor, framed))
+    assert wide is not None
+    assert narrow is not None
+    assert narrow.scale == pytest.approx(1.25 * wide.scale)
+    assert wide.scale == pytest.approx(face.alignment.scale * SIZE_PX / 256)
+    bare = replace(face, pixels=None)
+    near = editor.apply(bare, SMILE).before - editor.apply(face, SMILE).before
+    assert near.abs().mean() < 0.05
+    with pytest.raises(UsageError, match="with its photo"):
+        framed.apply(bare, SMILE)
+
+
+def test_many_edits_together_are_each_alone(editor: MaskFaceGANEditor, face: FaceRecord) -> None:
+    """Matrix products of three rows may round otherwise than those of one; see test_maskfacegan_optimizer."""
+    requests = [
+        SMILE,
+        ComponentSize("mouth", 1.5, AttributeEdit({"Blond_Hair": 1.0}, keep=("Smiling",))),
+        AttributeEdit({"Young": 0.0}),
+    ]
+    together = editor.apply_many([face] * 3, requests)
+    for request, batched in zip(requests, together, strict=True):
+        alone = editor.apply(face, request)
+        assert isinstance(batched, EditedFace)
+        torch.testing.assert_close(batched.after, alone.after, rtol=0, atol=1e-3)
+        assert batched.parts == alone.parts
+    assert together[1].details["kept"] == ["Smiling"]
+    assert together[2].details["is_global"]
+
+
+def test_presets_and_the_bundles_own_counts_join(bundle: Path) -> None:
+    fast = load_editor("maskfacegan", bundle, preset="code")
+    assert isinstance(fast, MaskFaceGANEditor)
+    assert (fast.config.compat, fast.config.latent_steps, fast.preset) == (True, STEPS["latent_steps"], "code")
+    assert Bundle().configuration("fast") == PRESETS["fast"]
+    with pytest.raises(UnknownNameError, match="fast"):
+        load_editor("maskfacegan", bundle, preset="quick")
+    with pytest.raises(UnknownNameError, match="leave it out"):
+        load_editor("maggan", preset="fast")
+
+
+# What is refused
+
+
+def test_missing_starter_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("faceedit.registry.PACKAGED", tmp_path)
+    with pytest.raises(WeightsError, match=r"stylegan2-starter.*train one.*faceedit weights import stylegan2"):
+        load_editor("maskfacegan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"generator": "p.safetensors"}, "must hold a stylegan2"),
+        ({"classifier": "p.safetensors"}, "must be an attribute classifier, got ParserNet"),
+        ({"parser": "nothing-parser"}, "a face parser that is installed"),
+        ({"encoder": "g.safetensors"}, "must hold a e4e"),
+        ({"generatr": "g.safetensors"}, "did you mean generator"),
+        ({"framing": "wide"}, "framing must be one of"),
+        ({"config": {"latent_step": 5}}, "did you mean latent_steps"),
+        ({"config": {"epsilon": 0.9}}, "epsilon must lie"),
+    ],
+)
+def test_wrong_bundles_are_refused_in_one_line(bundle: Path, changes: dict, words: str) -> None:
+    with pytest.raises((WeightsError, UnknownNameError, OutOfRangeError), match=words) as refusal:
+        load_editor("maskfacegan", write_bundle(bundle.parent, "wrong.json", **changes))
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_bundles_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="readable file"):
+        read_bundle(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(WeightsError, match="must be a bundle"):
+        read_bundle(tmp_path / "broken.json")
+    assert read_bundle("starter") == Bundle()
+    assert read_bundle("ffhq.safetensors") == Bundle(generator="ffhq.safetensors", framing="ffhq")
+
+
+def test_a_parser_of_another_scheme_is_refused(editor: MaskFaceGANEditor, face: FaceRecord) -> None:
+    broken = editor.networks.parser
+    broken.network = torch.nn.Conv2d(3, 11, 1)
+    with pytest.raises(WeightsError, match="19 classes of celebamask-hq"):
+        editor.apply(face, SMILE)
+
+
+def test_requests_the_classifier_cannot_judge_are_refused(editor: MaskFaceGANEditor, face: FaceRecord) -> None:
+    with pytest.raises(UnknownAttributeError, match="Wavy_Hair"):
+        editor.apply(face, AttributeEdit({"Straight_Hair": 1.0}))
+    with pytest.raises(UnknownAttributeError, match="Young"):
+        editor.apply(face, AttributeEdit({"Smiling": 1.0}, keep=("Youngg",)))
+    with pytest.raises(UnknownNameError, match="eyebrows"):
+        editor.apply(face, ComponentSize("eyebrow", 1.5))
+
+
+def test_a_lost_optimisation_is_an_error(editor: MaskFaceGANEditor, face: FaceRecord) -> None:
+    with torch.no_grad():
+        editor.networks.generator.synthesis.const.fill_(torch.nan)
+    with pytest.raises(OptimizationError, match="Smiling at iteration 0"):
+        editor.apply(face, SMILE)
+
+
+def test_watching_and_cancelling(editor: MaskFaceGANEditor, face: FaceRecord) -> None:
+    seen: list[Progress] = []
+    editor.watch(seen.append, every=4)
+    editor.apply(face, SMILE)
+    assert [p.stage for p in seen] == ["source", "latent", "latent", "latent", "noise", "noise", "blend"]
+    editor.watch(None, should_stop=lambda: True)
+    with pytest.raises(EditCancelledError, match="after 0 of 12"):
+        editor.apply(face, SMILE)
+
+
+def test_maggan_keeps_what_it_is_told_to() -> None:
+    present = {"Black_Hair": 0.9, "Brown_Hair": 0.8}
+    assert attribute_difference({"Blond_Hair": 1.0}, present, ("Black_Hair",)) == {
+        "Blond_Hair": 1.0,
+        "Brown_Hair": -1.0,
+    }
+    assert attribute_difference({"Blond_Hair": 1.0}, present, ("hair",)) == {"Blond_Hair": 1.0}
+
+
+# Trajectory
+
+
+def progress(stage: str, done: int, edits: tuple[int, ...] = (0,)) -> Progress:
+    image = torch.full((len(edits), 3, 16, 16), done / 100)
+    return Progress(stage, done, done, 100, edits, {}, image)
+
+
+def test_a_trajectory_keeps_a_few_frames_and_both_ends() -> None:
+    trajectory = Trajectory(count=5)
+    trajectory(progress("source", 0))
+    for done in range(1, 101):
+        trajectory(progress("latent" if done <= 60 else "noise", done))
+        trajectory(progress("latent", done, edits=(1,)))
+    trajectory(progress("blend", 100))
+    captions = [caption for caption, _ in trajectory.frames]
+    assert captions == ["input", "w 1", "w 26", "w 51", "n 76", "n 100", "result"]
+    strip = trajectory.strip()
+    assert strip.shape == (16 + 18, 7 * 16, 3)
+    assert strip.dtype == np.uint8
+    assert strip[0, ::16, 0].tolist() == sorted(strip[0, ::16, 0].tolist())
+
+
+# Pipeline and command line
+
+
+def test_pixels_outside_the_region_stay(editor: MaskFaceGANEditor, drawn: DrawnFace, parser: FaceParser) -> None:
+    result = edit(drawn.pixels, {"Smiling": 1.0}, editor=editor, parser=parser)
+    outside = result.region == 0
+    assert outside.any()
+    assert (result.pixels[outside] == drawn.pixels[outside]).all()
+    assert (result.pixels != drawn.pixels).any()
+    assert result.report["details"]["iterations"]["latent"] == 8
+    sized = edit(drawn.pixels, request=ComponentSize("mouth", 1.5), editor=editor, parser=parser)
+    assert sized.report["requested"] == {"component": "mouth", "scale": 1.5}
+
+
+def test_the_command_edits_reports_and_draws_the_trajectory(
+    run: Run, photo: Path, drawn: DrawnFace, bundle: Path, tmp_path: Path
+) -> None:
+    out, strip = tmp_path / "out.png", tmp_path / "strip.png"
+    outcome = run(
+        "edit", photo, "-o", out, "-e", "maskfacegan", "-w", bundle, "--set", "Smiling=1", "--size", "mouth=1.5",
+        "--keep", "Young", "--preset", "fast", "--save-trajectory", strip, "--json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report["requested"] == {"component": "mouth", "scale": 1.5, "Smiling": 1.0}
+    assert report["details"]["kept"] == ["Young"]
+    assert report["details"]["preset"] == "fast"
+    assert report["weights"]["editor"] == str(bundle)
+    assert report["written"] == [str(out), str(strip)]
+    assert read(out).shape == drawn.pixels.shape
+    height, width = read(strip).shape[:2]
+    assert height == SIZE_PX + 18
+    assert width % SIZE_PX == 0
+    assert width // SIZE_PX == 5  # input, the first iteration, the last ones of both stages, result
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--set", "Smilling=1"), ("Smiling",)),
+        (("--size", "mouth"), ("PART=SCALE",)),
+        (("--size", "mouth=big"), ("PART=SCALE",)),
+        (("--size", "mouth=3"), ("between 0.5 and 2",)),
+        (("--size", "skin=1.5"), ("part that can be edited",)),
+        (("--size", "mouth=1.5", "--keep", "hair"), ("must go with --set",)),
+        (("--set", "Smiling=1", "--keep", "hiar"), ("hair",)),
+        (("--set", "Smiling=1", "--preset", "quick"), ("quick", "fast")),
+        (("--set", "Big_Nose=1"), ("Big_Nose", ATTRIBUTES[0])),
+    ],
+)
+def test_wrong_requests_are_one_line(
+    run: Run, photo: Path, bundle: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    out = tmp_path / "out.png"
+    run("edit", photo, "-o", out, "-e", "maskfacegan", "-w", bundle, *options).refused(2, *words)
+    assert not out.exists()
+
+
+def test_other_editors_refuse_what_only_this_one_does(run: Run, photo: Path, tmp_path: Path) -> None:
+    out = ("edit", photo, "-o", tmp_path / "out.png")
+    run(*out, "--size", "mouth=1.5").refused(2, "use the editor maskfacegan")
+    run(*out, "--set", "Bald=1", "--save-trajectory", tmp_path / "t.png").refused(2, "use maskfacegan")
+    run(*out, "--set", "Bald=1", "--preset", "fast").refused(2, "leave it out")
+
+
+def test_missing_weights_are_one_line(run: Run, photo: Path, tmp_path: Path) -> None:
+    run("edit", photo, "-o", tmp_path / "o.png", "-e", "maskfacegan", "-w", "none.json", "--set", "Smiling=1").refused(
+        1, "none.json"
+    )
