@@ -17,7 +17,7 @@ from faceedit.cli.output import print_json, progress_bar
 from faceedit.errors import FaceEditError, ImageReadError, ImageWriteError, UsageError
 
 if TYPE_CHECKING:
-    from faceedit.editors.base import Editor
+    from faceedit.editors.base import Editor, EditRequest
     from faceedit.parsing import FaceParser
 
 MANIFEST = ".faceedit-batch.jsonl"
@@ -46,7 +46,7 @@ class Job:
     """What is done to every photo; `digest` changes when any of it would change a result."""
 
     out_dir: Path
-    values: dict[str, float]
+    request: EditRequest
     editor: Editor
     parser: FaceParser
     face: int
@@ -140,6 +140,9 @@ def batch(
     editor: options.Editor = "maggan",
     weights: options.Weights = "starter",
     face: options.Face = 0,
+    size: options.Size = "",
+    keep: options.Keep = [],  # noqa: B006 - as above
+    preset: options.Preset = "",
     compare: Annotated[bool, typer.Option("--compare", help="Also write NAME_compare: before | mask | after.")] = False,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -149,18 +152,20 @@ def batch(
 
     Example: faceedit batch photos/ edited/ --set Blond_Hair=1
     """
-    values = options.parse_settings(settings)
+    options.parse_settings(settings)  # refuses what is malformed before anything heavy is imported
     if not in_dir.is_dir():
         raise UsageError(f"batch: IN_DIR must be a folder, got {in_dir}; name a folder of photos")
     if in_dir.resolve() == out_dir.resolve():
         raise UsageError("batch: OUT_DIR must differ from IN_DIR, got the same folder; originals are never overwritten")
 
-    from faceedit.editors import AttributeEdit, load_editor
-    from faceedit.editors.base import check_request, editor_spec
+    from faceedit.editors import load_editor
+    from faceedit.editors.base import check_preset, check_request, editor_spec, weight_files
     from faceedit.parsing import load_parser
     from faceedit.registry import find, sha256_of
 
-    check_request(editor_spec(editor), AttributeEdit(values))
+    request, spec = options.parse_request(settings, size, keep), editor_spec(editor)
+    check_request(spec, request)
+    check_preset(spec, preset)
     photos = find_photos(in_dir, out_dir)
     if not photos:
         raise ImageReadError(
@@ -176,13 +181,13 @@ def batch(
             f"batch: OUT_DIR must be writable, got {out_dir} ({error.strerror}); choose another"
         ) from error
 
-    loaded = load_editor(editor, weights, device)
+    loaded = load_editor(editor, weights, device, preset)
     parser = load_parser(device)
     # The weights' own checksums, not their names: a retrained file of the same name edits everything again.
-    files = [sha256_of(find(name).path) for name in (loaded.weights, parser.weights)]
-    choices = [editor, files, sorted(values.items()), face, compare, seed]
+    files = [sha256_of(path) for path in (*weight_files(loaded), find(parser.weights).path)]
+    choices = [editor, files, repr(request), face, compare, seed, preset]
     digest = hashlib.sha256(json_format.dumps(choices).encode()).hexdigest()[:16]
-    job = Job(out_dir, values, loaded, parser, face, compare, seed, digest)
+    job = Job(out_dir, request, loaded, parser, face, compare, seed, digest)
     counts: Counter[str] = Counter()
     failures: list[Entry] = []
     try:
@@ -230,7 +235,9 @@ def _edit_one(job: Job, source: Path, name: Path) -> Entry:
         state = source.stat()  # before it is read: a photo that changes meanwhile is then done again
         size, modified_ns = state.st_size, state.st_mtime_ns
         output.parent.mkdir(parents=True, exist_ok=True)
-        result = edit_photo(source, job.values, editor=job.editor, parser=job.parser, face=job.face, seed=job.seed)
+        result = edit_photo(
+            source, request=job.request, editor=job.editor, parser=job.parser, face=job.face, seed=job.seed
+        )
         write_outputs(result, output, job.compare)
         output_size = output.stat().st_size
     except FaceEditError as error:

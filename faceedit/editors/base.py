@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -210,6 +210,14 @@ def check_preset(spec: EditorSpec, preset: str) -> None:
     if preset and preset not in spec.presets:
         advice = suggestion(preset, spec.presets) if spec.presets else "leave it out"
         raise UnknownNameError(f"{spec.name}: preset must be one of its configurations, got {preset!r}; {advice}")
+
+
+def weight_files(editor: Editor) -> list[Path]:
+    """The files that an editor's results depend on: its own list where it has several, else what its weights name."""
+    from faceedit.registry import find
+
+    files: Sequence[Path] | None = getattr(editor, "files", None)
+    return list(files) if files is not None else [find(editor.weights).path]
 
 
 def load_editor(

@@ -40,7 +40,7 @@ class MaskFaceGANEditor:
     """Editing by optimisation.
 
     Args: networks, frozen; config, how to optimise; framing, the crop that the generator was trained on; weights, their
-          name for reports; preset, the configuration's.
+          name for reports; preset, the configuration's; files, what the networks were read from.
     """
 
     name = "maskfacegan"
@@ -53,9 +53,10 @@ class MaskFaceGANEditor:
         framing: Framing = "portrait",
         weights: str = "custom",
         preset: str = "default",
+        files: Sequence[Path] = (),
     ) -> None:
         self.networks, self.config, self.framing = networks, config or MaskFaceGANConfig(), framing
-        self.weights, self.preset = weights, preset
+        self.weights, self.preset, self.files = weights, preset, tuple(files)
         self.device = networks.device
         self.watch(None)
 
@@ -64,7 +65,9 @@ class MaskFaceGANEditor:
         """From "starter", a bundle (.json) or a generator's weights. Raises WeightsError, UnknownNameError."""
         bundle = read_bundle(weights)
         config = bundle.configuration(preset)
-        return cls(load_networks(bundle, device), config, bundle.framing, str(weights), preset)
+        networks = load_networks(bundle, device)
+        listing = [Path(weights)] if str(weights).endswith(".json") else []
+        return cls(networks, config, bundle.framing, str(weights), preset, [*listing, *bundle.files()])
 
     def watch(self, observe: Observer | None, every: int = 10, should_stop: Callable[[], bool] | None = None) -> None:
         """Report progress of the edits to come, with pictures, every `every` iterations; ask whether to stop."""

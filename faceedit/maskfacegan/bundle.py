@@ -59,6 +59,13 @@ class Bundle:
         """The preset with the bundle's own fields. Raises UnknownNameError, UsageError for a field that is wrong."""
         return from_dict(MaskFaceGANConfig, {**to_dict(preset(preset_name)), **self.config}, where="config")
 
+    def files(self) -> list[Path]:
+        """The weights' files on this machine, in the order of the fields. Raises UnknownNameError, WeightsError."""
+        from faceedit.registry import find
+
+        names = (self.generator, self.classifier, self.parser, self.encoder)
+        return [find(name).path for name in names if name]
+
 
 def read_bundle(weights: str | Path) -> Bundle:
     """The bundle that a name stands for: "starter", a .json file, or weights of a generator (FFHQ framing).

@@ -251,6 +251,20 @@ def test_the_command_edits_reports_and_draws_the_trajectory(
     assert width // SIZE_PX == 5  # input, the first iteration, the last ones of both stages, result
 
 
+def test_batches_are_done_again_when_the_bundle_changes(run: Run, photo: Path, bundle: Path, tmp_path: Path) -> None:
+    listing = write_bundle(bundle.parent, "batch.json")
+    command = ("batch", photo.parent, tmp_path / "out", "-e", "maskfacegan", "-w", listing, "--json")
+    asked = (*command, "--size", "mouth=1.5")
+    counts = []
+    for changes in ({}, {}, {"config": STEPS | {"noise_steps": 1}}):
+        write_bundle(bundle.parent, "batch.json", **changes)
+        outcome = run(*asked)
+        assert outcome.code == 0, outcome.err
+        report = json.loads(outcome.out)
+        counts.append((report["edited"], report["skipped"]))
+    assert counts == [(1, 0), (0, 1), (1, 0)]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
