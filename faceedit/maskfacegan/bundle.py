@@ -106,12 +106,14 @@ def load_networks(bundle: Bundle, device: torch.device) -> Networks:
             f"maskfacegan: classifier must be an attribute classifier, got {type(classifier).__name__} in "
             f"{bundle.classifier}; name other weights"
         )
-    parser = _load("parser", bundle.parser, device)
+    parser: Any = _load("parser", bundle.parser, device)
+    if hasattr(parser, "fold_batch_norm"):
+        parser = parser.fold_batch_norm()  # a parse is what most iterations of a hair edit cost
     encoder = _load("encoder", bundle.encoder, device, "e4e") if bundle.encoder else None
     return Networks(
         generator,  # type: ignore[arg-type]
-        RegionParser(parser),
-        AttributeJudge(classifier),
+        RegionParser(parser.to(memory_format=torch.channels_last)),
+        AttributeJudge(classifier.to(memory_format=torch.channels_last)),
         encoder,
         _features(bundle.features, device) if bundle.features else None,
     )

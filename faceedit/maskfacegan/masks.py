@@ -12,7 +12,7 @@ from torch import Tensor
 from faceedit.errors import FaceError
 from faceedit.labels import MASKFACEGAN
 from faceedit.maskfacegan.config import MaskFaceGANConfig
-from faceedit.maskfacegan.networks import to_scheme_size
+from faceedit.maskfacegan.networks import resize_mask
 from faceedit.maskfacegan.plan import EditPlan
 
 
@@ -39,8 +39,8 @@ class EditMasks:
 
     appearance: (N,1,S,S), S_skin(I).   released: (N,1,S,S), what the edit took from it, S_tar(I_G); 0 at first. The
                 appearance term weighs clamp(appearance - released, 0, 1), paper eq. 7.
-    outline:    (N,1,s,s) at the parser's size, S_shape(I); where hair may grow, later clamp(S_shape(I) + S_shape(I_G),
-                0, 1), paper eq. 8. Its classes are compared with the same classes of the generated image.
+    outline:    (N,1,s,s) at the parser's size: first_outline = S_shape(I), and where hair may grow, later clamp(
+                S_shape(I) + S_shape(I_G), 0, 1), paper eq. 8. The same classes of the generated image are compared.
     blend:      (N,1,S,S), B without what follows the generated image.
     target, shape, follows, component: (N,9) selections.   portion: (N), the sized component's share of the input.
     is_dynamic, grows_shape: (N,1,1,1), 1 where the edit's masks follow.
@@ -70,14 +70,14 @@ class EditMasks:
         def flags(name: str) -> Tensor:
             return torch.tensor([float(getattr(plan, name)) for plan in plans], device=device).view(-1, 1, 1, 1)
 
-        appearance = to_scheme_size(region(probabilities, rows("appearance")), size_px)
+        appearance = resize_mask(region(probabilities, rows("appearance")), size_px)
         component = selection([(plan.component,) if plan.component else () for plan in plans], device)
         outline = region(probabilities, rows("shape"))
         return cls(
             appearance=appearance,
             released=torch.zeros_like(appearance),
             outline=outline.clone(),
-            blend=to_scheme_size(region(probabilities, rows("blend")), size_px),
+            blend=resize_mask(region(probabilities, rows("blend")), size_px),
             target=rows("target"),
             shape=rows("shape"),
             follows=rows("follows"),
@@ -91,13 +91,13 @@ class EditMasks:
     def relax(self, probabilities: Tensor) -> None:
         """Follow the parse (N,9,s,s) of the generated images: release what the target covers now, let hair grow."""
         made = region(probabilities, self.target) * self.is_dynamic
-        self.released.copy_(to_scheme_size(made, self.released.shape[-1]))
+        self.released.copy_(resize_mask(made, self.released.shape[-1]))
         grown = region(probabilities, self.shape) * self.grows_shape
         self.outline.copy_((self.first_outline + grown).clamp(0, 1))
 
     def blend_with(self, probabilities: Tensor) -> Tensor:
         """B (N,1,S,S) given the parse of the final generated images."""
-        followed = to_scheme_size(region(probabilities, self.follows), self.blend.shape[-1])
+        followed = resize_mask(region(probabilities, self.follows), self.blend.shape[-1])
         return (self.blend + followed).clamp(0, 1)
 
 

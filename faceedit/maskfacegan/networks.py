@@ -42,7 +42,7 @@ def resize(image: Tensor, size_px: int) -> Tensor:
     return F.interpolate(image, (size_px, size_px), mode="bilinear", align_corners=False)
 
 
-def to_scheme_size(mask: Tensor, size_px: int) -> Tensor:
+def resize_mask(mask: Tensor, size_px: int) -> Tensor:
     """Masks at another size, bilinearly both ways, as the released code has them."""
     if mask.shape[-2:] == (size_px, size_px):
         return mask
@@ -105,7 +105,7 @@ class AttributeJudge:
 
 @dataclass(frozen=True)
 class Networks:
-    """The frozen networks of an editor.
+    """The networks of an editor, in evaluation mode and frozen: no weight gradient is ever computed.
 
     generator, parser and classifier as above; encoder maps (N,3,256,256) in [-1, 1] to ws (N,L,W), or None; features,
     the maps that a global edit's perceptual term compares, or None where none is installed.
@@ -117,16 +117,16 @@ class Networks:
     encoder: Callable[[Tensor], Tensor] | None = None
     features: Features | None = None
 
+    def __post_init__(self) -> None:
+        for network in (self.generator, self.encoder):
+            if isinstance(network, nn.Module):
+                _frozen(network)
+
     @property
     def device(self) -> torch.device:
         """Where the generator lives; the others have to be there too."""
         average: Tensor = self.generator.mapping.average
         return average.device
-
-
-def freeze_generator(generator: nn.Module) -> nn.Module:
-    """The generator in evaluation mode, its parameters frozen: no weight gradient is ever computed."""
-    return _frozen(generator)
 
 
 def encode(encoder: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def small_stylegan2(seed: int = 0, size_px: int = 16) -> Networks:
         if name.endswith("strength"):
             nn.init.constant_(parameter, 0.2)
     return Networks(
-        generator.eval().requires_grad_(False),
+        generator,
         RegionParser(ColourParser(), SIZE_PX),
         AttributeJudge(ColourClassifier()),
         features=standins().features,
