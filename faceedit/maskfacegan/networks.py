@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from faceedit.attributes import check_attribute
 from faceedit.errors import WeightsError
-from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN, LabelScheme, convert_soft
+from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN, LabelScheme, convert_soft, scheme
 from faceedit.maskfacegan.perceptual import Features
 
 Noise = Sequence[Tensor] | str
@@ -52,14 +52,15 @@ def resize_mask(mask: Tensor, size_px: int) -> Tensor:
 class RegionParser:
     """Probabilities of the nine regions.
 
-    Args: network maps (N,3,s,s) in [-1, 1] to logits (N,C,s,s) of `scheme`, the MaskFaceGAN one or one that converts to
-          it; size_px, the side it is given (default: its `config.size_px`, else 512).
+    Args: network maps (N,3,s,s) in [-1, 1] to logits (N,C,s,s); size_px, the side it is given (default: its
+          `config.size_px`, else 512); labels, its scheme, MaskFaceGAN's or one that converts to it (default: the one
+          its configuration names, else by the number of classes).
     """
 
-    def __init__(self, network: nn.Module, size_px: int | None = None, scheme: LabelScheme | None = None) -> None:
+    def __init__(self, network: nn.Module, size_px: int | None = None, labels: LabelScheme | None = None) -> None:
         self.network = _frozen(network)
         self.size_px = size_px or _size_of(network, 512)
-        self.scheme = scheme or _scheme_of(network)
+        self.scheme = labels or _scheme_of(network)
         self.is_half = False
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -179,9 +180,13 @@ def _size_of(network: Any, default: Any) -> Any:
 
 
 def _scheme_of(network: nn.Module) -> LabelScheme:
-    """By the number of classes its configuration states: nine are MaskFaceGAN's, nineteen CelebAMask-HQ's."""
+    """The scheme that its configuration names, else by its number of classes: nine are MaskFaceGAN's, nineteen
+    CelebAMask-HQ's."""
     config: Any = getattr(network, "config", None)
-    by_count = {scheme.num_classes: scheme for scheme in (MASKFACEGAN, CELEBAMASK_HQ)}
+    named = getattr(config, "label_scheme", "")
+    if named:
+        return scheme(named)
+    by_count = {known.num_classes: known for known in (MASKFACEGAN, CELEBAMASK_HQ)}
     count = getattr(config, "num_classes", MASKFACEGAN.num_classes)
     if count not in by_count:
         raise WeightsError(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from support.standin_networks import ATTRIBUTES, ColourClassifier, ColourFeature
 from torch import Tensor, nn
 
 from faceedit.errors import UnknownAttributeError, WeightsError
-from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN
+from faceedit.labels import CELEBAMASK_HQ, CELEBAMASK_HQ_ZLL, MASKFACEGAN
 from faceedit.maskfacegan import losses
 from faceedit.maskfacegan.config import PRESETS, MaskFaceGANConfig
 from faceedit.maskfacegan.masks import EditMasks, MissingRegionError, check_regions, portion
@@ -171,6 +172,20 @@ def test_a_parser_of_another_scheme_is_converted_or_refused() -> None:
     torch.testing.assert_close(regions[:, MASKFACEGAN.id("mouth")], lips)
     with pytest.raises(WeightsError, match="9 classes of maskfacegan"):
         RegionParser(network, 6, MASKFACEGAN)(image)
+
+
+def test_the_scheme_is_the_one_the_parser_names() -> None:
+    network = nn.Conv2d(3, 19, 1)
+    for config, expected in (
+        (SimpleNamespace(num_classes=19), CELEBAMASK_HQ),
+        (SimpleNamespace(num_classes=19, label_scheme=CELEBAMASK_HQ_ZLL.name), CELEBAMASK_HQ_ZLL),
+        (SimpleNamespace(num_classes=9), MASKFACEGAN),
+    ):
+        network.config = config
+        assert RegionParser(network).scheme == expected
+    network.config = SimpleNamespace(num_classes=11)
+    with pytest.raises(WeightsError, match="got 11"):
+        RegionParser(network)
 
 
 def test_resizing_averages_downwards() -> None:
