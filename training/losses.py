@@ -67,3 +67,36 @@ def gradient_penalty(
     between = torch.lerp(real.detach(), made.detach(), alpha).requires_grad_(True)
     (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+
+
+def logistic_generator_loss(made: Tensor) -> Tensor:
+    """E softplus(−D(G(z))), the non-saturating loss (Goodfellow et al. 2014)."""
+    return F.softplus(-made).mean()
+
+
+def logistic_critic_loss(real: Tensor, made: Tensor) -> Tensor:
+    """E softplus(D(G(z))) + E softplus(−D(x))."""
+    return F.softplus(made).mean() + F.softplus(-real).mean()
+
+
+def squared_slopes(critic: Callable[[Tensor], Tensor], image: Tensor) -> tuple[Tensor, Tensor]:
+    """The critic's logits for images N×C×H×W, and ‖∇D(x)‖² of each, N values: R1 is γ/2 times their mean.
+
+    Both are differentiable in the critic's weights; no gradient reaches the image. Source: Mescheder et al. 2018 (R1).
+    """
+    seen = image.detach().requires_grad_(True)
+    with torch.enable_grad():
+        logits = critic(seen)
+        (slope,) = torch.autograd.grad(logits.sum(), seen, create_graph=True)
+    return logits, slope.square().sum(dim=(1, 2, 3))
+
+
+def path_lengths(image: Tensor, ws: Tensor, direction: Tensor) -> Tensor:
+    """‖Jᵀy‖ of images made from styles, N values: how far an image moves for a step in w (Karras et al. 2020, eq. 4).
+
+    Args:    image N×C×H×W, computed from ws N×L×W; direction y, normal, of the image's shape.
+    Returns: lengths, differentiable in the generator's weights: √(mean over layers of ‖∂(image·y)/∂w_l‖² / HW).
+    """
+    scaled = direction / (image.shape[2] * image.shape[3]) ** 0.5
+    (slope,) = torch.autograd.grad((image * scaled).sum(), ws, create_graph=True)
+    return slope.square().sum(2).mean(1).sqrt()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from faceedit.errors import UnknownNameError, UsageError, suggestion
 from faceedit.training.config import AdamConfig, TrainerConfig
-from faceedit.training.ema import ExponentialMovingAverage
+from faceedit.training.ema import ExponentialMovingAverage, HalfLife
 
 Report = Callable[[str], Any]
 """Receives one line of progress at a time."""
@@ -81,10 +81,13 @@ class TrainingContext:
         self._wrapped: dict[str, nn.Module] = {}
         self._rates: dict[str, AdamConfig] = {}
 
-    def add_network(self, name: str, network: nn.Module, adam: AdamConfig, *, average: bool = False) -> nn.Module:
+    def add_network(
+        self, name: str, network: nn.Module, adam: AdamConfig, *, average: bool | HalfLife = False
+    ) -> nn.Module:
         """Hand a trainable network to the run. Returns the module to call in `training_step`.
 
         The returned wrapper applies precision and gradient synchronisation; `networks[name]` stays the bare network.
+        `average` keeps an average of the weights, by `trainer.ema_decay` or by a half-life of its own.
         """
         if self.config.channels_last:
             network = network.to(memory_format=torch.channels_last)
@@ -95,7 +98,8 @@ class TrainingContext:
         network.to(self.device)
         wrapped, prepared = self.fabric.setup(network, optimizer)
         if average:
-            self.averages[name] = ExponentialMovingAverage(network, self.config.ema_decay)
+            decay = average if isinstance(average, HalfLife) else self.config.ema_decay
+            self.averages[name] = ExponentialMovingAverage(network, decay)
         self.networks[name] = network
         self.optimizers[name] = prepared
         self._wrapped[name] = wrapped

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from faceedit.training.ema import ExponentialMovingAverage
+from faceedit.training.ema import ExponentialMovingAverage, HalfLife
 
 
 def test_average_matches_the_closed_form() -> None:
@@ -39,3 +40,27 @@ def test_half_precision_weights_average_in_float32() -> None:
     average = ExponentialMovingAverage(module, decay=0.999)
     average.update(module)
     assert average.module.weight.dtype is torch.float32
+
+
+def test_half_life_counts_images() -> None:
+    schedule = HalfLife(images=1000, batch_size=50, ramp_up=0)
+    assert schedule.decay_at(0) ** 20 == pytest.approx(0.5)
+    assert schedule.decay_at(10**6) == schedule.decay_at(0)
+
+
+def test_half_life_ramps_up_with_the_images_seen() -> None:
+    schedule = HalfLife(images=1000, batch_size=50, ramp_up=0.1)
+    assert schedule.decay_at(0) == 0  # the first average is the first network
+    # After 40 updates, 2,000 images are seen: the half-life is 200 images, four updates.
+    assert schedule.decay_at(40) ** 4 == pytest.approx(0.5)
+    assert schedule.decay_at(10**6) ** 20 == pytest.approx(0.5)
+
+
+def test_average_follows_a_half_life() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 4.0)
+    average = ExponentialMovingAverage(module, HalfLife(images=2, batch_size=2, ramp_up=0))
+    nn.init.zeros_(module.weight)
+    for expected in (2.0, 1.0, 0.5):
+        average.update(module)
+        assert average.module.weight.item() == pytest.approx(expected)

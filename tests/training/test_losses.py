@@ -86,3 +86,46 @@ def test_gradient_penalty_of_a_quadratic_critic_is_taken_between_the_images() ->
     penalty.backward()
     assert made.grad is None
     assert scale.grad is not None
+
+
+def test_logistic_losses() -> None:
+    real, made = torch.tensor([[2.0], [-1.0]], dtype=torch.float64), torch.tensor([[0.5], [3.0]], dtype=torch.float64)
+
+    def softplus(x: float) -> float:
+        return math.log1p(math.exp(x))
+
+    assert losses.logistic_generator_loss(made).item() == pytest.approx((softplus(-0.5) + softplus(-3.0)) / 2)
+    expected = (softplus(0.5) + softplus(3.0)) / 2 + (softplus(-2.0) + softplus(1.0)) / 2
+    assert losses.logistic_critic_loss(real, made).item() == pytest.approx(expected)
+
+
+def test_squared_slopes_of_a_quadratic_critic() -> None:
+    weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    x = images(4)
+    logits, slopes = losses.squared_slopes(lambda image: weight * image.square().sum((1, 2, 3), keepdim=False), x)
+    # D(x) = w ‖x‖²: ∇D = 2 w x, ‖∇D‖² = 4 w² ‖x‖².
+    norms = x.square().sum((1, 2, 3))
+    torch.testing.assert_close(slopes, 4 * weight.detach() ** 2 * norms)
+    torch.testing.assert_close(logits, weight.detach() * norms)
+    slopes.mean().backward()
+    assert weight.grad is not None
+    assert weight.grad.item() == pytest.approx(8 * 0.7 * norms.mean().item())
+
+
+def test_path_lengths_of_a_linear_generator() -> None:
+    generator = torch.Generator().manual_seed(3)
+    jacobian = torch.randn(2, 3, 3, 4, 4, generator=generator, dtype=torch.float64)  # layers, w, image
+    scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    ws = torch.randn(5, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    made = scale * torch.einsum("nlw,lwchx->nchx", ws, jacobian)
+    direction = torch.randn(5, 3, 4, 4, generator=generator, dtype=torch.float64)
+    lengths = losses.path_lengths(made, ws, direction)
+    for n in range(5):
+        total = 0.0
+        for layer in range(2):
+            for w in range(3):
+                total += (1.5 * (jacobian[layer, w] * direction[n]).sum().item() / 4) ** 2
+        assert lengths[n].item() == pytest.approx(math.sqrt(total / 2))
+    lengths.sum().backward()
+    assert scale.grad is not None
+    assert scale.grad.item() == pytest.approx(lengths.sum().item() / 1.5)
