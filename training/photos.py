@@ -18,7 +18,7 @@ from faceedit.training import cache
 from faceedit.training.config import require
 from faceedit.training.data import AugmentConfig, augment_images
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 
 
 class Face(Protocol):
@@ -57,7 +57,7 @@ class UnlabelledPhotos:
         self, config: PhotosConfig, find_face: FindFace | None = None, report: Callable[[str], Any] = print
     ) -> None:
         root = Path(config.folder)
-        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         files = files[: config.max_photos]
         if not files:
             raise UsageError(
