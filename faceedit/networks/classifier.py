@@ -70,7 +70,11 @@ class AttributeClassifier(nn.Module):
                 f"AttributeClassifier: image must be (N,3,{side},{side}), got {tuple(image.shape)}; call "
                 "probabilities to resize"
             )
-        return self.logits(F.relu(self.hidden(self.features(image).flatten(1))))
+        return self.logits(self.embedding(image))
+
+    def embedding(self, image: Tensor) -> Tensor:
+        """The units before the outputs (N, hidden_width), of an image of the network's own size."""
+        return F.relu(self.hidden(self.features(image).flatten(1)))
 
     @torch.no_grad()
     def probabilities(self, image: Tensor) -> Tensor:
