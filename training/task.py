@@ -33,6 +33,7 @@ TASKS: dict[str, str] = {
     "deeplab": "faceedit.training.maskfacegan_parser:DeepLabTask",
     "fcn": "faceedit.training.maskfacegan_parser:FCNTask",
     "region-unet": "faceedit.training.maskfacegan_parser:RegionUNetTask",
+    "stylegan2": "faceedit.training.stylegan2:StyleGAN2Task",
 }
 
 
