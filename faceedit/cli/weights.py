@@ -66,7 +66,7 @@ def show(
 @app.command("import")
 def import_(
     kind: Annotated[
-        str, typer.Argument(help="stylegan2, maskfacegan-classifier or maskfacegan-parser.", show_default=False)
+        str, typer.Argument(help="e4e, stylegan2, maskfacegan-classifier or maskfacegan-parser.", show_default=False)
     ],
     file: Annotated[Path, typer.Argument(help="The checkpoint: .pkl, .pt or .safetensors.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="The .safetensors file to write.", show_default=False)],

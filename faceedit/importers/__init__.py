@@ -14,6 +14,7 @@ from faceedit.importers.checkpoints import read_checkpoint
 from faceedit.registry import WeightsHeader, save_weights, sha256_of
 
 KINDS: dict[str, str] = {
+    "e4e": "faceedit.importers.e4e",
     "stylegan2": "faceedit.importers.stylegan2",
     "maskfacegan-classifier": "faceedit.importers.maskfacegan_classifier",
     "maskfacegan-parser": "faceedit.importers.maskfacegan_parser",

@@ -46,6 +46,7 @@ KINDS: dict[str, NetworkKind] = {
         NetworkKind("deeplab-parser", "faceedit.networks.deeplab", "DeepLabConfig", "DeepLabParser"),
         NetworkKind("fcn-parser", "faceedit.networks.fcn", "FCNConfig", "FCNParser"),
         NetworkKind("region-unet-parser", "faceedit.networks.region_unet", "RegionUNetConfig", "RegionUNetParser"),
+        NetworkKind("e4e", "faceedit.networks.e4e", "E4EConfig", "E4EEncoder"),
         NetworkKind("stylegan2", "faceedit.networks.stylegan2", "StyleGAN2Config", "StyleGAN2Generator"),
         NetworkKind(
             "stylegan2-discriminator",
