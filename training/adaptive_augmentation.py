@@ -10,6 +10,7 @@ be). Parameters are drawn on the CPU, by the generator of the step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,7 @@ class Augmentation:
         return image
 
 
-def _replace(image: Tensor, chosen: Tensor, change: Any) -> Tensor:
+def _replace(image: Tensor, chosen: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     if chosen.all():
         return change(image)
     rows = chosen.nonzero()[:, 0].to(image.device)

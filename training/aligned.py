@@ -79,8 +79,10 @@ class AlignedFaces:
     @property
     def description(self) -> str:
         """What these are, for a weights header."""
-        kind = "synthetic portraits" if self.config.folder is None else "images of a folder"
-        return f"{len(self)} {kind}"
+        if self.config.folder is not None:
+            return f"{len(self)} images of a folder"
+        wider = "" if self.config.scale == 1 else f", enlarged {self.config.scale:g} times"
+        return f"{len(self)} synthetic portraits in FFHQ's framing{wider}"
 
     def read(self, positions: Sequence[int], mirrored: NDArray[np.bool_] | None = None) -> Tensor:
         """Images N×3×S×S in [-1, 1] at `positions` (0 … len − 1), some mirrored."""

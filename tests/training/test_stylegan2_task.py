@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from faceedit.registry import MAX_FILE_BYTES, load_network
 from faceedit.training import losses
 from faceedit.training.checkpoint import load_checkpoint
 from faceedit.training.config import AdamConfig, to_yaml
+from faceedit.training.fid import main as fid_command
 from faceedit.training.stylegan2 import StyleGAN2Task, TrainedGenerator, Unrounded, lazy_adam
 from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import make_fabric, seed_step
@@ -204,7 +206,9 @@ def _assert_same(one: Any, other: Any) -> None:
         assert one == other
 
 
-def test_run_exports_the_averaged_generator_with_its_average_w(cache_dir: Path, tmp_path: Path) -> None:
+def test_run_exports_the_averaged_generator_with_its_average_w(
+    cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(tiny(cache_dir)))
     result = training.run(path, ["trainer.steps=2"], output_dir=tmp_path / "run", report=quiet)
@@ -213,7 +217,7 @@ def test_run_exports_the_averaged_generator_with_its_average_w(cache_dir: Path, 
     network: Any = load_network(result.weights)
     assert isinstance(network, StyleGAN2Generator)
     assert network.header.recipe == "stylegan2-starter"
-    assert network.header.training_data == "32 synthetic portraits"
+    assert network.header.training_data == "32 synthetic portraits in FFHQ's framing"
     assert network.header.metrics == pytest.approx(result.metrics)
     averaged = load_checkpoint(result.checkpoint)["context"]["averages"]["generator"]["weights"]
     torch.testing.assert_close(
@@ -223,6 +227,11 @@ def test_run_exports_the_averaged_generator_with_its_average_w(cache_dir: Path, 
     assert network.mapping.average.abs().max() > 0
     torch.testing.assert_close(network.mapping.average, network.mapping.estimate_average(), atol=5e-3, rtol=0)
     assert (tmp_path / "run" / "samples" / "step_00000002.png").is_file()
+    capsys.readouterr()
+    fid_command([str(result.weights), "--recipe", str(path), "--images", "16", "--seed", "1"])
+    label, value, counts = re.fullmatch(r"(.*): ([0-9.]+), (.*)\n", capsys.readouterr().out).groups()  # type: ignore
+    assert (label, counts) == ("FID (attribute-classifier-starter features)", "16 images against 16")
+    assert float(value) == pytest.approx(result.metrics[FID], rel=0.02)  # from weights in fp16
 
 
 def test_training_brings_colours_to_those_of_the_data(cache_dir: Path) -> None:
