@@ -34,6 +34,7 @@ TASKS: dict[str, str] = {
     "fcn": "faceedit.training.maskfacegan_parser:FCNTask",
     "region-unet": "faceedit.training.maskfacegan_parser:RegionUNetTask",
     "stylegan2": "faceedit.training.stylegan2:StyleGAN2Task",
+    "e4e": "faceedit.training.e4e:E4ETask",
 }
 
 
