@@ -32,8 +32,8 @@ MIN_EYE_DISTANCE_PX = 8.0
 """Eyes nearer than this in the photo leave brows and lids less than two pixels; nothing useful can be parsed."""
 
 MIN_SURENESS = 0.75
-"""Least mean probability of the winning class where it is a brow, an eye, the nose or the mouth. With the starter parser
-portraits lie between 0.82 and 0.91, a cat's face at 0.71, a retina scan at 0.49."""
+"""Least mean probability of the winning class where it is a brow, an eye, the nose or the mouth. With the starter
+parser portraits lie between 0.82 and 0.91, a cat's face at 0.71, a retina scan at 0.49."""
 
 MIN_VISIBLE = 0.85
 """Least share of the middle of the face that must lie inside the photo."""
