@@ -24,53 +24,145 @@ const fe::CpuKernels& cpu() { return g_tables[g_chosen]; }
 
 // Where a call runs: device < 0 is the CPU with `threads`, else that CUDA device on `stream`.
 struct Target {
-  int device;
-  int threads;
-  uintptr_t stream;
+  int32_t device;
+  int32_t threads;
+  void* stream;
 };
 
-template <class T = void>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+// A small layer's kernel takes a microsecond, so its arguments must take less: keyword arguments come as CPython passes
+// them, without a dictionary, and a field is found by the identity of its name.
+
+void raise_if_failed(bool failed) {
+  if (failed && PyErr_Occurred()) throw py::error_already_set();
 }
 
-// Python values into the fields of a parameter struct. Pointers come as addresses.
+// Pointers come as addresses.
 template <class T>
-void assign(T*& field, py::handle value) {
-  field = pointer<T>(value.cast<uintptr_t>());
+void assign(T*& field, PyObject* value) {
+  field = static_cast<T*>(PyLong_AsVoidPtr(value));
+  raise_if_failed(!field);
 }
 
 template <class T>
-std::enable_if_t<std::is_arithmetic_v<T>> assign(T& field, py::handle value) {
-  field = value.cast<T>();
+std::enable_if_t<std::is_integral_v<T>> assign(T& field, PyObject* value) {
+  const long long number = PyLong_AsLongLong(value);
+  raise_if_failed(number == -1);
+  field = static_cast<T>(number);
+  if (field != number) throw std::overflow_error("a number does not fit its field");
 }
 
-void assign(fe::MaskOperand& field, py::handle value) {
-  const auto operand = value.cast<py::tuple>();  // (address, stride, dtype)
-  assign(field.data, operand[0]), assign(field.stride, operand[1]), assign(field.dtype, operand[2]);
+void assign(bool& field, PyObject* value) {
+  if (!PyBool_Check(value)) throw py::type_error("a flag must be True or False");
+  field = value == Py_True;
+}
+
+template <class T>
+std::enable_if_t<std::is_floating_point_v<T>> assign(T& field, PyObject* value) {
+  const double number = PyFloat_AsDouble(value);
+  raise_if_failed(number == -1.0);
+  field = static_cast<T>(number);
+}
+
+PyObject* tuple_of_three(PyObject* value, const char* what) {
+  if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 3) throw py::type_error(what);
+  return value;
+}
+
+void assign(fe::MaskOperand& field, PyObject* value) {
+  const PyObject* items = tuple_of_three(value, "a mask must be the tuple (address, stride, dtype)");
+  assign(field.data, PyTuple_GET_ITEM(items, 0));
+  assign(field.stride, PyTuple_GET_ITEM(items, 1));
+  assign(field.dtype, PyTuple_GET_ITEM(items, 2));
+}
+
+Target read_target(PyObject* value) {
+  const PyObject* items = tuple_of_three(value, "the target must be the tuple (device, threads, stream)");
+  Target target;
+  assign(target.device, PyTuple_GET_ITEM(items, 0));
+  assign(target.threads, PyTuple_GET_ITEM(items, 1));
+  assign(target.stream, PyTuple_GET_ITEM(items, 2));
+  return target;
 }
 
 // A list that travels by value: pointers of several maps, their sizes. What is not given stays zero.
 template <class T, size_t N>
-void assign(T (&field)[N], py::handle value) {
-  const auto items = value.cast<py::sequence>();
-  if (items.size() > N) throw std::invalid_argument("at most " + std::to_string(N) + " entries fit a kernel's lists");
-  for (size_t i = 0; i < items.size(); ++i) assign(field[i], py::object(items[i]));
+void assign(T (&field)[N], PyObject* value) {
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value, "maps must come as a list"));
+  if (!items) throw py::error_already_set();
+  const auto count = static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr()));
+  if (count > N) throw std::invalid_argument("at most " + std::to_string(N) + " entries fit a kernel's lists");
+  for (size_t i = 0; i < count; ++i) assign(field[i], PySequence_Fast_GET_ITEM(items.ptr(), i));
 }
 
-// A field that is not named stays zero (an absent operand); a name that is no field is an error.
+// The names of the fields, in the order of visit_fields. They are interned, as keywords in Python code are.
 template <class Params>
-Params read_params(const char* function, const py::kwargs& values) {
+const std::vector<PyObject*>& field_names() {
+  static const std::vector<PyObject*> names = [] {
+    std::vector<PyObject*> made;
+    Params params{};
+    fe::visit_fields(params, [&made](const char* name, auto&) { made.push_back(PyUnicode_InternFromString(name)); });
+    return made;
+  }();
+  return names;
+}
+
+size_t position(const char* function, const std::vector<PyObject*>& fields, PyObject* name, size_t expected) {
+  for (size_t i = 0; i < fields.size(); ++i) {
+    const size_t index = (expected + i) % fields.size();
+    if (fields[index] == name) return index;
+  }
+  for (size_t i = 0; i < fields.size(); ++i)  // a name made at run time
+    if (PyUnicode_Compare(fields[i], name) == 0) return i;
+  throw py::type_error(std::string(function) + ": got an argument that is no field");
+}
+
+// A field that is not named stays zero (an absent operand); a name that is no field is an error. `names` may be null.
+template <class Params>
+Params read_params(const char* function, PyObject* const* values, PyObject* names) {
+  constexpr size_t kMost = 64;
+  const std::vector<PyObject*>& fields = field_names<Params>();
+  if (fields.size() > kMost) throw std::length_error("a parameter struct has more fields than the bindings can read");
+  PyObject* found[kMost] = {};
+  const Py_ssize_t count = names ? PyTuple_GET_SIZE(names) : 0;
+  for (Py_ssize_t i = 0, next = 0; i < count; ++i) {
+    const size_t index = position(function, fields, PyTuple_GET_ITEM(names, i), static_cast<size_t>(next));
+    found[index] = values[i];
+    next = static_cast<Py_ssize_t>(index) + 1;
+  }
   Params params{};
-  size_t used = 0;
-  fe::visit_fields(params, [&](const char* name, auto& field) {
-    if (PyObject* value = PyDict_GetItemString(values.ptr(), name)) {
-      assign(field, value);
-      ++used;
-    }
+  size_t index = 0;
+  fe::visit_fields(params, [&](const char*, auto& field) {
+    if (PyObject* value = found[index++]) assign(field, value);
   });
-  if (used != values.size()) throw py::type_error(std::string(function) + ": got an argument that is no field");
   return params;
+}
+
+template <class Params>
+Params read_params(const char* function, const py::kwargs& arguments) {
+  std::vector<PyObject*> values;
+  py::list names;
+  for (const auto& [name, value] : arguments) names.append(name), values.push_back(value.ptr());
+  return read_params<Params>(function, values.data(), py::tuple(names).ptr());
+}
+
+// Calls body(target, keyword values) and turns what it throws into a Python exception.
+template <class Body>
+PyObject* entry(PyObject* const* arguments, Py_ssize_t positional, Body&& body) {
+  try {
+    if (positional != 1) throw py::type_error("the one positional argument is the target");
+    return body(read_target(arguments[0]), arguments + 1);
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::overflow_error& error) {
+    PyErr_SetString(PyExc_OverflowError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
 }
 
 template <class Params, class Cpu, class Cuda>
@@ -80,7 +172,7 @@ void launch(const char* name, const Params& params, const Target& target, fe::Er
     if (target.device < 0) {
       on_cpu(params, target.threads < 1 ? 1 : target.threads);
     } else {
-      error = on_cuda(params, target.device, pointer(target.stream));
+      error = on_cuda(params, target.device, target.stream);
     }
   }
   if (error) throw std::runtime_error(std::string(name) + ": " + error);
@@ -117,6 +209,30 @@ fe::Error without_cuda(const Params&, int, void*) {
 #define FE_CUDA(FUNCTION, PARAMS) fe::FUNCTION##_cuda
 #endif
 
+#define FE_CALL(FUNCTION, PARAMS)                                                                                   \
+  PyObject* call_##FUNCTION(PyObject*, PyObject* const* arguments, Py_ssize_t positional, PyObject* names) {        \
+    return entry(arguments, positional, [&](const Target& target, PyObject* const* values) -> PyObject* {           \
+      const auto params = read_params<fe::PARAMS>(#FUNCTION, values, names);                                        \
+      launch(#FUNCTION, params, target, fe::check_##FUNCTION(params), cpu().FUNCTION, FE_CUDA(FUNCTION, PARAMS));   \
+      Py_RETURN_NONE;                                                                                               \
+    });                                                                                                             \
+  }
+FE_ENTRY_POINTS(FE_CALL)
+
+#define FE_CALL_WORKSPACE(FUNCTION, PARAMS)                                                                  \
+  PyObject* call_##FUNCTION(PyObject*, PyObject* const* arguments, Py_ssize_t positional, PyObject* names) { \
+    return entry(arguments, positional, [&](const Target& target, PyObject* const* values) {                 \
+      const auto params = read_params<fe::PARAMS>(#FUNCTION, values, names);                                 \
+      return PyLong_FromLongLong(fe::FUNCTION(params, target.device >= 0));                                  \
+    });                                                                                                      \
+  }
+FE_WORKSPACES(FE_CALL_WORKSPACE)
+
+#define FE_METHOD(FUNCTION, PARAMS)                                                                        \
+  {#FUNCTION, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_##FUNCTION)), METH_FASTCALL | METH_KEYWORDS, \
+   nullptr},
+PyMethodDef methods[] = {FE_ENTRY_POINTS(FE_METHOD) FE_WORKSPACES(FE_METHOD){nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -143,9 +259,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = FE_CUDA_ARCHITECTURES;  // empty without CUDA
   m.attr("cuda_compiler") = FE_CUDA_COMPILER;
 
-  py::class_<Target>(m, "Target")
-      .def(py::init<int, int, uintptr_t>(), py::arg("device"), py::arg("threads"), py::arg("stream"));
-
   // The work split, so that tests can check that blocks cover every pixel once.
   m.def("plan_blocks", [](bool cuda, int64_t pixels, int64_t channels) {
     const fe::BlockPlan p = fe::plan_blocks(cuda, pixels, channels);
@@ -162,16 +275,5 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(tile.blocks(), fe::FE_ISA::fir_tile_floats(params, tile));
   });
 
-#define FE_BIND(FUNCTION, PARAMS)                                                                             \
-  m.def(#FUNCTION, [](const Target& target, const py::kwargs& values) {                                       \
-    const auto params = read_params<fe::PARAMS>(#FUNCTION, values);                                           \
-    launch(#FUNCTION, params, target, fe::check_##FUNCTION(params), cpu().FUNCTION, FE_CUDA(FUNCTION, PARAMS)); \
-  });
-  FE_ENTRY_POINTS(FE_BIND)
-
-#define FE_BIND_WORKSPACE(FUNCTION, PARAMS)                                             \
-  m.def(#FUNCTION, [](const Target& target, const py::kwargs& values) {                 \
-    return fe::FUNCTION(read_params<fe::PARAMS>(#FUNCTION, values), target.device >= 0); \
-  });
-  FE_WORKSPACES(FE_BIND_WORKSPACE)
+  if (PyModule_AddFunctions(m.ptr(), methods) < 0) throw py::error_already_set();
 }

@@ -10,7 +10,16 @@ from torch.nn import functional as F
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_image, check_shape, describe, empty, empty_float, memory_format
+from faceedit.kernels.tensors import (
+    as_float,
+    check_image,
+    check_shape,
+    describe,
+    empty,
+    empty_float,
+    in_format,
+    memory_format,
+)
 
 
 def attribute_maps(attr: Tensor, probs: Tensor, relation: Tensor) -> Tensor:
@@ -126,7 +135,7 @@ def _native(probs: Tensor, attr: Tensor, relation: Tensor) -> Tensor:
     n, _, h, w = probs.shape
     out = empty((n, attr.shape[1], h, w), probs, probs.dtype, torch.contiguous_format)
     native.module().attribute_maps_fwd(
-        native.target(probs),
+        native.target(probs, 16384),
         probs=planes.data_ptr(),
         attr=native.address(attr_f),
         relation=native.address(relation_f),
@@ -176,11 +185,11 @@ def _backward_native(
     probs: Tensor, grad: Tensor, attr: Tensor, relation: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
     planes, grad = probs.contiguous(), grad.to(probs.dtype).contiguous()
-    attr_f, relation_f = attr.detach().float(), relation.detach().float().contiguous()
+    attr_f, relation_f = (in_format(t, torch.float32, torch.contiguous_format) for t in (attr, relation))
     transposed = (attr_f[:, :, None] * relation_f).mT.contiguous()
     gprobs = empty(tuple(probs.shape), probs, probs.dtype, torch.contiguous_format) if wanted[0] else None
     gattr = empty_float(probs, *attr.shape) if wanted[1] else None
-    module, target = native.module(), native.target(probs)
+    module, target = native.module(), native.target(probs, 16384)
     call = {
         "probs": planes.data_ptr(),
         "relation": relation_f.data_ptr(),

@@ -7,7 +7,7 @@ follows the scope it is called in.
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -87,15 +87,12 @@ def machine_reason(name: str, device: str | None) -> str:
     return ""
 
 
-def _first_tensor(arguments: Sequence[Any]) -> Tensor:
-    """Return the tensor that decides device and dtype: the first argument, or the first of a list there."""
-    first = arguments[0]
-    return first if isinstance(first, Tensor) else first[0]
-
-
 @dataclass(frozen=True, slots=True)
 class Dispatcher:
-    """One op's implementations, by backend. All take the same arguments; the first tensor decides device and dtype."""
+    """One op's implementations, by backend, eager and C++ among them.
+
+    All take the same arguments; the first tensor, or the first of a list there, decides device and dtype.
+    """
 
     name: str
     implementations: dict[str, Callable[..., Any]]
@@ -112,6 +109,8 @@ class Dispatcher:
 
     def choose(self, asked: str, x: Tensor) -> str:
         """Return the backend to run: the one asked for, or for "auto" the first that can."""
+        if x.is_cpu and asked in ("auto", "cpu") and not native.MISSING_REASON and x.dtype in self.dtypes and x.numel():
+            return "cpu"  # as below, without the questions that a CPU tensor does not raise
         if asked != "auto":
             if reason := self.reason(asked, x):
                 raise RuntimeError(f"{self.name}: backend {asked!r} cannot run: {reason}; use backend('auto')")
@@ -122,7 +121,8 @@ class Dispatcher:
         return next((name for name in order if not self.reason(name, x)), "eager")
 
     def __call__(self, *arguments: Any, asked: str = "auto") -> Any:
-        x = _first_tensor(arguments)
+        first = arguments[0]
+        x = first if isinstance(first, Tensor) else first[0]
         chosen = self.choose(_requested.get() if asked == "auto" else asked, x)
         _last[self.name] = chosen
         return self.implementations[chosen](*arguments)

@@ -15,7 +15,7 @@ from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
 from faceedit.kernels.noise_bias_act import ACTIVATIONS, PIECEWISE_LINEAR, backward_reference
 from faceedit.kernels.noise_bias_act import reference as epilogue
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_shape, empty, memory_format
+from faceedit.kernels.tensors import as_float, check_shape, empty, in_format, memory_format
 from faceedit.kernels.upfirdn2d import (
     check_geometry,
     filtered,
@@ -75,7 +75,7 @@ def fir_epilogue(
         if noise is None:
             raise ValueError("fir_epilogue: strength must come with noise, got noise=None; pass both or neither")
         check_shape("fir_epilogue", "strength", strength, x, (), (1,))
-        strength = strength.reshape(())
+        strength = strength.reshape(()) if strength.dim() else strength
     return torch.ops.faceedit.fir_epilogue(
         x, fir, up, down, sides, fir_gain, flip, scale, noise, strength, bias, add, act, slope, gain, clamp
     )
@@ -131,13 +131,13 @@ def _native(
 ) -> Tensor:
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
-    taps = fir.detach().to(torch.float32).contiguous()
+    taps = in_format(fir, torch.float32, torch.contiguous_format)
     scale, noise, strength, bias = map(as_float, (scale, noise, strength, bias))
     y = empty(output_shape(x, fir, up, down, pad), x, x.dtype, fmt)
     if add is not None:
-        add = add.detach().to(x.dtype).contiguous(memory_format=fmt)
+        add = in_format(add, x.dtype, fmt)
     native.module().upfirdn2d_fwd(
-        native.target(y),
+        native.target(y, 16384),
         **native_geometry(x, taps, up, down, pad, fir_gain, flip, y),
         epilogue=True,
         scale=native.address(scale),

@@ -14,7 +14,7 @@ from torch import Tensor
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_image, check_shape, describe, empty_like, memory_format
+from faceedit.kernels.tensors import as_float, check_image, check_shape, describe, empty_like, in_format, memory_format
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of h, z_pre, c_pre; empty where there is no c_pre
 
@@ -125,7 +125,7 @@ def _native(h: Tensor, z: Tensor, c: Tensor | None, *vectors: Tensor | None) -> 
     fmt = memory_format(h)
     call, kept = _call(h, z, c, list(vectors), fmt)
     y = empty_like(h, fmt)
-    native.module().gate_fwd(native.target(h), **call, y=y.data_ptr())
+    native.module().gate_fwd(native.target(h, 16384), **call, y=y.data_ptr())
     del kept
     return y
 
@@ -183,10 +183,10 @@ def _backward_eager(h: Tensor, *arguments: Any) -> Gradients:
 def _backward_native(h: Tensor, grad: Tensor, z: Tensor, c: Tensor | None, *vectors: Tensor | None) -> Gradients:
     fmt = memory_format(h)
     call, kept = _call(h, z, c, list(vectors), fmt)
-    grad = grad.to(h.dtype).contiguous(memory_format=fmt)
+    grad = in_format(grad, h.dtype, fmt)
     gh, gz, gc = empty_like(h, fmt), empty_like(h, fmt), None if c is None else empty_like(h, fmt)
     native.module().gate_bwd(
-        native.target(h),
+        native.target(h, 16384),
         **call,
         grad=grad.data_ptr(),
         grad_h=gh.data_ptr(),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_shape, describe, empty_float, empty_like
+from faceedit.kernels.tensors import as_float, check_shape, describe, empty_float, empty_like, in_format
 
 
 def bernoulli_kl(logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
@@ -65,8 +65,10 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             raise TypeError(f"gaussian_kl: {name} must be floating point, got {describe(tensor)}; cast it first")
     check_shape("gaussian_kl", "logvar", logvar, mu, tuple(mu.shape))
-    dtype = torch.promote_types(mu.dtype, logvar.dtype)
-    return torch.ops.faceedit.gaussian_kl(mu.to(dtype), logvar.to(dtype))
+    if mu.dtype != logvar.dtype:
+        dtype = torch.promote_types(mu.dtype, logvar.dtype)
+        mu, logvar = mu.to(dtype), logvar.to(dtype)
+    return torch.ops.faceedit.gaussian_kl(mu, logvar)
 
 
 def _check_matrix(op: str, logits: Tensor) -> None:
@@ -159,7 +161,7 @@ def _bernoulli_backward_native(
     logits: Tensor, grad: Tensor, target: Tensor, weight: Tensor | None, smoothing: float
 ) -> Tensor:
     logits, target, weight = logits.contiguous(), native.readable_mask(target), as_float(weight)
-    grad = grad.to(torch.float32).contiguous()
+    grad = in_format(grad, torch.float32, torch.contiguous_format)
     found = empty_like(logits, torch.contiguous_format)
     call = _bernoulli_call(logits, target, weight, smoothing)
     native.module().bernoulli_kl_bwd(native.target(logits), grad=grad.data_ptr(), grad_logits=found.data_ptr(), **call)
@@ -239,7 +241,7 @@ def _gaussian_call(mu: Tensor, logvar: Tensor) -> dict[str, Any]:
         "mu": mu.data_ptr(),
         "logvar": logvar.data_ptr(),
         "batch": mu.shape[0],
-        "elements": mu[0].numel(),
+        "elements": mu.numel() // mu.shape[0],
         "dtype": native.DTYPE_CODES[mu.dtype],
     }
 
@@ -281,7 +283,8 @@ def _gaussian_backward_eager(mu: Tensor, *arguments: Any) -> tuple[Tensor, Tenso
 
 
 def _gaussian_backward_native(mu: Tensor, logvar: Tensor, grad: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
-    mu, logvar, grad = mu.contiguous(), logvar.contiguous(), grad.to(torch.float32).contiguous()
+    mu, logvar = mu.contiguous(), logvar.contiguous()
+    grad = in_format(grad, torch.float32, torch.contiguous_format)
     gmu, glogvar = (empty_like(mu, torch.contiguous_format) if want else None for want in wanted)
     native.module().gaussian_kl_bwd(
         native.target(mu),
@@ -328,7 +331,7 @@ def _gaussian_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> 
 
 
 def _gaussian_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad)
+    wanted = list(ctx.needs_input_grad[:2])
     arguments = (*ctx.saved_tensors, grad, wanted)
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         gradients = gaussian_backward_reference(*arguments)

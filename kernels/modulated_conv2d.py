@@ -101,7 +101,7 @@ def modulated_conv2d(
         if noise is None:
             raise ValueError("modulated_conv2d: strength must come with noise, got noise=None; pass both or neither")
         check_shape("modulated_conv2d", "strength", strength, x, (), (1,))
-        strength = strength.reshape(())
+        strength = strength.reshape(()) if strength.dim() else strength
     if fir is not None:
         check_shape("modulated_conv2d", "fir", fir, x, (4,))
         if fir.requires_grad:

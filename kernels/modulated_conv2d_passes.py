@@ -25,7 +25,7 @@ from faceedit.kernels.modulated_conv2d_parts import (
     vectors,
 )
 from faceedit.kernels.noise_bias_act import PIECEWISE_LINEAR
-from faceedit.kernels.tensors import as_float, memory_format
+from faceedit.kernels.tensors import as_float, in_dtype, in_format, memory_format
 
 # Looked up when called: the ops of upfirdn2d and fir_epilogue are defined with their modules.
 _ops: Any = torch.ops.faceedit
@@ -97,7 +97,7 @@ def forward(
     """Return y, ToRGB's sums, the demodulation and the epilogue's input; the last three empty where there are none."""
     geometry, settings = Geometry(weight.shape[2], up, down), (act, slope, gain, clamp)
     fmt = memory_format(x)
-    x = x.detach().contiguous(memory_format=fmt)
+    x = x.contiguous(memory_format=fmt)
     v = vectors(x, weight, styles, demodulate)
     factors = rgb_factors(rgb_weight, rgb_styles)
     noise, strength, bias = map(as_float, (noise, strength, bias))
@@ -117,8 +117,8 @@ def forward(
             core = _filter(core, fir, geometry.fir_pad, 4.0)
         y = torch.empty_like(core) if keeps_core else core
         rgb = passes.epilogue(core, y, operands, factors, settings)
-    y = y.to(x.dtype).contiguous(memory_format=fmt)
-    kept = core.to(x.dtype).contiguous(memory_format=fmt) if keeps_core else None
+    y = in_format(y, x.dtype, fmt)
+    kept = in_format(core, x.dtype, fmt) if keeps_core else None
     rest = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, kept)]
     return y, rest[0], rest[1], rest[2]
 
@@ -229,14 +229,14 @@ def backward(
     gradients = (gx, grad_weight, grad_styles, grad_noise, grad_strength, grad_bias, grad_rgb_weight, grad_rgb_styles)
     likes = (x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles)
     return tuple(
-        g.to(like.dtype) if want and g is not None and like is not None else x.new_empty(0)
+        in_dtype(g, like.dtype) if want and g is not None and like is not None else x.new_empty(0)
         for want, g, like in zip(wanted, gradients, likes, strict=True)
     )
 
 
 def vectors_from(x: Tensor, styles: Tensor, demodulation: Tensor | None) -> Vectors:
     """Make the vectors again from the demodulation that the forward pass returned."""
-    s = styles.detach().to(compute_dtype(x)).contiguous()
+    s = in_format(styles, compute_dtype(x), torch.contiguous_format)
     half = x.dtype == torch.float16 and demodulation is not None
     return Vectors(s, demodulation, fp16_factor(s, demodulation) if half and demodulation is not None else None)
 
@@ -254,8 +254,8 @@ def _epilogue_backward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     fmt = memory_format(y)
     y = y.contiguous(memory_format=fmt)
-    grad = None if grad is None else grad.to(y.dtype).contiguous(memory_format=fmt)
-    grad_rgb = None if grad_rgb is None else grad_rgb.float().contiguous()
+    grad = None if grad is None else in_format(grad, y.dtype, fmt)
+    grad_rgb = None if grad_rgb is None else in_format(grad_rgb, torch.float32, torch.contiguous_format)
     if output_tells_input(*settings[:3]):
         return passes.epilogue_backward(grad, y, operands, factors, grad_rgb, settings, wanted)
     # The output hides the activation's input, which was kept: ToRGB's part first, then the epilogue from its input.

@@ -80,12 +80,16 @@ def isa(name: str) -> Iterator[None]:
         module().set_isa(before)
 
 
-def target(x: torch.Tensor) -> Any:
-    """Say where a call on `x` runs: the CPU with torch's thread count, or x's CUDA device on the current stream."""
-    if x.device.type == "cuda":
-        return module().Target(x.device.index, 1, torch.cuda.current_stream(x.device).cuda_stream)
-    # Starting a team costs more than it saves below about sixteen thousand elements.
-    return module().Target(-1, torch.get_num_threads() if x.numel() > 16384 else 1, 0)
+def target(x: torch.Tensor, elements: int = 65536) -> tuple[int, int, int]:
+    """Say where a call on `x` runs: the CPU with torch's thread count, or x's CUDA device on the current stream.
+
+    elements: up to how many one thread is faster; fewer for an op that computes much for each.
+    Returns: (device, -1 for the CPU; threads; stream), the first argument of every function of the module.
+    """
+    if x.is_cpu:
+        # Below this, starting a team costs more than it saves.
+        return -1, torch.get_num_threads() if x.numel() > elements else 1, 0
+    return x.device.index, 1, torch.cuda.current_stream(x.device).cuda_stream
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -94,8 +98,8 @@ def address(tensor: torch.Tensor | None) -> int:
 
 
 def readable_mask(mask: torch.Tensor) -> torch.Tensor:
-    """Return a mask as native kernels read it: contiguous, in a dtype they know, detached."""
-    return (mask if mask.dtype in DTYPE_CODES else mask.float()).detach().contiguous()
+    """Return a mask as native kernels read it: contiguous, in a dtype they know."""
+    return (mask if mask.dtype in DTYPE_CODES else mask.float()).contiguous()
 
 
 def mask_operand(mask: torch.Tensor | None, batch: int) -> tuple[int, int, int]:

@@ -20,6 +20,8 @@ from faceedit.kernels.tensors import (
     check_shape,
     empty_float,
     empty_like,
+    in_dtype,
+    in_format,
     memory_format,
 )
 
@@ -68,7 +70,7 @@ def noise_bias_act(
         if noise is None:
             raise ValueError("noise_bias_act: strength must come with noise, got noise=None; pass both or neither")
         check_shape("noise_bias_act", "strength", strength, x, (), (1,))
-        strength = strength.reshape(())
+        strength = strength.reshape(()) if strength.dim() else strength
     return torch.ops.faceedit.noise_bias_act(x, scale, noise, strength, bias, act, slope, gain, clamp)
 
 
@@ -128,7 +130,7 @@ def _native(
 ) -> Tensor:
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
-    scale, noise, strength, bias = map(as_float, (scale, noise, strength, bias))
+    scale, noise, strength, bias = as_float(scale), as_float(noise), as_float(strength), as_float(bias)
     y = empty_like(x, fmt)
     native.module().noise_bias_act_fwd(
         native.target(x),
@@ -263,9 +265,9 @@ def _backward_native(
 ) -> Gradients:
     fmt = memory_format(saved)
     saved = saved.contiguous(memory_format=fmt)
-    grad = grad.to(saved.dtype).contiguous(memory_format=fmt)
+    grad = in_format(grad, saved.dtype, fmt)
     operands = (scale, noise, strength, bias)
-    scale_f, noise_f, strength_f, bias_f = map(as_float, operands)
+    scale_f, noise_f, strength_f, bias_f = as_float(scale), as_float(noise), as_float(strength), as_float(bias)
     n, c, h, w = saved.shape
     gx = empty_like(saved, fmt)
     gscale = empty_float(saved, n, c) if wanted[1] else None
@@ -296,10 +298,8 @@ def _backward_native(
     module.noise_bias_act_bwd(target, **call, workspace=workspace.data_ptr())
     if gnoise is not None and noise is not None and noise.shape[0] != n:
         gnoise = gnoise.sum(0, keepdim=True)
-    found = (gscale, gnoise, gstrength, gbias)
-    cast = [
-        grad.new_empty(0) if g is None or o is None else g.to(o.dtype) for g, o in zip(found, operands, strict=True)
-    ]
+    found = zip((gscale, gnoise, gstrength, gbias), operands, strict=True)
+    cast = [grad.new_empty(0) if g is None or o is None else in_dtype(g, o.dtype) for g, o in found]
     return gx, cast[0], cast[1], cast[2], cast[3]
 
 

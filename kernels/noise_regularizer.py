@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
-from faceedit.kernels.operator import define_op, mapped_first, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, check_shape, describe, empty_float, empty_like
+from faceedit.kernels.operator import define_in_place_op, define_op, mapped_first, register_onnx_decomposition
+from faceedit.kernels.tensors import check_image, check_shape, describe, empty_float, empty_like, in_format
 
 MAX_MAPS = 24  # what a kernel's parameters hold; a generator of 1024 px has 17
 
@@ -122,7 +122,7 @@ def _largest(noises: list[Tensor]) -> Tensor:
 
 def _native(noises: list[Tensor], stop: int) -> tuple[Tensor, Tensor]:
     noises = [noise.contiguous() for noise in noises]
-    first, module, target = noises[0], native.module(), native.target(_largest(noises))
+    first, module, target = noises[0], native.module(), native.target(_largest(noises), 16384)
     loss, moments = _results(noises, stop)
     call = _maps(noises, stop) | {"loss": loss.data_ptr(), "moments": moments.data_ptr()}
     partials = empty_float(first, module.noise_regularizer_fwd_partials(target, **call), dtype=torch.float64)
@@ -181,8 +181,8 @@ def _backward_eager(noises: list[Tensor], *arguments: Any) -> list[Tensor]:
 
 def _backward_native(noises: list[Tensor], grad: Tensor, moments: Tensor, stop: int) -> list[Tensor]:
     noises = [noise.contiguous() for noise in noises]
-    module, target = native.module(), native.target(_largest(noises))
-    grad = grad.to(torch.float32).contiguous()
+    module, target = native.module(), native.target(_largest(noises), 16384)
+    grad = in_format(grad, torch.float32, torch.contiguous_format)
     gradients = [empty_like(noise, torch.contiguous_format) for noise in noises]
     call = _maps(noises, stop) | {
         "grad_maps": [gradient.data_ptr() for gradient in gradients],
@@ -284,7 +284,7 @@ def _written_back(noises: list[Tensor], normalize: Any) -> None:
 
 
 def _normalize_contiguous(noises: list[Tensor]) -> None:
-    first, module, target = noises[0], native.module(), native.target(_largest(noises))
+    first, module, target = noises[0], native.module(), native.target(_largest(noises), 16384)
     call = {
         "maps": [noise.data_ptr() for noise in noises],
         "pixels": [noise.shape[2] * noise.shape[3] for noise in noises],
@@ -314,4 +314,4 @@ _normalize = dispatcher(
     triton=_normalize_triton,
 )
 
-define_op("normalize_noise_(Tensor(a!)[] noises) -> ()", _normalize, lambda noises: None, mutates=("noises",))
+define_in_place_op("normalize_noise_(Tensor(a!)[] noises) -> ()", _normalize, mutates=("noises",))

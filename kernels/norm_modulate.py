@@ -23,7 +23,16 @@ from faceedit.kernels.norm_modulate_reference import (
     reference,
 )
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_image, check_shape, empty_float, empty_like, memory_format
+from faceedit.kernels.tensors import (
+    as_float,
+    check_image,
+    check_shape,
+    empty_float,
+    empty_like,
+    in_dtype,
+    in_format,
+    memory_format,
+)
 
 NORMS = ("instance", "none", "given")
 
@@ -89,8 +98,7 @@ def _operand(operand: Tensor | None, x: Tensor, fmt: torch.memory_format) -> Ten
     """Make gamma or beta readable by kernels: fp32 rows; maps in x's dtype and memory format."""
     if operand is None or operand.dim() < 4:
         return as_float(operand)
-    operand = operand.detach().to(x.dtype)
-    return operand.contiguous() if kind_of(operand, x) == PER_PIXEL else operand.contiguous(memory_format=fmt)
+    return in_format(operand, x.dtype, torch.contiguous_format if kind_of(operand, x) == PER_PIXEL else fmt)
 
 
 def _row_stride(operand: Tensor | None) -> int:
@@ -212,7 +220,7 @@ def _backward_native(
     *settings, wanted = arguments
     fmt = memory_format(x)
     operands = (gamma, beta, mean, rstd)
-    x, grad = x.contiguous(memory_format=fmt), grad.to(x.dtype).contiguous(memory_format=fmt)
+    x, grad = x.contiguous(memory_format=fmt), in_format(grad, x.dtype, fmt)
     gamma_k, beta_k, mean_k, rstd_k = _operand(gamma, x, fmt), _operand(beta, x, fmt), as_float(mean), as_float(rstd)
     found = [empty_like(x, fmt) if wanted[0] else None]
     found += [
@@ -241,7 +249,7 @@ def _as_operands(x: Tensor, found: list[Tensor | None], operands: tuple[Tensor |
             g = g.sum(0)
         elif kind_of(operand, x) == PER_PIXEL:
             g = g.sum(1, keepdim=True).contiguous()
-        result.append(g.to(operand.dtype))
+        result.append(in_dtype(g, operand.dtype))
     return result[0], result[1], result[2], result[3], result[4]
 
 
@@ -259,7 +267,7 @@ def _backward_triton(
 
     norm, one_plus, _, act, slope, wanted = arguments
     fmt = memory_format(x)
-    x, grad = x.contiguous(memory_format=fmt), grad.to(x.dtype).contiguous(memory_format=fmt)
+    x, grad = x.contiguous(memory_format=fmt), in_format(grad, x.dtype, fmt)
     maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (kind_of(gamma, x), kind_of(beta, x))
     rows, settings = (as_float(mean), as_float(rstd)), (NORMS.index(norm), one_plus, act, slope, wanted)
     found = norm_modulate_triton.backward(x, grad, statistics, *maps, *rows, kinds, *settings)

@@ -1,36 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Define an op once: its schema is written down here and nowhere else."""
+"""Define an op once: its schema is written down here and nowhere else.
+
+`torch.library.custom_op` registers the same parts, with two wrappers around each call that cost more than a small
+layer does: it looks for aliases among the results, and its gradient fills in default arguments from the schema. opcheck
+looks for aliases in the tests, and no schema here has a default.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 from faceedit.kernels.dispatch import Dispatcher
 
 _decompositions: dict[Any, Callable[..., Any]] = {}
+_operators: list["Operator"] = []  # an op's registrations go with its Operator
+
+# What `torch.library.register_autograd` itself is made of. Where a PyTorch lacks it, that function serves.
+_below_autograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+_after_autograd: Any = getattr(torch._C, "_after_autograd_keyset", None)
+# torch.compiler.disable without importing the compiler before something compiles.
+_opaque: Any = getattr(torch, "_disable_dynamo", lambda body: body)
 
 
-def define_op(
-    schema: str, implementations: Dispatcher, fake: Callable[..., Any], mutates: Iterable[str] = ()
-) -> CustomOpDef:
+class Operator:
+    """One op of the namespace `faceedit`, called like a function."""
+
+    def __init__(self, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.name = schema.partition("(")[0]
+        self._library = torch.library.Library("faceedit", "FRAGMENT")
+        self._library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        # Dynamo does not look into the body, also where a frame that it gave up on calls the op.
+        self._library.impl(self.name, _opaque(body), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"faceedit::{self.name}", fake, lib=self._library)
+        self.overload = getattr(torch.ops.faceedit, self.name).default
+        _operators.append(self)
+        # PyTorch's function knows how to spread a list of tensors out.
+        self._own_autograd = _below_autograd is not None and "Tensor[]" not in schema
+        self._backward: Callable[..., Any] | None = None
+        self._setup_context: Callable[..., Any] | None = None
+        if self._own_autograd:
+            self._library.impl(self.name, self._autograd_kernel(), "Autograd", with_keyset=True)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.overload(*arguments)
+
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[..., Any] | None = None
+    ) -> None:
+        """Give the op a gradient: `backward(ctx, *grads)` returns one for each argument, None where there is none.
+
+        ctx is that of torch.autograd.Function; `setup_context(ctx, inputs, output)` fills it. needs_input_grad has one
+        more entry than the op has arguments.
+        """
+        self._backward, self._setup_context = backward, setup_context
+        if not self._own_autograd:
+            torch.library.register_autograd(
+                f"faceedit::{self.name}", backward, setup_context=setup_context, lib=self._library
+            )
+
+    def register_vmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:
+        """Register the rule of torch.vmap, `rule(info, in_dims, *arguments) -> (output, out_dims)`; a decorator."""
+        torch.library.register_vmap(f"faceedit::{self.name}", rule, lib=self._library)
+        return rule
+
+    def _autograd_kernel(self) -> Callable[..., Any]:
+        """Return what runs for tensors that autograd may be watching: the op, remembered where a gradient is wanted."""
+        redispatch, below, after = self.overload.redispatch, _below_autograd, _after_autograd
+        operator = self
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *inputs, keys = arguments
+            with below():
+                output = redispatch(keys & after, *inputs)
+            if operator._setup_context is not None:
+                operator._setup_context(ctx, inputs, output)
+            return output
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            if operator._backward is None:
+                raise RuntimeError(f"faceedit::{operator.name} has no gradient; detach its inputs")
+            if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
+                found = operator._backward(ctx, *grads)
+            else:
+                with below():  # nothing below asks for a gradient
+                    found = operator._backward(ctx, *grads)
+            return *found, None
+
+        function: Any = type(
+            f"{self.name}_function",
+            (torch.autograd.Function,),
+            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
+        )
+        apply = function.apply
+
+        def kernel(keys: Any, *arguments: Any) -> Any:
+            if torch.is_grad_enabled():
+                for argument in arguments:
+                    if isinstance(argument, Tensor) and argument.requires_grad:
+                        return apply(*arguments, keys)
+            with below():
+                return redispatch(keys & after, *arguments)
+
+        return kernel
+
+
+def define_op(schema: str, implementations: Dispatcher, fake: Callable[..., Any]) -> Operator:
     """Register `faceedit::<name>` with PyTorch.
 
-    Args: schema as `name(Tensor x, float slope) -> Tensor`. implementations takes the schema's arguments by position,
-          but for a last `str backend`: a backward op is told there which backend its forward pass ran under, since it
-          may run on another thread. fake returns empty tensors of the right shapes, dtypes and strides.
+    Args: schema as `name(Tensor x, float slope) -> Tensor`, without defaults. implementations takes the schema's
+          arguments by position, but for a last `str backend`: a backward op is told there which backend its forward
+          pass ran under, since it may run on another thread. fake returns empty tensors of the right shapes, dtypes
+          and strides.
     """
-    name, _, rest = schema.partition("(")
-    told = "str backend)" in rest
 
     def body(*arguments: Any) -> Any:
-        return implementations(*arguments[:-1], asked=arguments[-1]) if told else implementations(*arguments)
+        return implementations(*arguments)
 
-    op = torch.library.custom_op(f"faceedit::{name}", body, mutates_args=mutates, schema=f"({rest}")
-    op.register_fake(fake)
-    return op
+    def told_body(*arguments: Any) -> Any:
+        return implementations(*arguments[:-1], asked=arguments[-1])
+
+    return Operator(schema, told_body if "str backend)" in schema else body, fake)
+
+
+def define_in_place_op(schema: str, implementations: Dispatcher, mutates: Iterable[str]) -> None:
+    """Register an op that writes to the arguments named in `mutates` and returns nothing.
+
+    As PyTorch's own kind of op: it counts the writes.
+    """
+    name, _, rest = schema.partition("(")
+    op = torch.library.custom_op(f"faceedit::{name}", implementations, mutates_args=mutates, schema=f"({rest}")
+    op.register_fake(lambda *arguments: None)
 
 
 def register_onnx_decomposition(op: Any, reference: Callable[..., Any]) -> None:

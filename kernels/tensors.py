@@ -14,14 +14,28 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
     channels_last only when x is that and not plainly contiguous too: a tensor with C = 1 or H = W = 1 is both.
     """
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    if x.is_contiguous() or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def as_float(tensor: Tensor | None) -> Tensor | None:
-    """Return a per-channel vector, map or scalar as native kernels read it: float32, contiguous, detached."""
-    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+    """Return a per-channel vector, map or scalar as native kernels read it: float32, contiguous."""
+    if tensor is None or (tensor.dtype is torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(torch.float32).contiguous()
+
+
+def in_format(tensor: Tensor, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
+    """Return `tensor` in this dtype and format: itself where it is so already."""
+    if tensor.dtype is dtype and tensor.is_contiguous(memory_format=fmt):
+        return tensor
+    return tensor.to(dtype).contiguous(memory_format=fmt)
+
+
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `tensor` in this dtype: itself where it has it already."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def describe(tensor: Tensor) -> str:
@@ -39,10 +53,12 @@ def check_image(op: str, name: str, x: Tensor) -> None:
 
 def check_shape(op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[int, ...]) -> None:
     """Raise unless `tensor` has one of the allowed shapes and lies on x's device."""
-    if not any(
-        tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True))
-        for shape in allowed
-    ):
+    given = tensor.shape
+    for shape in allowed:
+        # Lengths first: comparing sizes of another rank would tie a traced graph to their values.
+        if len(given) == len(shape) and given == shape:
+            break
+    else:
         wanted = " or ".join(str(tuple(shape)) for shape in allowed)
         raise ValueError(f"{op}: {name} must be of shape {wanted}, got {describe(tensor)}; reshape or expand it")
     if tensor.device != x.device:
@@ -107,9 +123,13 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, fmt: torch.m
 
 def empty_like(x: Tensor, fmt: torch.memory_format) -> Tensor:
     """Allocate an output of x's shape and dtype in format `fmt`."""
+    if _poison is None:
+        return torch.empty_like(x, memory_format=fmt)
     return empty(tuple(x.shape), x, x.dtype, fmt)
 
 
 def empty_float(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Allocate a float32 (or wider) vector, map or workspace."""
+    if _poison is None:
+        return like.new_empty(shape, dtype=dtype)
     return empty(shape, like, dtype, torch.contiguous_format)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, describe, empty, memory_format
+from faceedit.kernels.tensors import check_image, describe, empty, in_format, memory_format
 
 MAX_TAPS = 32  # per axis; kMaxFirTaps of csrc/upfirdn2d.h
 
@@ -130,9 +130,9 @@ def native_geometry(
 def _native(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], gain: float, flip: bool) -> Tensor:
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
-    taps = fir.detach().to(torch.float32).contiguous()
+    taps = in_format(fir, torch.float32, torch.contiguous_format)
     y = empty(output_shape(x, fir, up, down, pad), x, x.dtype, fmt)
-    native.module().upfirdn2d_fwd(native.target(y), **native_geometry(x, taps, up, down, pad, gain, flip, y))
+    native.module().upfirdn2d_fwd(native.target(y, 16384), **native_geometry(x, taps, up, down, pad, gain, flip, y))
     return y
 
 

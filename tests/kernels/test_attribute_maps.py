@@ -177,7 +177,7 @@ def test_same_bits_at_any_thread_count_and_batch_size() -> None:
 
 @needs_cpp
 def test_core_repeats_the_checks_and_names_the_argument() -> None:
-    module, target = native.module(), native.module().Target(-1, 1, 0)
+    module, target = native.module(), (-1, 1, 0)
     good = {"batch": 1, "attributes": 2, "parts": 3, "pixels": 1}
     for change, message in (
         ({}, "probs, attr, relation and out must not be null"),

@@ -190,7 +190,7 @@ def test_same_bits_at_any_thread_count_and_batch_size(fmt: torch.memory_format) 
 
 @needs_cpp
 def test_core_repeats_the_checks_and_names_the_argument() -> None:
-    module, target = native.module(), native.module().Target(-1, 1, 0)
+    module, target = native.module(), (-1, 1, 0)
     good = {"h": 64, "z": 64, "batch": 1, "channels": 1, "pixels": 1}
     for change, message in (
         ({}, "y must not be null"),

@@ -33,7 +33,7 @@ def test_instruction_set_can_be_chosen_and_is_restored() -> None:
 
 
 def test_core_repeats_the_checks_and_names_the_argument() -> None:
-    module, target = native.module(), native.module().Target(-1, 1, 0)
+    module, target = native.module(), (-1, 1, 0)
     good = dict.fromkeys(("x", "y", "scale", "noise", "strength", "bias", "act"), 0) | {
         "batch": 1, "channels": 1, "pixels": 1, "noise_stride": 0, "dtype": 0, "channels_last": False,
         "slope": 0.2, "gain": 1.0, "clamp": -1.0,

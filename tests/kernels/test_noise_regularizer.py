@@ -296,7 +296,7 @@ def test_normalizing_parameters_is_seen_by_a_backward_pass_that_needs_the_old_va
 
 @needs_cpp
 def test_core_repeats_the_checks_and_names_the_argument() -> None:
-    module, target = native.module(), native.module().Target(-1, 1, 0)
+    module, target = native.module(), (-1, 1, 0)
     good = {"maps": [64], "sides": [8], "count": 1, "batch": 1, "stop": 8, "moments": 64}
     for change, message in (
         ({}, "loss and partials must not be null"),

@@ -377,7 +377,7 @@ def test_autocast_keeps_the_activations_dtype() -> None:
 
 @needs_cpp
 def test_core_repeats_the_checks() -> None:
-    module, target = native.module(), native.module().Target(-1, 1, 0)
+    module, target = native.module(), (-1, 1, 0)
     good = {"batch": 1, "channels": 1, "pixels": 1, "norm": 1}
     for change, message in (
         ({}, "x and y must not be null"),

@@ -355,7 +355,7 @@ def test_resamplers_keep_an_image_where_it_is() -> None:
 def test_the_core_repeats_the_checks() -> None:
     if not native.build_report()["cpp"]:
         pytest.skip(f"native module is missing: {native.MISSING_REASON}")
-    module, target = native.module(), native.module().Target(-1, 1, 0)
+    module, target = native.module(), (-1, 1, 0)
     good = dict.fromkeys(("x", "y", "fir"), 8) | dict.fromkeys(
         (
             "batch",
