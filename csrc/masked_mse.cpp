@@ -10,7 +10,39 @@ namespace {
 constexpr int32_t kSumLength = 256;  // a float32 sum's rounding error grows with its length
 constexpr int64_t kStreamedBytes = int64_t{8} << 20;  // larger gradients rarely wait in a cache for their reader
 
-inline void load_mask(const MaskOperand& mask, const PixelBlock& block, float* out) {
+// A block's pixels of a mask of half the size, row by row: two rows of the mask, mixed, then spread to pairs of columns.
+void load_halved(const MaskedMseParams& p, const MaskOperand& mask, const PixelBlock& block, float* out) {
+  const int64_t columns = p.width / 2, rows = p.pixels / p.width / 2, sample = block.sample * mask.stride;
+  for (int32_t done = 0; done < block.count;) {
+    const int64_t y = (block.first + done) / p.width, x = (block.first + done) % p.width;
+    const int64_t left = p.width - x;
+    const int32_t count = left < block.count - done ? static_cast<int32_t>(left) : block.count - done;
+    const int64_t first = x / 2;
+    const int32_t pairs = static_cast<int32_t>((x + count - 1) / 2 - first) + 1;
+    // near[j] is column first - 1 + j, for j = 0 .. pairs + 1; what lies outside repeats the column at the edge.
+    float near[kMaxBlockPixels / 2 + 3], far[kMaxBlockPixels / 2 + 3], spread[kMaxBlockPixels + 2];
+    const int32_t start = first > 0 ? 0 : 1, end = first + pairs < columns ? pairs + 1 : pairs;
+    const HalfTap tap = half_tap(y, rows);
+    const int64_t column = sample + first - 1 + start;
+    load_row(mask.data, mask.dtype, column + tap.low * columns, end - start + 1, near + start);
+    load_row(mask.data, mask.dtype, column + tap.high * columns, end - start + 1, far + start);
+#pragma omp simd
+    for (int32_t j = start; j <= end; ++j) near[j] = mix(near[j], far[j], tap.weight);
+    if (start == 1) near[0] = near[1];
+    if (end == pairs) near[pairs + 1] = near[pairs];
+#pragma omp simd
+    for (int32_t j = 0; j < pairs; ++j) {
+      spread[2 * j] = mix(near[j + 1], near[j], 0.25f);
+      spread[2 * j + 1] = mix(near[j + 1], near[j + 2], 0.25f);
+    }
+    std::memcpy(out + done, spread + x % 2, sizeof(float) * static_cast<size_t>(count));
+    done += count;
+  }
+}
+
+inline void load_mask(const MaskedMseParams& p, const MaskOperand& mask, bool halved, const PixelBlock& block,
+                      float* out) {
+  if (halved) return load_halved(p, mask, block, out);
   load_row(mask.data, mask.dtype, block.sample * mask.stride + block.first, block.count, out);
 }
 
@@ -19,12 +51,12 @@ template <int32_t RELAX>
 void relax_mask(const MaskedMseParams& p, const PixelBlock& block, float* mask) {
   float operand[kMaxBlockPixels];
   if (p.exclude.data) {
-    load_mask(p.exclude, block, operand);
+    load_mask(p, p.exclude, p.exclude_halved, block, operand);
 #pragma omp simd
     for (int32_t q = 0; q < block.count; ++q) mask[q] = exclude_from(mask[q], operand[q], RELAX);
   }
   if (p.include.data) {
-    load_mask(p.include, block, operand);
+    load_mask(p, p.include, p.include_halved, block, operand);
 #pragma omp simd
     for (int32_t q = 0; q < block.count; ++q) mask[q] = include_in(mask[q], operand[q], RELAX);
   }
@@ -33,10 +65,10 @@ void relax_mask(const MaskedMseParams& p, const PixelBlock& block, float* mask) 
 // The weights of a block's pixels: a row of the mask itself where that will do, else `buffer`.
 const float* effective_mask(const MaskedMseParams& p, const PixelBlock& block, float* buffer) {
   const bool relaxed = p.exclude.data || p.include.data;
-  if (p.mask.data && p.mask.dtype == kFloat32 && !relaxed)
+  if (p.mask.data && p.mask.dtype == kFloat32 && !relaxed && !p.mask_halved)
     return static_cast<const float*>(p.mask.data) + block.sample * p.mask.stride + block.first;
   if (p.mask.data) {
-    load_mask(p.mask, block, buffer);
+    load_mask(p, p.mask, p.mask_halved, block, buffer);
   } else {
     for (int32_t q = 0; q < block.count; ++q) buffer[q] = 1.0f;
   }

@@ -7,10 +7,21 @@ namespace fe {
 namespace FE_ISA {
 namespace {
 
+__device__ __forceinline__ float read_mask(const MaskedMseParams& p, const MaskOperand& mask, bool halved,
+                                           int64_t sample, int64_t q) {
+  const int64_t first = sample * mask.stride;
+  if (!halved) return load_mask(mask, first + q);
+  const int64_t columns = p.width / 2;
+  const HalfTap y = half_tap(q / p.width, p.pixels / p.width / 2), x = half_tap(q % p.width, columns);
+  const int64_t low = first + y.low * columns, high = first + y.high * columns;
+  return mix(mix(load_mask(mask, low + x.low), load_mask(mask, high + x.low), y.weight),
+             mix(load_mask(mask, low + x.high), load_mask(mask, high + x.high), y.weight), x.weight);
+}
+
 __device__ __forceinline__ float effective_mask(const MaskedMseParams& p, int64_t sample, int64_t q) {
-  float mask = p.mask.data ? load_mask(p.mask, sample * p.mask.stride + q) : 1.0f;
-  if (p.exclude.data) mask = exclude_from(mask, load_mask(p.exclude, sample * p.exclude.stride + q), p.relax);
-  if (p.include.data) mask = include_in(mask, load_mask(p.include, sample * p.include.stride + q), p.relax);
+  float mask = p.mask.data ? read_mask(p, p.mask, p.mask_halved, sample, q) : 1.0f;
+  if (p.exclude.data) mask = exclude_from(mask, read_mask(p, p.exclude, p.exclude_halved, sample, q), p.relax);
+  if (p.include.data) mask = include_in(mask, read_mask(p, p.include, p.include_halved, sample, q), p.relax);
   return mask;
 }
 

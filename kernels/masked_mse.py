@@ -9,11 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, check_mask, check_shape, empty_float, empty_like, memory_format
+from faceedit.kernels.tensors import (
+    check_image,
+    check_mask,
+    check_shape,
+    empty_float,
+    empty_like,
+    in_format,
+    memory_format,
+)
 
 RELAX = ("clamp", "minmax")
 NORMALIZE = ("all", "mask")
@@ -38,6 +47,8 @@ def masked_mse(
 
     Args:     a, b (N,C,H,W) fp64|fp32|fp16|bf16, NCHW or channels_last; of two dtypes the wider is used. mask, exclude,
               include (N,1,H,W) or (1,1,H,W), floating point, uint8 (a number: 1 is full weight) or bool; None: absent.
+              Where H and W are even each may be of half the size, (N,1,H/2,W/2) or (1,1,H/2,W/2), such as a parser's
+              probabilities: it is read through bilinear interpolation, never written at full size.
     Returns:  (N) fp32 (fp64 for fp64). Images in [-1, 1] give four times the loss of images in [0, 1].
     Grad:     a and b to second order. A mask that requires grad is differentiated too, through the eager composition.
               0 * NaN is NaN: a NaN in a or b shows in the loss, under any mask.
@@ -50,13 +61,14 @@ def masked_mse(
     check_shape("masked_mse", "b", b, a, tuple(a.shape))
     for name, operand in (("mask", mask), ("exclude", exclude), ("include", include)):
         if operand is not None:
-            check_mask("masked_mse", name, operand, a)
+            check_mask("masked_mse", name, operand, a, halved=True)
     if relax not in RELAX:
         raise ValueError(f"masked_mse: relax must be one of {RELAX}, got {relax!r}; choose one of these")
     if normalize not in NORMALIZE:
         raise ValueError(f"masked_mse: normalize must be one of {NORMALIZE}, got {normalize!r}; choose one of these")
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    a, b = a.to(dtype), b.to(dtype)
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
     if torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (mask, exclude, include)):
         return reference(a, b, mask, exclude, include, relax, normalize)[0]
     return torch.ops.faceedit.masked_mse(a, b, mask, exclude, include, relax, normalize)[0]
@@ -66,18 +78,27 @@ def _compute_dtype(a: Tensor) -> torch.dtype:
     return torch.float64 if a.dtype == torch.float64 else torch.float32
 
 
+def _full_size(a: Tensor, mask: Tensor) -> Tensor:
+    """Return a mask in the computing dtype, of a's size."""
+    mask = mask.to(_compute_dtype(a))
+    if mask.shape[2:] == a.shape[2:]:
+        return mask
+    return F.interpolate(mask, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
 def effective_mask(
     a: Tensor, mask: Tensor | None, exclude: Tensor | None, include: Tensor | None, relax: str
 ) -> Tensor | None:
     """Return the weight of each pixel, (N|1,1,H,W), or None when every pixel counts fully."""
-    dtype = _compute_dtype(a)
     if mask is None and exclude is None and include is None:
         return None
-    m = a.new_ones((1, 1, *a.shape[2:]), dtype=dtype) if mask is None else mask.to(dtype)
+    m = a.new_ones((1, 1, *a.shape[2:]), dtype=_compute_dtype(a)) if mask is None else _full_size(a, mask)
     if exclude is not None:
-        m = (m - exclude.to(dtype)).clamp(0, 1) if relax == "clamp" else torch.minimum(m, 1 - exclude.to(dtype))
+        e = _full_size(a, exclude)
+        m = (m - e).clamp(0, 1) if relax == "clamp" else torch.minimum(m, 1 - e)
     if include is not None:
-        m = (m + include.to(dtype)).clamp(0, 1) if relax == "clamp" else torch.maximum(m, include.to(dtype))
+        i = _full_size(a, include)
+        m = (m + i).clamp(0, 1) if relax == "clamp" else torch.maximum(m, i)
     return m
 
 
@@ -117,6 +138,12 @@ def _readable(*masks: Tensor | None) -> list[Tensor | None]:
     return [None if m is None else native.readable_mask(m) for m in masks]
 
 
+def _halved(a: Tensor, **masks: Tensor | None) -> dict[str, Any]:
+    """Return the fields that say which masks are of half the size."""
+    found = {f"{k}_halved": True for k, m in masks.items() if m is not None and m.shape[2:] != a.shape[2:]}
+    return found | {"width": a.shape[3]} if found else found
+
+
 def _geometry(a: Tensor, fmt: torch.memory_format) -> dict[str, Any]:
     return {
         "batch": a.shape[0],
@@ -152,6 +179,7 @@ def _native(
         "relax": RELAX.index(relax),
         "normalize_by_mask": normalize == "mask",
         **_geometry(a, fmt),
+        **_halved(a, mask=mask, exclude=exclude, include=include),
     }
     workspace = empty_float(a, module.masked_mse_fwd_workspace(target, **call), dtype=torch.float64)
     module.masked_mse_fwd(target, **call, workspace=workspace.data_ptr())
@@ -220,7 +248,7 @@ def _backward_native(
     fmt = memory_format(a)
     a, b = a.contiguous(memory_format=fmt), b.contiguous(memory_format=fmt)
     mask, exclude, include = _readable(mask, exclude, include)
-    grad = grad.to(torch.float32).contiguous()
+    grad = in_format(grad, torch.float32, torch.contiguous_format)
     ga = empty_like(a, fmt) if wanted[0] else None
     gb = empty_like(a, fmt) if wanted[1] else None
     native.module().masked_mse_bwd(
@@ -236,6 +264,7 @@ def _backward_native(
         grad_b=native.address(gb),
         relax=RELAX.index(relax),
         **_geometry(a, fmt),
+        **_halved(a, mask=mask, exclude=exclude, include=include),
     )
     return (a.new_empty(0) if ga is None else ga), (a.new_empty(0) if gb is None else gb)
 

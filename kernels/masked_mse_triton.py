@@ -11,9 +11,31 @@ from faceedit.kernels.tensors import empty_float, empty_like, memory_format
 
 
 @triton.jit
-def _load_mask(pointer, sample, q, pixels, stride, PRESENT: tl.constexpr, other: tl.constexpr):
-    if PRESENT:
+def _mixed(pointer, low, high, weight, inside, other: tl.constexpr):
+    first = tl.load(pointer + low, mask=inside, other=other).to(tl.float32)
+    return (1.0 - weight) * first + weight * tl.load(pointer + high, mask=inside, other=other).to(tl.float32)
+
+
+@triton.jit
+def _half_tap(i, size):
+    # As half_tap of csrc/masked_mse.h: the two elements of the halved row about pixel i, and the weight of the second.
+    low = (i + 1) // 2 - 1
+    return tl.maximum(low, 0), tl.minimum(low + 1, size - 1), tl.where(i % 2 == 1, 0.25, 0.75)
+
+
+@triton.jit
+def _load_mask(pointer, sample, q, pixels, width, stride, KIND: tl.constexpr, other: tl.constexpr):
+    # KIND: 0 absent, 1 of the images' size, 2 halved.
+    if KIND == 1:
         values = tl.load(pointer + sample * stride + q, mask=q < pixels, other=other).to(tl.float32)
+    elif KIND == 2:
+        columns = width // 2
+        top, bottom, down = _half_tap(q // width, pixels // width // 2)
+        left, right, along = _half_tap(q % width, columns)
+        base = pointer + sample * stride
+        near = _mixed(base, top * columns + left, bottom * columns + left, down, q < pixels, other)
+        far = _mixed(base, top * columns + right, bottom * columns + right, down, q < pixels, other)
+        values = (1.0 - along) * near + along * far
     else:
         values = tl.zeros(q.shape, dtype=tl.float32) + other
     return values
@@ -28,15 +50,15 @@ def _clamp_unit(value):
 
 @triton.jit
 def _effective_mask(
-    mask_ptr, exclude_ptr, include_ptr, mask_stride, exclude_stride, include_stride, sample, q, pixels,
+    mask_ptr, exclude_ptr, include_ptr, mask_stride, exclude_stride, include_stride, sample, q, pixels, width,
     MASK: tl.constexpr, EXCLUDE: tl.constexpr, INCLUDE: tl.constexpr, MINMAX: tl.constexpr,
 ):  # fmt: skip
-    m = _load_mask(mask_ptr, sample, q, pixels, mask_stride, MASK, 1.0)
-    if EXCLUDE:
-        e = _load_mask(exclude_ptr, sample, q, pixels, exclude_stride, EXCLUDE, 0.0)
+    m = _load_mask(mask_ptr, sample, q, pixels, width, mask_stride, MASK, 1.0)
+    if EXCLUDE != 0:
+        e = _load_mask(exclude_ptr, sample, q, pixels, width, exclude_stride, EXCLUDE, 0.0)
         m = tl.where((m != m) | (m < 1.0 - e), m, 1.0 - e) if MINMAX else _clamp_unit(m - e)
-    if INCLUDE:
-        i = _load_mask(include_ptr, sample, q, pixels, include_stride, INCLUDE, 0.0)
+    if INCLUDE != 0:
+        i = _load_mask(include_ptr, sample, q, pixels, width, include_stride, INCLUDE, 0.0)
         m = tl.where((m != m) | (m > i), m, i) if MINMAX else _clamp_unit(m + i)
     return tl.where(q < pixels, m, 0.0)
 
@@ -44,7 +66,7 @@ def _effective_mask(
 @triton.jit
 def forward_kernel(
     a_ptr, b_ptr, mask_ptr, exclude_ptr, include_ptr, squares_ptr, weight_ptr,
-    channels, pixels, mask_stride, exclude_stride, include_stride, blocks_per_sample,
+    channels, pixels, width, mask_stride, exclude_stride, include_stride, blocks_per_sample,
     CHANNELS_LAST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, INCLUDE: tl.constexpr, MINMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +74,7 @@ def forward_kernel(
     sample = program // blocks_per_sample
     q = (program % blocks_per_sample) * BLOCK + tl.arange(0, BLOCK)
     m = _effective_mask(
-        mask_ptr, exclude_ptr, include_ptr, mask_stride, exclude_stride, include_stride, sample, q, pixels,
+        mask_ptr, exclude_ptr, include_ptr, mask_stride, exclude_stride, include_stride, sample, q, pixels, width,
         MASK, EXCLUDE, INCLUDE, MINMAX,
     )  # fmt: skip
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -68,7 +90,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     grad_ptr, inverse_ptr, a_ptr, b_ptr, mask_ptr, exclude_ptr, include_ptr, ga_ptr, gb_ptr,
-    channels, pixels, mask_stride, exclude_stride, include_stride, blocks_per_sample,
+    channels, pixels, width, mask_stride, exclude_stride, include_stride, blocks_per_sample,
     CHANNELS_LAST: tl.constexpr, MASK: tl.constexpr, EXCLUDE: tl.constexpr, INCLUDE: tl.constexpr, MINMAX: tl.constexpr,
     WANT_A: tl.constexpr, WANT_B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +98,7 @@ def backward_kernel(
     sample = program // blocks_per_sample
     q = (program % blocks_per_sample) * BLOCK + tl.arange(0, BLOCK)
     m = _effective_mask(
-        mask_ptr, exclude_ptr, include_ptr, mask_stride, exclude_stride, include_stride, sample, q, pixels,
+        mask_ptr, exclude_ptr, include_ptr, mask_stride, exclude_stride, include_stride, sample, q, pixels, width,
         MASK, EXCLUDE, INCLUDE, MINMAX,
     )  # fmt: skip
     factor = 2.0 * tl.load(grad_ptr + sample) * tl.load(inverse_ptr + sample)
@@ -106,6 +128,10 @@ def _masks(a: Tensor, *masks: Tensor | None) -> tuple[list[Tensor], list[int]]:
     return pointers, strides
 
 
+def _kind(a: Tensor, mask: Tensor | None) -> int:
+    return 0 if mask is None else 1 if mask.shape[2:] == a.shape[2:] else 2
+
+
 def forward(
     a: Tensor,
     b: Tensor,
@@ -123,9 +149,9 @@ def forward(
     squares, weight = empty_float(a, n, blocks), empty_float(a, n, blocks)
     pointers, strides = _masks(a, mask, exclude, include)
     forward_kernel[(n * blocks,)](
-        a, b, *pointers, squares, weight, c, h * w, *strides, blocks,
-        CHANNELS_LAST=fmt is torch.channels_last, MASK=mask is not None, EXCLUDE=exclude is not None,
-        INCLUDE=include is not None, MINMAX=relax == "minmax", BLOCK=BLOCK,
+        a, b, *pointers, squares, weight, c, h * w, w, *strides, blocks,
+        CHANNELS_LAST=fmt is torch.channels_last, MASK=_kind(a, mask), EXCLUDE=_kind(a, exclude),
+        INCLUDE=_kind(a, include), MINMAX=relax == "minmax", BLOCK=BLOCK,
     )  # fmt: skip
     if normalize == "mask":
         total = c * weight.double().sum(1)
@@ -156,8 +182,8 @@ def backward(
     gb = empty_like(a, fmt) if wanted[1] else None
     backward_kernel[(n * blocks,)](
         grad.float().contiguous(), inverse, a, b, *pointers, a if ga is None else ga, a if gb is None else gb,
-        c, h * w, *strides, blocks,
-        CHANNELS_LAST=fmt is torch.channels_last, MASK=mask is not None, EXCLUDE=exclude is not None,
-        INCLUDE=include is not None, MINMAX=relax == "minmax", WANT_A=wanted[0], WANT_B=wanted[1], BLOCK=BLOCK,
+        c, h * w, w, *strides, blocks,
+        CHANNELS_LAST=fmt is torch.channels_last, MASK=_kind(a, mask), EXCLUDE=_kind(a, exclude),
+        INCLUDE=_kind(a, include), MINMAX=relax == "minmax", WANT_A=wanted[0], WANT_B=wanted[1], BLOCK=BLOCK,
     )  # fmt: skip
     return (a.new_empty(0) if ga is None else ga), (a.new_empty(0) if gb is None else gb)

@@ -65,10 +65,16 @@ def check_shape(op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[i
         raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}; move it there")
 
 
-def check_mask(op: str, name: str, mask: Tensor, x: Tensor) -> None:
-    """Raise unless `mask` weighs the pixels of x: (N,1,H,W) or (1,1,H,W), floating point, uint8 or bool."""
+def check_mask(op: str, name: str, mask: Tensor, x: Tensor, halved: bool = False) -> None:
+    """Raise unless `mask` weighs the pixels of x: (N,1,H,W) or (1,1,H,W), floating point, uint8 or bool.
+
+    halved: half of an even height and width will do too.
+    """
     n, _, h, w = x.shape
-    check_shape(op, name, mask, x, (n, 1, h, w), (1, 1, h, w))
+    allowed = [(n, 1, h, w), (1, 1, h, w)]
+    if halved and mask.shape not in allowed and h % 2 == w % 2 == 0:
+        allowed += [(n, 1, h // 2, w // 2), (1, 1, h // 2, w // 2)]
+    check_shape(op, name, mask, x, *allowed)
     if not mask.is_floating_point() and mask.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"{op}: {name} must be floating point, uint8 or bool, got {describe(mask)}; cast it")
 

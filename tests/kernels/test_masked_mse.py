@@ -13,7 +13,7 @@ from torch import Tensor
 
 from faceedit import kernels
 from faceedit.kernels import native
-from faceedit.kernels.masked_mse import NORMALIZE, RELAX, masked_mse, reference
+from faceedit.kernels.masked_mse import NORMALIZE, RELAX, effective_mask, masked_mse, reference
 
 OP = torch.ops.faceedit.masked_mse.default
 needs_cpp = pytest.mark.skipif(not native.build_report()["cpp"], reason="native module is missing")
@@ -85,6 +85,77 @@ def test_mask_dtypes_and_absent_masks(place: Place, dtype: torch.dtype) -> None:
         wide = None if present is None else present.double()
         expected = reference(a.double(), b.double(), wide, None, None, "clamp", "all")[0]
         assert_close("loss", y, expected, relative_l2=1e-6)
+
+
+def halved_masks(n: int, h: int, w: int) -> list[Tensor]:
+    """Masks of which the first and the last are of half the size."""
+    half, _, last = masks(n, h // 2, w // 2)
+    return [half, masks(n, h, w)[1], last]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("relax", RELAX)
+@pytest.mark.parametrize("place", PLACES)
+def test_halved_masks_match_reference(place: Place, relax: str, dtype: torch.dtype, fmt: torch.memory_format) -> None:
+    a, b = images(2, 3, 14, 34, dtype, fmt)
+    narrow = halved_masks(2, 14, 34)
+    wide = [m.double() for m in narrow]
+    check_against_oracle(
+        place,
+        lambda a, b: with_settings(masked_mse, relax, "mask")(a, b, *(m.to(a.device) for m in narrow)),
+        lambda a, b: with_settings(reference, relax, "mask")(a, b, *wide),
+        [a, b],
+        ("a", "b"),
+        dtype,
+    )
+
+
+def test_reference_spreads_a_halved_mask_by_quarters() -> None:
+    """Pixel 2i lies a quarter before element i of the half, pixel 2i + 1 a quarter behind it; the edges go on."""
+    half = torch.tensor([[0.0, 4.0], [8.0, 16.0]]).double().view(1, 1, 2, 2)
+    found = effective_mask(torch.zeros(1, 1, 4, 4).double(), half, None, None, "clamp")
+    rows = [[0, 1, 3, 4], [2, 3.25, 5.75, 7], [6, 7.75, 11.25, 13], [8, 10, 14, 16]]
+    assert found is not None
+    assert found[0, 0].tolist() == rows
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("side", [(2, 2), (2, 600), (600, 2), (6, 514), (40, 22)], ids=str)
+def test_every_pixel_of_a_halved_mask(place: Place, side: tuple[int, int]) -> None:
+    """The gradient of a loss with a - b = 1 shows the mask itself, pixel by pixel, across rows and blocks."""
+    h, w = side
+    a = torch.ones(2, 1, h, w)
+    for count, dtype in ((2, torch.float32), (1, torch.float16), (2, torch.uint8), (1, torch.bool)):
+        mask = draw(count, 1, h // 2, w // 2, seed=6, low=0.0)
+        mask = mask.to(dtype) if dtype.is_floating_point else (mask > 0.5).to(dtype)
+        _, (gradient, _) = run(place, lambda a, b, m=mask: masked_mse(a, b, m.to(a.device)), [a, torch.zeros_like(a)])
+        wanted = effective_mask(a.double(), mask, None, None, "clamp")
+        assert gradient is not None
+        assert wanted is not None
+        assert_close("mask", gradient * (h * w / 2), wanted.expand(2, 1, h, w), relative_l2=1e-6, absolute=1e-6)
+
+
+def test_halved_masks_trace_map_and_take_an_empty_batch() -> None:
+    a, b = images(2, 3, 4, 6, torch.float32, torch.contiguous_format)
+    mask, exclude, include = halved_masks(2, 4, 6)
+    torch.library.opcheck(OP, (a.requires_grad_(), b, mask, exclude, include, "minmax", "mask"))
+    torch.library.opcheck(OP, (a[:0], b[:0], mask[:0], None, None, "clamp", "mask"))
+    assert torch.equal(
+        torch.vmap(lambda a, m: masked_mse(a[None], b[:1], m[None]))(a, mask)[:, 0],
+        torch.cat([masked_mse(a[i : i + 1], b[:1], mask[i : i + 1]) for i in range(2)]),
+    )
+
+
+def test_core_refuses_a_halved_mask_of_odd_images() -> None:
+    if not native.build_report()["cpp"]:
+        pytest.skip("native module is missing")
+    images_ = {"a": 1, "b": 1, "inverse_weight": 1, "loss": 1, "workspace": 1, "batch": 1, "channels": 1}
+    for pixels, width, stride in ((6, 3, 0), (6, 2, 0), (8, 4, 8), (8, 0, 0)):
+        mask = {"mask": (1, stride, 0), "mask_halved": True, "pixels": pixels, "width": width}
+        message = "a mask must have the pixels" if stride else "an even number of rows and of columns"
+        with pytest.raises(RuntimeError, match=message):
+            native.module().masked_mse_fwd((-1, 1, 0), **images_, **mask)
 
 
 @needs_cpp
@@ -252,6 +323,7 @@ def test_mixed_dtypes_use_the_wider() -> None:
         ({"b": torch.zeros(2, 3, 4, 6)}, ValueError, "b must be of shape"),
         ({"mask": torch.zeros(2, 3, 4, 5)}, ValueError, r"mask must be of shape \(2, 1, 4, 5\) or \(1, 1, 4, 5\)"),
         ({"include": torch.zeros(2, 1, 4, 5, dtype=torch.int64)}, TypeError, "include must be floating point, uint8"),
+        ({"exclude": torch.zeros(2, 1, 2, 2)}, ValueError, r"exclude must be of shape \(2, 1, 4, 5\)"),
         ({"relax": "soft"}, ValueError, "relax must be one of"),
         ({"normalize": "mean"}, ValueError, "normalize must be one of"),
     ],
