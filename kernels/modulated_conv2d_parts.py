@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faceedit.kernels.tensors import in_dtype
+from faceedit.kernels.tensors import in_format
 from faceedit.kernels.upfirdn2d import filtered
 
 EPSILON = 1e-8  # under the root of the demodulation
@@ -178,7 +178,7 @@ def fp16_factor(style: Tensor, demodulation: Tensor) -> Tensor:
 
 def vectors(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool) -> Vectors:
     """Make the vectors from operands, with what is remembered of the weight."""
-    s = in_dtype(styles, compute_dtype(x))
+    s = in_format(styles, compute_dtype(x), torch.contiguous_format)
     if not demodulate:
         return Vectors(s, None, None)
     d = F.linear(s * s, squares(weight).to(s.dtype)).add_(EPSILON).rsqrt_()

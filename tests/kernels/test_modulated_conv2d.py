@@ -221,6 +221,22 @@ def test_one_large_sample_folds_the_style_into_the_weight(up: int, down: int, fm
 shapes = st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 70), st.integers(1, 13), st.integers(1, 13))
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_styles_may_be_a_slice_of_a_wider_tensor(place: Place) -> None:
+    """As a network gets them that computes the styles of several layers at once."""
+    x, weight, styles, *_ = inputs(rgb=False)
+    assert styles is not None
+    wide = torch.stack([styles, torch.full_like(styles, 1e3)], 2).flatten(1)
+    expected, (gx, gweight, gstyles) = run(place, call(), [x, weight, styles])
+    y, found = run(place, lambda x, weight, wide: call()(x, weight, wide[:, ::2]), [x, weight, wide])
+    assert_close("output", y, expected, relative_l2=1e-6)
+    for actual, wanted in zip(found, (gx, gweight, gstyles), strict=True):
+        assert actual is not None
+        assert wanted is not None
+        actual = actual[:, ::2] if actual.shape == wide.shape else actual
+        assert_close("gradient", actual, wanted, relative_l2=1e-5)
+
+
 @needs_cpp
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
