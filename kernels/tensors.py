@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory formats, argument checks and output allocation shared by every op."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -99,7 +99,19 @@ def _filled(values: Tensor) -> Tensor:
 
 INTEGER_POISON = 171  # fits every integer dtype; an unlikely result
 GUARD = 64  # elements either side of a poisoned buffer
-_poison: Guards | None = None
+
+Allocate = Callable[[tuple[int, ...], Tensor, torch.dtype, torch.memory_format], Tensor]
+_allocate: Allocate | None = None  # in place of PyTorch's, inside `poison()` or `reused()`
+
+
+@contextmanager
+def _allocating(allocate: Allocate) -> Iterator[None]:
+    global _allocate
+    before, _allocate = _allocate, allocate
+    try:
+        yield
+    finally:
+        _allocate = before
 
 
 @contextmanager
@@ -108,34 +120,56 @@ def poison() -> Iterator[Guards]:
 
     An element the kernel fails to write stays NaN; a write outside the buffer shows in `Guards.untouched()`.
     """
-    global _poison
-    before, _poison = _poison, Guards()
-    try:
-        yield _poison
-    finally:
-        _poison = before
+    guards = Guards()
+
+    def allocate(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
+        layout = torch.empty(shape, device="meta", dtype=dtype, memory_format=fmt)
+        fill = float("nan") if dtype.is_floating_point else INTEGER_POISON
+        buffer = torch.full((layout.numel() + 2 * GUARD,), fill, device=like.device, dtype=dtype)
+        guards.buffers.append((buffer, layout.numel()))
+        return buffer[GUARD : GUARD + layout.numel()].as_strided(layout.shape, layout.stride(), GUARD)
+
+    with _allocating(allocate):
+        yield guards
+
+
+@contextmanager
+def reused(kept: list[Tensor]) -> Iterator[None]:
+    """Hand out the tensors of `kept` in order and add what is missing: for a benchmark that repeats a call.
+
+    Results of the last run with the same list are overwritten.
+    """
+    position = 0
+
+    def allocate(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
+        nonlocal position
+        found = kept[position] if position < len(kept) else None
+        if found is None or found.shape != shape or found.dtype != dtype or not found.is_contiguous(memory_format=fmt):
+            found = torch.empty(shape, device=like.device, dtype=dtype, memory_format=fmt)
+            kept[position:] = [found]
+        position += 1
+        return found.detach()  # a tensor of its own, which autograd may mark as it likes
+
+    with _allocating(allocate):
+        yield
 
 
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, fmt: torch.memory_format) -> Tensor:
     """Allocate an output or workspace on like's device, uninitialised (poisoned inside `poison()`)."""
-    if _poison is None:
+    if _allocate is None:
         return torch.empty(shape, device=like.device, dtype=dtype, memory_format=fmt)
-    layout = torch.empty(shape, device="meta", dtype=dtype, memory_format=fmt)
-    fill = float("nan") if dtype.is_floating_point else INTEGER_POISON
-    buffer = torch.full((layout.numel() + 2 * GUARD,), fill, device=like.device, dtype=dtype)
-    _poison.buffers.append((buffer, layout.numel()))
-    return buffer[GUARD : GUARD + layout.numel()].as_strided(layout.shape, layout.stride(), GUARD)
+    return _allocate(shape, like, dtype, fmt)
 
 
 def empty_like(x: Tensor, fmt: torch.memory_format) -> Tensor:
     """Allocate an output of x's shape and dtype in format `fmt`."""
-    if _poison is None:
+    if _allocate is None:
         return torch.empty_like(x, memory_format=fmt)
     return empty(tuple(x.shape), x, x.dtype, fmt)
 
 
 def empty_float(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Allocate a float32 (or wider) vector, map or workspace."""
-    if _poison is None:
+    if _allocate is None:
         return like.new_empty(shape, dtype=dtype)
     return empty(shape, like, dtype, torch.contiguous_format)

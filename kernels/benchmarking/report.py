@@ -9,11 +9,12 @@ _HEADER = (
     f"{'ratio':>6} {'IQR':>13} {'minima':>6} {'GB/s':>7} {'copy':>5} {'GFLOP/s':>8} {'matrix':>6} {'peak MB':>8}"
 )
 _CUDA_HEADER = f" {'warm ms':>9} {'graph ms':>9} {'graph cold':>10}"
+_CPU_HEADER = f" {'reused ms':>9}"
 
 
 def header(device: str) -> str:
     """Return the table's first line."""
-    return _HEADER + (_CUDA_HEADER if device == "cuda" else "")
+    return _HEADER + (_CUDA_HEADER if device == "cuda" else _CPU_HEADER)
 
 
 def introduction(description: dict[str, Any], rates: dict[str, Any], missing: dict[str, str]) -> Iterable[str]:
@@ -28,6 +29,7 @@ def introduction(description: dict[str, Any], rates: dict[str, Any], missing: di
         yield f"no {provider}: {reason}"
     yield "ratio: times faster than the first provider of the row, median of the rounds' ratios; `noisy`: that and the"
     yield "ratio of minima differ by more than a quarter. GB/s: the bytes that must move at least. peak: beyond inputs."
+    yield "reused: the median where the op writes over its last results, to memory that the process already has."
 
 
 def line(record: dict[str, Any], rates: dict[str, Any]) -> str:
@@ -51,6 +53,8 @@ def line(record: dict[str, Any], rates: dict[str, Any]) -> str:
     if "warm_s" in record:
         columns = [record["warm_s"], record["graph_s"], record["graph_cold_s"]]
         text += "".join(f" {'-' if s is None else format(s * 1e3, '.4g'):>9}" for s in columns)
+    elif "reused_s" in record:
+        text += f" {record['reused_s'] * 1e3:>9.4g}"
     return text + (" noisy" if ratio["noisy"] else "")
 
 

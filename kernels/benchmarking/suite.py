@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from faceedit.kernels.benchmarking.case import PASSES, Benchmark, Case
-from faceedit.kernels.benchmarking.providers import Step, WrongResultError, check, missing, step
+from faceedit.kernels.benchmarking.providers import BACKEND, Step, WrongResultError, check, missing, step
 from faceedit.kernels.benchmarking.timing import CpuClock, CudaClock, Spread, graph_of, interleave, ratio
+from faceedit.kernels.tensors import reused
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,21 @@ def _time(
         }
         if settings.device == "cuda":
             records[name] |= _other_columns(steps[name])
+        elif name in BACKEND:
+            records[name]["reused_s"] = _reused(steps[name])
+
+
+def _reused(call: Step) -> float:
+    """Time one provider on the CPU whose ops write where their last call wrote: no page is new to the process."""
+    clock = CpuClock()
+    kept: list[Tensor] = []
+
+    def repeated() -> object:
+        with reused(kept):
+            return call()
+
+    repeats = clock.repeats(repeated)
+    return statistics.median(clock.sample(repeated, repeats) for _ in range(5))
 
 
 def _other_columns(call: Step) -> dict[str, Any]:

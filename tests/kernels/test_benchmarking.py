@@ -10,9 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from faceedit.kernels import native, noise_bias_act
 from faceedit.kernels.benchmarking import SMALL, Benchmark, Case, benchmarks, draw, report, suite
 from faceedit.kernels.benchmarking.providers import missing, relative_error
 from faceedit.kernels.benchmarking.timing import MOST_ROUNDS, Call, Spread, interleave, ratio
+from faceedit.kernels.tensors import reused
+
+needs_cpp = pytest.mark.skipif(not native.build_report()["cpp"], reason="native module is missing")
 
 
 class Script:
@@ -131,6 +135,38 @@ def test_timed_records_hold_what_the_table_shows() -> None:
     assert "1.0" in report.line(second, rates)
     (line, _) = suite.summarise(records, {"toy": toy()})
     assert (line["provider"], line["layers"], line["target"]) == ("another", 1, None)
+
+
+@needs_cpp
+@pytest.mark.usefixtures("scripted")
+def test_the_compiled_kernel_has_a_column_for_reused_outputs() -> None:
+    records = records_of(toy(), "1@8", providers=("eager", "cpp"), rounds=1, seconds=0.0)
+    assert ["reused_s" in record for record in records] == [False, True] * 2
+    rates = {"copy_bytes_per_s": 1e9, "matrix": {"float32": 1e12}}
+    values = [report.line(record, rates).split()[-1] for record in records[1::2]]
+    assert values == [f"{record['reused_s'] * 1e3:.4g}" for record in records[1::2]]  # type: ignore[operator]
+    assert report.header("cpu").split()[-2:] == ["reused", "ms"]
+
+
+@needs_cpp
+def test_reused_outputs_are_written_over() -> None:
+    kept: list[Tensor] = []
+    results = []
+    for value in (1.0, 2.0):
+        x = torch.full((1, 2, 3, 3), value, requires_grad=True)
+        with reused(kept):
+            y = noise_bias_act(x, gain=3.0)
+            results.append((y.data_ptr(), y.detach().clone(), torch.autograd.grad(y.sum(), x)[0].clone()))
+    (address, first, slope), (again, second, same) = results
+    assert address == again
+    assert torch.equal(2 * first, second)
+    assert torch.equal(slope, torch.full_like(slope, 3.0))
+    assert torch.equal(slope, same)
+    with reused(kept):
+        other = noise_bias_act(torch.ones(1, 2, 4, 4), gain=3.0)
+    assert other.shape == (1, 2, 4, 4)
+    assert len({t.data_ptr() for t in kept}) == len(kept)
+    assert noise_bias_act(torch.ones(1, 2, 4, 4)).data_ptr() not in {t.data_ptr() for t in kept}
 
 
 def test_target_is_reached_or_missed_in_words() -> None:
