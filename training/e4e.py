@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from faceedit.errors import UsageError
 from faceedit.networks.e4e import E4EConfig, E4EEncoder
+from faceedit.networks.resizing import resize_square
 from faceedit.networks.stylegan2 import StyleGAN2Generator
 from faceedit.projection import face_embedding, squared_distance
 from faceedit.training.aligned import AlignedConfig, AlignedFaces
@@ -155,8 +155,7 @@ class E4ETask(Task[E4ERecipe]):
 
     def _seen(self, image: Tensor) -> Tensor:
         """Images at the encoder's size."""
-        size_px = self.recipe.network.size_px
-        return image if image.shape[-1] == size_px else F.interpolate(image, (size_px, size_px), mode="area")
+        return resize_square(image, self.recipe.network.size_px, "e4e")
 
     def _encode(self, image: Tensor) -> Tensor:
         with torch.no_grad():

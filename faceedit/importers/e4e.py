@@ -16,14 +16,14 @@ from faceedit.importers.checkpoints import Checkpoint, State, flatten
 from faceedit.importers.conversion import Converted, fill, plain, shape_text, width
 from faceedit.networks.e4e import E4EConfig, E4EEncoder
 
-PARTS: tuple[str, ...] = ("encoder",)
+PARTS: tuple[str, ...] = ()
 _WHAT = "an e4e encoder"
 _STAGES = 4
 
 
 def convert(checkpoint: Checkpoint, part: str = "") -> Converted:
     """The encoder of a checkpoint. Raises WeightsError that names what is missing, left over or of another shape;
-    `part` is "" or "encoder", which mean the same."""
+    `part` is always ""."""
     layout, content, average = _encoder(checkpoint)
     state = flatten(checkpoint.name, content)
     if "input_layer.0.weight" not in state.tensors:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faceedit.networks.resizing import resize_square
 from faceedit.networks.stylegan2 import EqualLinear
 
 _COARSE, _MIDDLE = 3, 7  # the first style read from the middle and from the finest map of the pyramid
@@ -153,12 +154,8 @@ class E4EEncoder(nn.Module):
         return torch.stack(ws, dim=1) + self.average
 
     def encode(self, image: Tensor) -> Tensor:
-        """Styles of images (N,3,H,W) of any size: area average downwards, bilinear upwards."""
-        side = (self.config.size_px, self.config.size_px)
-        if image.shape[-2:] != side:
-            shrinks = min(image.shape[-2:]) >= self.config.size_px
-            image = F.interpolate(image, side, mode="area") if shrinks else F.interpolate(image, side, mode="bilinear")
-        return self(image)
+        """Styles of square images (N,3,S,S) of any size: area average downwards, bilinear upwards."""
+        return self(resize_square(image, self.config.size_px, "E4EEncoder"))
 
     def _pyramid(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps of a 16th, an 8th and a 4th of the side, all as wide as the last stage."""

@@ -155,9 +155,9 @@ def test_damaged_files_are_refused(change: str, message: str, tmp_path: Path) ->
 
 def test_there_is_one_part(tmp_path: Path) -> None:
     torch.save(official(original.encoder_state(), average(1)), tmp_path / "e4e.pt")
-    with pytest.raises(UnknownNameError, match="part must be one of encoder, got 'decoder'"):
+    with pytest.raises(UnknownNameError, match="part must be left out for e4e, got 'decoder'"):
         import_weights("e4e", tmp_path / "e4e.pt", tmp_path / "out.safetensors", part="decoder")
-    header = import_weights("e4e", tmp_path / "e4e.pt", tmp_path / "out.safetensors", part="encoder")
+    header = import_weights("e4e", tmp_path / "e4e.pt", tmp_path / "out.safetensors")
     assert (header.kind, header.recipe) == ("e4e", "weights import e4e: the encoder of an official e4e file")
 
 
