@@ -24,7 +24,7 @@ Plane: TypeAlias = NDArray[np.float32]
 MIN_SCORE = 0.35
 """Below this the five points are not those of a face that can be aligned."""
 
-_NOSE_TIP = 0.78  # share of the way from the bridge to the lower edge of the nose's region
+_NOSE_TIP = 0.88  # share of the way from the bridge to the lower edge of the nose's region
 _BROW_TO_EYE = 0.29  # distances as shares of eyes-to-mouth, of a mean face
 _NOSE_TO_MOUTH = 0.45
 _MIN_AREA = 1.0e-4  # of the crop: a blob smaller than this (6 px at 256 x 256) is noise
