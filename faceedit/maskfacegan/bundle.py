@@ -52,7 +52,7 @@ class Bundle:
     parser: str = "maskfacegan-parser-starter"
     encoder: str = ""
     features: str = "attribute-classifier-starter"
-    framing: Framing = "portrait"
+    framing: Framing = "ffhq"
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def configuration(self, preset_name: str) -> MaskFaceGANConfig:
@@ -68,7 +68,7 @@ class Bundle:
 
 
 def read_bundle(weights: str | Path) -> Bundle:
-    """The bundle that a name stands for: "starter", a .json file, or weights of a generator (FFHQ framing).
+    """The bundle that a name stands for: "starter", a .json file, or weights of a generator.
 
     Raises: WeightsError for a file that is missing or no bundle.
     """
@@ -76,7 +76,7 @@ def read_bundle(weights: str | Path) -> Bundle:
     if name in ("starter", "maskfacegan-starter"):
         return Bundle()
     if not name.endswith(".json"):
-        return Bundle(generator=name, framing="ffhq")
+        return Bundle(generator=name)
     path = Path(name)
     try:
         bundle = from_dict(Bundle, json.loads(path.read_bytes()), where=path.name)

@@ -147,7 +147,7 @@ def test_bundles_that_are_no_files(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="must be a bundle"):
         read_bundle(tmp_path / "broken.json")
     assert read_bundle("starter") == Bundle()
-    assert read_bundle("ffhq.safetensors") == Bundle(generator="ffhq.safetensors", framing="ffhq")
+    assert read_bundle("ffhq.safetensors") == Bundle(generator="ffhq.safetensors")
 
 
 def test_a_parser_of_another_scheme_is_refused(editor: MaskFaceGANEditor, face: FaceRecord) -> None:

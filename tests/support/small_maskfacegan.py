@@ -47,6 +47,7 @@ def write_bundle(folder: Path, name: str = "bundle.json", **changes: object) -> 
         "classifier": "c.safetensors",
         "parser": "p.safetensors",
         "features": "c.safetensors",
+        "framing": "portrait",
         "config": STEPS,
     }
     path = folder / name
