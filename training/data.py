@@ -167,15 +167,21 @@ def _flipped_variants(
 
 @dataclass(frozen=True, slots=True)
 class AugmentConfig:
-    """Photometric changes shared by source and target of a pair, and softened masks as a parser gives them."""
+    """Photometric changes shared by source and target of a pair, and softened masks as a parser gives them.
+
+    `fading` is the most colour a picture may lose, in [0, 1] (1: down to grey); most lose little.
+    """
 
     flip: bool = True
     gain: float = 0.15
     gamma: float = 0.25
     tint: float = 0.06
-    grey_share: float = 0.0
+    fading: float = 0.0
     noise: float = 0.02
     soften_mask_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        require(0 <= self.fading <= 1, "augment.fading", "in [0, 1]", self.fading)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +267,7 @@ def soften_mask(mask: Tensor, share: float, generator: torch.Generator) -> Tenso
 
 
 def augment_images(images: list[Tensor], config: AugmentConfig, generator: torch.Generator) -> list[Tensor]:
-    """The same random gain, gamma, tint, greyness and noise on every image batch of the list (all N×3×S×S)."""
+    """The same random gain, gamma, tint, fading and noise on every image batch of the list (all N×3×S×S)."""
     count = images[0].shape[0]
 
     def draw(spread: float, channels: int = 1) -> Tensor:
@@ -269,12 +275,12 @@ def augment_images(images: list[Tensor], config: AugmentConfig, generator: torch
 
     scale = (1 + draw(config.gain)) * (1 + draw(config.tint, 3))
     power = torch.exp(draw(config.gamma))
-    grey = (torch.rand(count, 1, 1, 1, generator=generator) < config.grey_share).float()
+    fading = torch.rand(count, 1, 1, 1, generator=generator).square() * config.fading
     noise = torch.randn(images[0].shape, generator=generator) * draw(config.noise).abs()
     weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     changed = []
     for image in images:
         light = ((image + 1) / 2).clamp(0, 1) ** power * scale
-        light = light + grey * ((light * weights).sum(1, keepdim=True) - light)
+        light = light + fading * ((light * weights).sum(1, keepdim=True) - light)
         changed.append(((light + noise).clamp(0, 1)) * 2 - 1)
     return changed

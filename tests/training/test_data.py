@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,24 @@ def test_source_and_target_share_augmentation_and_mirroring(families: SyntheticP
     assert ground.sum() > 1000
     gap = ((batch["source"] - batch["target"]).abs() * ground).amax(1)
     assert (gap > 0.02).float().sum() / ground.sum() < 0.02
+
+
+def test_fading_takes_colour_from_both_pictures_alike_and_no_light(families: SyntheticPortraits) -> None:
+    draws = [torch.Generator().manual_seed(3) for _ in range(2)]
+    plain = sample_pairs(families, 64, draws[0], PairConfig(), PLAIN)
+    faded = sample_pairs(families, 64, draws[1], PairConfig(), replace(PLAIN, fading=1.0))
+    kept = {name: _saturation(faded[name]) / _saturation(plain[name]) for name in ("source", "target")}
+    torch.testing.assert_close(kept["source"], kept["target"], rtol=1e-3, atol=1e-3)
+    assert kept["source"].min() < 0.2 < 0.9 < kept["source"].max() <= 1.001
+    light = torch.tensor([0.299, 0.587, 0.114])
+    for name in kept:
+        before, after = (torch.einsum("nchw,c->nhw", batch[name], light) for batch in (plain, faded))
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
+
+
+def _saturation(image: torch.Tensor) -> torch.Tensor:
+    """Mean distance between a pixel's largest and smallest channel, one value a picture."""
+    return (image.amax(1) - image.amin(1)).mean((1, 2))
 
 
 def test_softened_masks_still_sum_to_one(families: SyntheticPortraits) -> None:
