@@ -7,6 +7,7 @@ model that saw real faces (training/face_mesh.py) does not draw hair, glasses or
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,12 @@ _SUBPIXELS = 4
 
 
 def read_contours(path: Path) -> dict[str, NDArray[np.float32]]:
-    """File name → landmarks 478×2 (x, y), photo pixels. Raises ConfigError for a file of another kind."""
-    with np.load(path, allow_pickle=False) as stored:
-        contours = {name: np.asarray(stored[name]) for name in stored.files}
+    """File name → landmarks 478×2 (x, y), photo pixels. Raises OutOfRangeError for a file of another kind, or none."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            contours = {name: np.asarray(stored[name]) for name in stored.files}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):  # TypeError: a single array
+        contours = {}
     require(bool(contours), "photo_contours", "a file that training/face_mesh.py wrote", path)
     for name, points in contours.items():
         require(points.shape == (478, 2), f"photo_contours[{name}]", "478 points (x, y)", points.shape)

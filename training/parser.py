@@ -10,7 +10,6 @@ without them small errors of the teacher grow, because a student that shares the
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +23,8 @@ from torch.nn import functional as F
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.parser import ParserConfig, ParserNet
 from faceedit.training import cache
-from faceedit.training import contours as contour_module
 from faceedit.training.config import AdamConfig, TrainerConfig, require
-from faceedit.training.contours import BARE, DRAWN, UNKNOWN, contour_labels, five_points, read_contours
+from faceedit.training.contours import BARE, DRAWN, UNKNOWN
 from faceedit.training.degradation import (
     backdrops,
     flip_some,
@@ -38,8 +36,10 @@ from faceedit.training.degradation import (
     warp_image,
     warp_labels,
 )
+from faceedit.training.framed_photos import FramedPhotos, framed_photos
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
-from faceedit.training.segmentation import dice_loss, overlay_sheet, segmentation_scores
+from faceedit.training.parser_evaluation import TEST_PEOPLE, header_metrics, parser_scores
+from faceedit.training.segmentation import dice_loss, overlay_sheet
 from faceedit.training.task import Task, TrainingContext, start_from
 
 # Cross-entropy weight by class: thin parts would otherwise be bought off by hair and ground.
@@ -66,7 +66,7 @@ class ParserRecipe:
     )
     people: int = 7200
     batch: int = 12
-    test_people: int = 96
+    test_people: int = TEST_PEOPLE
     overlap: float = 0.5
     photos: Path | None = None
     photo_contours: Path | None = None
@@ -100,16 +100,10 @@ class ParserTask(Task[ParserRecipe]):
         self.net = context.add_network("parser", network, recipe.optimizer, average=True)
         self.people = _rendered(recipe, "train", recipe.people, _silent)
         self.test = _rendered(recipe, "test", recipe.test_people, _silent)
-        self.photos: np.ndarray | None = None
-        self.contours: np.ndarray | None = None
-        self.held_out: dict[str, np.ndarray] = {}
-        if recipe.photos is not None:
-            framed = _framed(recipe, _silent)
-            self.photos, self.contours = framed["crops"], framed.get("contours")
-            if self.contours is not None:  # every eighth photo only measures
-                test = np.arange(len(self.photos)) % 8 == 0
-                self.held_out = {"crops": self.photos[test], "contours": self.contours[test]}
-                self.photos, self.contours = self.photos[~test], self.contours[~test]
+        self.photos: FramedPhotos | None = None
+        self.held_out: FramedPhotos | None = None
+        if (framed := _framed(recipe, _silent)) is not None:
+            self.photos, self.held_out = framed.split()
         self.taught: np.ndarray | None = None
         if self.photos is not None and recipe.photo_teacher is not None:
             self.taught = _opinions(recipe.photo_teacher, self.photos, context)
@@ -122,8 +116,7 @@ class ParserTask(Task[ParserRecipe]):
     def prepare(cls, recipe: ParserRecipe, *, report: Any = None) -> None:
         _rendered(recipe, "train", recipe.people, report or _silent)
         _rendered(recipe, "test", recipe.test_people, report or _silent)
-        if recipe.photos is not None:
-            _framed(recipe, report or _silent)
+        _framed(recipe, report or _silent)
 
     def _photos_join(self, step: int) -> bool:
         return self.photos is not None and step >= self.recipe.photo_from * self.recipe.trainer.steps
@@ -136,7 +129,7 @@ class ParserTask(Task[ParserRecipe]):
         image = recolour_regions(image, labels, generator)
         if self.photos is not None:
             others = torch.randint(len(self.photos), (len(rows),), generator=generator).tolist()
-            ground = backdrops((cache.unpack_image(np.stack([self.photos[r] for r in others])) + 1) / 2, generator)
+            ground = backdrops((self.photos.read(others) + 1) / 2, generator)
             chosen = torch.rand(len(rows), generator=generator) < self.recipe.photo_backdrops
             image = replace_background(image, labels, ground, chosen)
         grid = random_warp(len(rows), image.shape[-1], generator)
@@ -145,10 +138,7 @@ class ParserTask(Task[ParserRecipe]):
         if self._photos_join(step):
             assert self.photos is not None
             rows = torch.randint(len(self.photos), (self.recipe.photo_batch,), generator=generator).tolist()
-            photo = cache.unpack_image(np.stack([self.photos[r] for r in rows]))
-            drawn = torch.full((len(photo), *photo.shape[2:]), UNKNOWN, dtype=torch.int64)
-            if self.contours is not None:
-                drawn = torch.from_numpy(np.stack([self.contours[r] for r in rows]).astype(np.int64))
+            photo, drawn = self.photos.read(rows), self.photos.read_contours(rows)
             known = [drawn] if self.taught is None else [drawn, cache.unpack_mask(self.taught[rows])]
             photo, drawn, *soft = flip_some(photo, generator, *known)
             grid = random_warp(len(rows), photo.shape[-1], generator)
@@ -191,29 +181,9 @@ class ParserTask(Task[ParserRecipe]):
         per_pixel = F.cross_entropy(logits.contiguous(), target, reduction="none")
         return (weight * per_pixel).mean(), (weight > 0).float().mean()
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """IoU by class and their mean on unseen synthetic portraits, as rendered; with contours also the IoU of drawn
-        parts, left and right together, on photos that were held out (`photo_iou_…`)."""
-        network = self.context.best("parser").eval()
-        scores = segmentation_scores(network, self.test.batches(8), CELEBAMASK_HQ, self.context.device)
-        return scores | self._agreement()
-
-    def _agreement(self) -> dict[str, float]:
-        network = self.context.best("parser").eval()
-        parts = {"eyes": ("l_eye", "r_eye"), "brows": ("l_brow", "r_brow"), "nose": ("nose",)}
-        parts["lips"] = ("u_lip", "mouth", "l_lip")
-        hits, area = dict.fromkeys(parts, 0), dict.fromkeys(parts, 0)
-        for start in range(0, len(self.held_out.get("crops", ())), 8):
-            image = cache.unpack_image(self.held_out["crops"][start : start + 8]).to(self.context.device)
-            predicted = network(image).argmax(1).cpu().numpy()
-            drawn = self.held_out["contours"][start : start + 8]
-            for part, names in parts.items():
-                ids = [CELEBAMASK_HQ.id(name) for name in names]
-                found, truth, said = np.isin(predicted, ids), np.isin(drawn, ids), drawn != UNKNOWN
-                hits[part] += int((found & truth).sum())
-                area[part] += int(((found & said) | truth).sum())
-        return {f"photo_iou_{part}": hits[part] / area[part] for part in parts if area[part]}
+        """`parser_scores` on unseen synthetic portraits and, with contours, on the photos that were held out."""
+        return parser_scores(self.context.best("parser").eval(), self.test, self.held_out, self.context.device)
 
     def sample_sheet(self) -> Tensor:
         """Rows of (image, prediction): degraded synthetic people, then photos when there are any."""
@@ -221,7 +191,7 @@ class ParserTask(Task[ParserRecipe]):
         columns = len(images[0])
         if self.photos is not None:
             chosen = np.linspace(0, len(self.photos) - 1, 3 * columns).astype(int).reshape(3, columns)
-            images += [cache.unpack_image(self.photos[row]) for row in chosen]
+            images += [self.photos.read(row.tolist()) for row in chosen]
         return overlay_sheet(self.context.best("parser").eval(), images, CELEBAMASK_HQ, self.context.device)
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
@@ -242,23 +212,19 @@ class ParserTask(Task[ParserRecipe]):
             source="trained by this project",
             recipe="parser-starter",
             label_scheme=CELEBAMASK_HQ.name,
-            metrics={
-                "synthetic_test_mean_iou" if name == "mean_iou" else name: value
-                for name, value in metrics.items()
-                if name == "mean_iou" or name.startswith("photo_iou_")
-            },
+            metrics=header_metrics(metrics),
         )
 
 
 @torch.no_grad()
-def _opinions(weights: str, photos: np.ndarray, context: TrainingContext) -> np.ndarray:
+def _opinions(weights: str, photos: FramedPhotos, context: TrainingContext) -> np.ndarray:
     """What exported or registered `weights` say of each photo, averaged with its mirror image, packed N×S×S×3."""
     from faceedit.parsing import FaceParser
     from faceedit.registry import load_network
 
     teacher = FaceParser(load_network(weights, context.device, kind="parser"), weights)
     with context.fabric.autocast():
-        parts = [teacher.parse_crop(cache.unpack_image(photos[k : k + 8])) for k in range(0, len(photos), 8)]
+        parts = [teacher.parse_crop(cache.unpack_image(photos.crops[k : k + 8])) for k in range(0, len(photos), 8)]
     return np.concatenate([cache.pack_mask(part) for part in parts])
 
 
@@ -309,60 +275,10 @@ def _rendered(recipe: ParserRecipe, split: str, people: int, report: Callable[[s
     return labelled_portraits(split, people, recipe.network.size_px, recipe.cache_dir, report)
 
 
-def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> dict[str, np.ndarray]:
-    """uint8 "crops" N×S×S×3 of the photos and, with landmarks, "contours" N×S×S.
-
-    Landmarks frame a photo as the runtime aligns it. Without them the detector alone does: the parser that would find
-    the eyes is being trained.
-    """
-    from faceedit.alignment import portrait_alignment, rough_alignment
-    from faceedit.detection import detect_faces
-    from faceedit.errors import FaceEditError
-    from faceedit.images import read_image
-
-    assert recipe.photos is not None
-    size = recipe.network.size_px
-    files = sorted(path for path in recipe.photos.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
-    require(bool(files), "photos", "a folder of photos", recipe.photos)
-    meshes = read_contours(recipe.photo_contours) if recipe.photo_contours is not None else {}
-
-    def fill(start: int, stop: int) -> dict[str, np.ndarray]:
-        crops = np.zeros((stop - start, size, size, 3), dtype=np.uint8)
-        contours = np.full((stop - start, size, size), UNKNOWN, dtype=np.uint8)
-        usable = np.zeros(stop - start, dtype=bool)
-        for row, path in enumerate(files[start:stop]):
-            try:
-                pixels = read_image(path).pixels
-            except FaceEditError:
-                continue
-            height, width = pixels.shape[:2]
-            mesh = meshes.get(path.name)
-            if mesh is not None:
-                alignment = portrait_alignment(five_points(mesh), (height, width), size)
-                contours[row] = contour_labels(alignment.to_crop(mesh), size)
-            elif not meshes and (boxes := detect_faces(pixels)):
-                box = boxes[0]
-                alignment = rough_alignment((box.x, box.y, box.w, box.h), (height, width), size)
-            else:
-                continue
-            crops[row] = alignment.warp_image(pixels)
-            usable[row] = True
-        return {"crops": crops, "contours": contours, "usable": usable}
-
-    values: dict[str, Any] = {"size": size, "files": [(path.name, path.stat().st_size) for path in files], "version": 2}
-    if recipe.photo_contours is not None:
-        values["contours"] = hashlib.sha256(recipe.photo_contours.read_bytes()).hexdigest()
-    name = f"framed-photos-{size}px-{cache.fingerprint(values, [Path(contour_module.__file__)])}"
-    shapes = {
-        "crops": ((len(files), size, size, 3), "uint8"),
-        "contours": ((len(files), size, size), "uint8"),
-        "usable": ((len(files),), "bool"),
-    }
-    arrays = cache.build_cache((recipe.cache_dir or cache.default_cache_dir()) / name, shapes, 16, fill, report)
-    usable = np.asarray(arrays["usable"])
-    require(bool(usable.any()), "photos", "a folder of photos that show faces", recipe.photos)
-    wanted = ("crops", "contours") if meshes else ("crops",)
-    return {name: np.asarray(arrays[name])[usable] for name in wanted}
+def _framed(recipe: ParserRecipe, report: Callable[[str], Any]) -> FramedPhotos | None:
+    if recipe.photos is None:
+        return None
+    return framed_photos(recipe.photos, recipe.photo_contours, recipe.network.size_px, recipe.cache_dir, report)
 
 
 __all__ = ["ParserRecipe", "ParserTask", "overrule", "pseudo_labels"]

@@ -17,6 +17,7 @@ from faceedit.detection import FaceBox
 from faceedit.errors import UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.registry import load_network
+from faceedit.training import parser_evaluation
 from faceedit.training.degradation import flip_some
 from faceedit.training.parser import pseudo_labels
 from faceedit.training.segmentation import dice_loss
@@ -67,7 +68,13 @@ def test_a_run_with_few_photos_exports_what_loads(
     assert sheet.size == (4 * 64, (1 + 3) * 2 * 64)
 
 
-def test_contours_join_and_hold_photos_out(cache_dir: Path, photos: Path, tmp_path: Path) -> None:
+def test_contours_join_and_hold_photos_out(
+    cache_dir: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     mesh = np.random.default_rng(5).uniform(20, 40, (478, 2)).astype(np.float32)
     mesh[[33, 133, 263, 362, 1, 61, 291]] = [(18, 25), (22, 25), (28, 25), (32, 25), (25, 32), (20, 40), (30, 40)]
     np.savez(tmp_path / "contours.npz", **{f"{number}.png": mesh for number in range(3)})
@@ -77,6 +84,17 @@ def test_contours_join_and_hold_photos_out(cache_dir: Path, photos: Path, tmp_pa
     network: Any = load_network(result.weights, kind="parser")
     assert "Face Mesh" in network.header.training_data
     assert "photo_iou_eyes" in network.header.metrics
+
+    # The evaluation command finds the same scores, but for the rounding of exported weights.
+    monkeypatch.setenv("FACEEDIT_CACHE", str(cache_dir))
+    again = [str(result.weights), "--people", "4", "--output", str(tmp_path / "report"), "--json"]
+    again += ["--photos", str(photos), "--photo-contours", str(tmp_path / "contours.npz")]
+    capsys.readouterr()
+    assert parser_evaluation.main(again) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["photos"] == 1
+    assert report["scores"] == pytest.approx(result.metrics, abs=0.01)
+    assert report["header"] == pytest.approx(network.header.metrics)
 
     # Exported weights may label the photos once, instead of the averaged network all along.
     fixed = train(cache_dir, tmp_path / "fixed", *more, f"photo_teacher={result.weights}")
