@@ -5,8 +5,8 @@ python -m faceedit.training.maskfacegan_ablation bundle.json --people 48 --outpu
 
 Three variants edit the same people: the latent code alone without the shape term, with noise optimisation, with the
 shape term as well. Each local attribute is inverted where a person has it, as in the paper. FID is between the edited
-and the unedited pictures of one attribute, averaged over attributes, in the features of the judge that is named in the
-report; the paper's is Inception's, so only the order of the rows compares.
+and the unedited pictures of one attribute, averaged over attributes, in the features of the network that the report
+names; the paper's is Inception's, so with another only the order of the rows compares.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from faceedit.attributes import MASKFACEGAN_LOCAL
-from faceedit.classification import STARTER
 from faceedit.errors import UsageError
 from faceedit.labels import MASKFACEGAN
 from faceedit.maskfacegan.bundle import load_networks, read_bundle
@@ -34,12 +32,13 @@ from faceedit.maskfacegan.networks import Networks, resize
 from faceedit.maskfacegan.optimizer import optimize
 from faceedit.maskfacegan.outcome import EditOutcome
 from faceedit.maskfacegan.plan import EditPlan, make_plan
-from faceedit.networks.classifier import AttributeClassifier
 from faceedit.training.data import SPLIT_SEEDS
+from faceedit.training.fid import FeatureNetwork, FeatureStatistics, feature_network, fid
 from faceedit.training.synthetic import render, sample_parameters
 
 VARIANTS = ("latent code alone", "+ noise optimisation", "+ shape term")
 _MIN_PEOPLE = 2  # a covariance needs two
+_FEATURE_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +60,15 @@ class VariantScore:
 
 @dataclass(frozen=True, slots=True)
 class AblationReport:
-    """Rows in the paper's order, and what they were measured with. fid_by_attribute: one list a variant."""
+    """Rows in the paper's order, and what they were measured with. fid_by_attribute: one list a variant; features: the
+    network that FID compares images by."""
 
     rows: tuple[VariantScore, ...]
     attributes: tuple[str, ...]
     fid_by_attribute: dict[str, list[float]]
     people: int
     skipped: int
-    judge: str
+    features: str
 
     def markdown(self) -> str:
         """The table, as in the paper, with what else was measured."""
@@ -82,7 +82,7 @@ class AblationReport:
         lines += [
             "",
             f"{self.people} synthetic people, {', '.join(self.attributes)}; {self.skipped} edits skipped because their "
-            f"region is not in the picture. FID in the features of {self.judge}.",
+            f"region is not in the picture. FID in the features of {self.features}.",
         ]
         return "\n".join(lines) + "\n"
 
@@ -105,38 +105,12 @@ def variant_configs(config: MaskFaceGANConfig) -> dict[str, MaskFaceGANConfig]:
     )
 
 
-class JudgeFeatures(nn.Module):
-    """What an attribute classifier's logits are read from, (N, hidden_width), for `FrechetInceptionDistance`."""
-
-    def __init__(self, classifier: AttributeClassifier) -> None:
-        super().__init__()
-        self.classifier = classifier.eval()
-        self.num_features = classifier.config.hidden_width
-
-    @torch.no_grad()
-    def forward(self, image: Tensor) -> Tensor:
-        x = resize(image.clamp(-1, 1), self.classifier.config.size_px)
-        return F.relu(self.classifier.hidden(self.classifier.features(x).flatten(1)))
-
-
-def frechet_distance(features: nn.Module, real: Tensor, made: Tensor) -> float:
-    """FID of images (N,3,S,S) in [-1, 1], with `features` in Inception's place; it states `num_features`."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=features).to(real.device)
-    for images, is_real in ((real, True), (made, False)):
-        for chunk in images.split(32):
-            metric.update(chunk, real=is_real)
-    return float(metric.compute())
-
-
 def run_ablation(
     networks: Networks,
     images: Tensor,
     attributes: Sequence[str],
     config: MaskFaceGANConfig,
-    features: nn.Module,
-    judge: str,
+    features: FeatureNetwork,
     *,
     batch: int = 8,
     seed: int = 0,
@@ -144,8 +118,8 @@ def run_ablation(
 ) -> AblationReport:
     """Edit images (N,3,S,S) in [-1, 1] at the generator's size with every variant.
 
-    Args:   attributes, local ones that the classifier knows; features, for FID, see `frechet_distance`; judge, their
-            name for the report; batch, edits that run together.
+    Args:   attributes, local ones that the classifier knows; features, what FID compares images by; batch, edits that
+            run together.
     Raises: UsageError for fewer than two images, or when no attribute is left to edit.
     """
     if len(images) < _MIN_PEOPLE:
@@ -165,6 +139,7 @@ def run_ablation(
         if len(people) < _MIN_PEOPLE:
             continue
         edited_names.append(name)
+        unedited = FeatureStatistics.of(features.extract(chunk) for chunk in images[people].split(_FEATURE_BATCH))
         for variant, chosen in variant_configs(config).items():
             plans = [make_plan({name: float(wanted[p, column])}, config=chosen) for p in people]
             outcomes = optimize(networks, images[people], plans, chosen, seed=seed, batch=batch)
@@ -174,7 +149,7 @@ def run_ablation(
             if len(kept) < _MIN_PEOPLE:
                 raise UsageError(f"run_ablation: {name} must be editable, got NaN for most people; check the weights")
             made = torch.cat([o.image for _, _, o in kept])
-            fids[variant].append(frechet_distance(features, images[people], made))
+            fids[variant].append(fid(features, made.split(_FEATURE_BATCH), unedited).value)
             scores[variant] += [_score(networks, images[p : p + 1], parsed[p : p + 1], plan, o) for p, plan, o in kept]
             report(f"{name}, {variant}: FID {fids[variant][-1]:.2f}")
     if not edited_names:
@@ -193,7 +168,7 @@ def run_ablation(
         )
         for variant in VARIANTS
     )
-    return AblationReport(rows, tuple(edited_names), fids, len(images), skipped, judge)
+    return AblationReport(rows, tuple(edited_names), fids, len(images), skipped, features.name)
 
 
 def _has_region(parsed: Tensor, name: str, config: MaskFaceGANConfig) -> bool:
@@ -234,27 +209,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--attributes", default="", help="comma separated; default: every local one the classifier knows"
     )
-    parser.add_argument("--judge", default=STARTER, help="attribute classifier whose features FID is measured in")
+    parser.add_argument("--network", default="auto", help='of FID: "auto", "inception-v3" or classifier weights')
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     chosen = parser.parse_args(arguments)
     from faceedit.devices import resolve_device
-    from faceedit.registry import load_network
 
     device = resolve_device(chosen.device)
     bundle = read_bundle(chosen.weights)
     networks, config = load_networks(bundle, device), bundle.configuration(chosen.preset)
-    judge = load_network(chosen.judge, device, kind="attribute-classifier")
-    assert isinstance(judge, AttributeClassifier)
+    features = feature_network(chosen.network, device)
     known = [name for name in MASKFACEGAN_LOCAL if name in networks.classifier.known]
     names = chosen.attributes.split(",") if chosen.attributes else known
     people = sample_parameters(chosen.people, SPLIT_SEEDS["test"] + chosen.seed)
     images = render(people, networks.generator.config.size_px).image
-    report = run_ablation(
-        networks, images, names, config, JudgeFeatures(judge), chosen.judge, batch=chosen.batch, seed=chosen.seed
-    )
+    report = run_ablation(networks, images, names, config, features, batch=chosen.batch, seed=chosen.seed)
     report.write(chosen.output)
     print(report.markdown())
 
