@@ -109,12 +109,19 @@ class TrainingContext:
         return wrapped
 
     def minimise(self, name: str, loss: Tensor, *, clip_norm: float | None = None) -> None:
-        """One optimiser step of network `name` along −∇loss."""
+        """One optimiser step of network `name` along −∇loss.
+
+        In 16-mixed a step whose scaled gradients overflow is left out, and the scale lowered. Otherwise gradients that
+        are to be clipped must be finite: RuntimeError.
+        """
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         if clip_norm is not None:
-            self.fabric.clip_gradients(self._wrapped[name], optimizer, max_norm=clip_norm)
+            scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
+            self.fabric.clip_gradients(
+                self._wrapped[name], optimizer, max_norm=clip_norm, error_if_nonfinite=not scaled
+            )
         optimizer.step()
 
     def best(self, name: str) -> nn.Module:
@@ -152,6 +159,7 @@ class TrainingContext:
                 name: {"updates": average.updates, "weights": average.module.state_dict()}
                 for name, average in self.averages.items()
             },
+            "precision": self.fabric.strategy.precision.state_dict(),  # the loss scale of 16-mixed, otherwise nothing
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -169,6 +177,9 @@ class TrainingContext:
             for name, average in self.averages.items():
                 average.updates = int(state["averages"][name]["updates"])
                 average.module.load_state_dict(state["averages"][name]["weights"])
+            # Nothing is stored by a run of another precision, or by one from before the scale was: start anew then.
+            if scale := state.get("precision"):
+                self.fabric.strategy.precision.load_state_dict(scale)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(

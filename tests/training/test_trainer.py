@@ -4,17 +4,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
 from safetensors.torch import load_file
+from support.toy_task import ToyTask
 
 from faceedit import training
 from faceedit.errors import DeviceError, UsageError, WeightsError
+from faceedit.training import trainer
 from faceedit.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import TrainingDivergedError
 
 
@@ -55,6 +61,69 @@ def test_resume_equals_the_uninterrupted_run(toy_recipe: Path, tmp_path: Path, p
     assert (resumed.step, resumed.reason) == (12, "finished")
     assert_same(load_checkpoint(resumed.checkpoint)["context"], load_checkpoint(whole.checkpoint)["context"])
     assert resumed.metrics == whole.metrics
+
+
+class Scaled(MixedPrecision):
+    """16-mixed's loss scaling without its fp16, which not every CPU has; three steps without overflow double it."""
+
+    def __init__(self, scale: float = 2.0**10) -> None:
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3))
+        self._desired_input_dtype = torch.float32
+
+    def forward_context(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def test_a_resumed_run_goes_on_with_the_loss_scale(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "make_fabric", lambda config: Fabric(accelerator="cpu", devices=1, plugins=Scaled()))
+    every = ["trainer.checkpoint_every=5", "trainer.keep_checkpoints=5"]
+    whole = training.run(toy_recipe, every, output_dir=tmp_path / "whole", report=quiet)
+    middle = tmp_path / "whole" / "checkpoints" / "step_00000005.pt"
+    resumed = training.run(toy_recipe, output_dir=tmp_path / "resumed", resume=middle, report=quiet)
+    assert whole is not None
+    assert resumed is not None
+    # Two optimisers: ten steps until the checkpoint, one of them since the scale was last doubled.
+    stored = load_checkpoint(middle)["context"]["precision"]
+    assert (stored["scale"], stored["_growth_tracker"]) == (2.0**13, 1)
+    state = load_checkpoint(whole.checkpoint)["context"]
+    assert state["precision"]["scale"] == 2.0**18
+    assert_same(load_checkpoint(resumed.checkpoint)["context"], state)
+
+
+def test_a_checkpoint_without_a_loss_scale_starts_one(toy_recipe: Path, tmp_path: Path) -> None:
+    state = training_context(toy_recipe, Scaled(2.0**20)).state_dict()
+    assert state["precision"]["scale"] == 2.0**20
+    other = training_context(toy_recipe, Scaled())
+    other.load_state_dict({key: value for key, value in state.items() if key != "precision"})
+    assert other.state_dict()["precision"]["scale"] == 2.0**10
+    other.load_state_dict(state)
+    assert other.state_dict()["precision"]["scale"] == 2.0**20
+    plain = training_context(toy_recipe, None)  # resumed in another precision: the scale has no use
+    plain.load_state_dict(state)
+    assert plain.state_dict()["precision"] == {}
+
+
+def test_a_step_that_overflows_is_left_out_and_lowers_the_scale(toy_recipe: Path) -> None:
+    context = training_context(toy_recipe, Scaled(2.0**100))
+    weight = next(context.networks["critic"].parameters())
+    before = weight.detach().clone()
+    for factor, scale in ((2.0**60, 2.0**99), (1.0, 2.0**99)):
+        context.minimise("critic", factor * weight.square().sum(), clip_norm=1.0)
+        assert context.state_dict()["precision"]["scale"] == scale
+        assert torch.equal(weight, before) == (factor > 1)
+    plain = training_context(toy_recipe, None)
+    weight = next(plain.networks["critic"].parameters())
+    with pytest.raises(RuntimeError, match="non-finite"):
+        plain.minimise("critic", weight.sum() / 0, clip_norm=1.0)
+
+
+def training_context(recipe: Path, plugin: MixedPrecision | None) -> TrainingContext:
+    """The context of the toy task before its first step."""
+    resolved: Any = training.resolve(recipe)
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugin)
+    return ToyTask(resolved, TrainingContext(fabric, resolved.trainer)).context
 
 
 def test_seed_decides_the_result(toy_recipe: Path, tmp_path: Path) -> None:
