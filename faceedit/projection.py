@@ -79,12 +79,14 @@ class ProjectionConfig:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionStep:
-    """What a callback sees: steps done, of how many, the images of that step (N,3,S,S) and their distances (N)."""
+    """What a callback sees: steps done, of how many, the images of that step (N,3,S,S), and what its loss was made of:
+    their distances (N) and, not weighted, how far their maps were from noise (N)."""
 
     step: int
     steps: int
     image: Tensor
     distance: Tensor
+    noise_penalty: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,10 @@ class Projection:
     noise: list[Tensor]
     distance: Tensor
     noise_penalty: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `G.synthesis` takes, by name, to be stored: "ws", and "noise.0", "noise.1", … in their order."""
+        return {"ws": self.ws} | {f"noise.{k}": one for k, one in enumerate(self.noise)}
 
 
 def project(
@@ -159,7 +165,7 @@ def project(
         penalties.append(penalty.detach())
         if callback is not None and (step + 1) % callback_every == 0:
             _require_finite(distances[-1], step)
-            if callback(ProjectionStep(step + 1, config.steps, made.detach(), distances[-1])):
+            if callback(ProjectionStep(step + 1, config.steps, made.detach(), distances[-1], penalties[-1])):
                 break
     _require_finite(distances[-1], len(distances) - 1)
     found = ws.detach().expand(-1, generator.config.num_ws, -1).contiguous()

@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from faceedit import __version__
-from faceedit.cli import batch, bench, doctor, editing, faces, synthesis, train, weights
+from faceedit.cli import batch, bench, doctor, editing, faces, projection, synthesis, train, weights
 from faceedit.cli.output import print_error
 from faceedit.errors import FaceEditError
 
@@ -41,6 +41,7 @@ app.command("edit")(editing.edit)
 app.command("batch")(batch.batch)
 app.command("parse")(faces.parse)
 app.command("align")(faces.align)
+app.command("project")(projection.project)
 app.command("sample")(synthesis.sample)
 app.command("synth")(synthesis.synth)
 app.command("train")(train.train)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands write besides photos: masks and small text files, each whole or not at all."""
+"""What commands write besides photos: masks, tensors and small text files, each whole or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,6 +15,7 @@ from faceedit.errors import ImageWriteError
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from faceedit.labels import LabelScheme
 
@@ -51,6 +52,14 @@ def write_mask(path: Path, labels: NDArray[np.uint8], scheme: LabelScheme) -> No
     image.putpalette(scheme.png_palette())  # turns L into P: the pixel values stay the class ids
     with _replacing(path) as file:
         image.save(file, format="PNG", optimize=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file with metadata. Raises ImageWriteError when it cannot be written."""
+    from safetensors.torch import save
+
+    with _replacing(path) as file:
+        file.write(save({name: one.cpu().contiguous() for name, one in tensors.items()}, metadata=dict(about)))
 
 
 def make_folder(path: Path) -> None:

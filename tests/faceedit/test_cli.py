@@ -23,6 +23,7 @@ COMMANDS = (
     "batch",
     "parse",
     "align",
+    "project",
     "sample",
     "synth",
     "train",
