@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from faceedit.classification import STARTER
 from faceedit.errors import MissingExtraError, WeightsError
@@ -27,38 +27,22 @@ if TYPE_CHECKING:
 
 INCEPTION = "inception-v3"
 _BATCH = 32
+_FEWEST = 2
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureNetwork:
+class FeatureNetwork(nn.Module):
     """What images are compared by.
 
-    Args: name, declared with every result; width, features of an image; extract, images N×3×H×W in [-1, 1] of any size
-          to features N×width on the CPU.
+    Args: name, declared with every result; num_features, width of an image's features; extract, images N×3×H×W in
+          [-1, 1] of any size to features N×num_features on the CPU.
     """
 
-    name: str
-    width: int
-    extract: Callable[[Tensor], Tensor]
+    def __init__(self, name: str, num_features: int, extract: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.name, self.num_features, self.extract = name, num_features, extract
 
-
-@dataclass(frozen=True, slots=True)
-class FeatureStatistics:
-    """Mean (D) and covariance (D,D, divisor count − 1) of features, float64."""
-
-    mean: Tensor
-    covariance: Tensor
-    count: int
-
-    @staticmethod
-    def of(batches: Iterable[Tensor]) -> FeatureStatistics:
-        """Statistics of features N×D that come in batches. Raises ValueError for fewer than two of them."""
-        features = torch.cat([batch.detach().cpu().double() for batch in batches])
-        if len(features) < 2:
-            raise ValueError(f"FeatureStatistics: there must be two features or more, got {len(features)}; add images")
-        return FeatureStatistics(
-            features.mean(0), torch.cov(features.t()).reshape(features.shape[1], -1), len(features)
-        )
+    def forward(self, image: Tensor) -> Tensor:
+        return self.extract(image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,34 +68,36 @@ class FIDResult:
         return f"{self.label}: {self.value:.3f}, {self.images} images against {self.references}"
 
 
-def frechet_distance(one: FeatureStatistics, other: FeatureStatistics) -> float:
-    """‖μ₁ − μ₂‖² + Tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), the distance of two Gaussians, in float64.
+class FID:
+    """FID against fixed images, whose statistics are computed once (torchmetrics; sums in float64).
 
-    The trace of (Σ₁Σ₂)^½ is that of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric: its eigenvalues are real and, once rounding
-    below zero is clamped, not negative. A singular covariance, of fewer images than features, needs no care.
+    Args:   network; reference, images N×3×H×W in [-1, 1] in batches.
+    Raises: ValueError for fewer than two images.
     """
-    half = _symmetric_root(one.covariance)
-    cross = _symmetric_eigenvalues(half @ other.covariance @ half).sqrt().sum()
-    means = (one.mean - other.mean).square().sum()
-    return max(0.0, float(means + one.covariance.trace() + other.covariance.trace() - 2 * cross))
 
+    def __init__(self, network: FeatureNetwork, reference: Iterable[Tensor]) -> None:
+        from torchmetrics.image.fid import FrechetInceptionDistance
 
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh((matrix + matrix.t()) / 2)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+        self.network = network
+        self._metric = FrechetInceptionDistance(feature=network, reset_real_features=False)
+        self._references = self._add(reference, real=True)
 
+    def of(self, images: Iterable[Tensor]) -> FIDResult:
+        """The distance of images N×3×H×W in [-1, 1] that come in batches."""
+        self._metric.reset()  # the reference stays
+        count = self._add(images, real=False)
+        return FIDResult(max(0.0, float(self._metric.compute())), self.network.name, count, self._references)
 
-def _symmetric_eigenvalues(matrix: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh((matrix + matrix.t()) / 2).clamp_min(0)
-
-
-def fid(network: FeatureNetwork, made: Iterable[Tensor], reference: FeatureStatistics | Iterable[Tensor]) -> FIDResult:
-    """FID of images that come in batches N×3×H×W in [-1, 1], against others or against their statistics."""
-    if not isinstance(reference, FeatureStatistics):
-        reference = FeatureStatistics.of(network.extract(batch) for batch in reference)
-    statistics = FeatureStatistics.of(network.extract(batch) for batch in made)
-    value = frechet_distance(statistics, reference)
-    return FIDResult(value, network.name, statistics.count, reference.count)
+    def _add(self, images: Iterable[Tensor], *, real: bool) -> int:
+        count = 0
+        for batch in images:
+            self._metric.update(batch, real=real)
+            count += len(batch)
+        if count < _FEWEST:
+            raise ValueError(
+                f"FID: images must be {_FEWEST} or more on either side, got {count}; a covariance needs them"
+            )
+        return count
 
 
 def feature_network(name: str = "auto", device: torch.device | str = "cpu") -> FeatureNetwork:
@@ -212,7 +198,7 @@ def main(arguments: list[str] | None = None) -> None:
     faces = AlignedFaces(recipe.images)
     generator = cast("StyleGAN2Generator", load_network(options.weights, options.device, kind="stylegan2"))
     network = feature_network(options.network, options.device)
-    print(fid(network, generated_images(generator, options.images, options.seed), faces.batches(options.images)))
+    print(FID(network, faces.batches(options.images)).of(generated_images(generator, options.images, options.seed)))
 
 
 if __name__ == "__main__":

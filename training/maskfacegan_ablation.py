@@ -33,7 +33,7 @@ from faceedit.maskfacegan.optimizer import optimize
 from faceedit.maskfacegan.outcome import EditOutcome
 from faceedit.maskfacegan.plan import EditPlan, make_plan
 from faceedit.training.data import SPLIT_SEEDS
-from faceedit.training.fid import FeatureNetwork, FeatureStatistics, feature_network, fid
+from faceedit.training.fid import FID, FeatureNetwork, feature_network
 from faceedit.training.synthetic import render, sample_parameters
 
 VARIANTS = ("latent code alone", "+ noise optimisation", "+ shape term")
@@ -139,7 +139,7 @@ def run_ablation(
         if len(people) < _MIN_PEOPLE:
             continue
         edited_names.append(name)
-        unedited = FeatureStatistics.of(features.extract(chunk) for chunk in images[people].split(_FEATURE_BATCH))
+        distance = FID(features, images[people].split(_FEATURE_BATCH))
         for variant, chosen in variant_configs(config).items():
             plans = [make_plan({name: float(wanted[p, column])}, config=chosen) for p in people]
             outcomes = optimize(networks, images[people], plans, chosen, seed=seed, batch=batch)
@@ -149,7 +149,7 @@ def run_ablation(
             if len(kept) < _MIN_PEOPLE:
                 raise UsageError(f"run_ablation: {name} must be editable, got NaN for most people; check the weights")
             made = torch.cat([o.image for _, _, o in kept])
-            fids[variant].append(fid(features, made.split(_FEATURE_BATCH), unedited).value)
+            fids[variant].append(distance.of(made.split(_FEATURE_BATCH)).value)
             scores[variant] += [_score(networks, images[p : p + 1], parsed[p : p + 1], plan, o) for p, plan, o in kept]
             report(f"{name}, {variant}: FID {fids[variant][-1]:.2f}")
     if not edited_names:

@@ -36,7 +36,7 @@ from faceedit.training.adaptive_augmentation import (
 from faceedit.training.aligned import AlignedConfig, AlignedFaces
 from faceedit.training.config import AdamConfig, TrainerConfig, require
 from faceedit.training.ema import HalfLife
-from faceedit.training.fid import FeatureStatistics, feature_network, fid, generated_images
+from faceedit.training.fid import FID, feature_network, generated_images
 from faceedit.training.sheets import image_sheet
 from faceedit.training.task import Report, Task, TrainingContext
 
@@ -216,7 +216,7 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
         self.generator = context.add_network("generator", generator, adam, average=half_life)
         self.critic = context.add_network("critic", critic, lazy_adam(recipe.critic_adam, recipe.r1.every))
         self.bare_generator, self.bare_critic = generator, critic
-        self._reference: FeatureStatistics | None = None
+        self._fid: FID | None = None
 
     @classmethod
     def prepare(cls, recipe: StyleGAN2Recipe, *, report: Report = print) -> None:
@@ -329,11 +329,10 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
     def validate(self) -> dict[str, float]:
         """FID of the averaged generator, without truncation, against the training images; the key names the network."""
         config = self.recipe.fid
-        network = feature_network(config.network, self.context.device)
-        if self._reference is None:
-            self._reference = FeatureStatistics.of(map(network.extract, self.faces.batches(config.images)))
-        made = generated_images(self._best(), config.images, self.recipe.trainer.seed)
-        result = fid(network, made, self._reference)
+        if self._fid is None:
+            network = feature_network(config.network, self.context.device)
+            self._fid = FID(network, self.faces.batches(config.images))
+        result = self._fid.of(generated_images(self._best(), config.images, self.recipe.trainer.seed))
         return {result.key: result.value}
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:

@@ -11,80 +11,74 @@ import torch
 from faceedit.errors import UnknownNameError, WeightsError
 from faceedit.networks.stylegan2 import StyleGAN2Config, StyleGAN2Generator
 from faceedit.training import fid as fid_module
-from faceedit.training.fid import (
-    FeatureNetwork,
-    FeatureStatistics,
-    feature_network,
-    fid,
-    frechet_distance,
-    generated_images,
-)
+from faceedit.training.fid import FID, FeatureNetwork, feature_network, generated_images
+
+FEATURES = FeatureNetwork("features", 4, lambda image: image[:, :, 0, 0])
+"""An "image" N×D×1×1 is its own features."""
 
 
-def gaussian(mean: torch.Tensor, covariance: torch.Tensor) -> FeatureStatistics:
-    return FeatureStatistics(mean.double(), covariance.double(), 1000)
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """FID of features N×4."""
+    return FID(FEATURES, [one[:, :, None, None]]).of([other[:, :, None, None]]).value
 
 
-def random_covariance(width: int, seed: int) -> torch.Tensor:
-    root = torch.randn(width, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return root @ root.t() / width
+def sample(mean: torch.Tensor, covariance: torch.Tensor, count: int = 64) -> torch.Tensor:
+    """Features count×4 with exactly this mean and covariance (divisor count − 1), float64."""
+    draws = torch.randn(count, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    white = torch.linalg.qr(draws - draws.mean(0))[0] * (count - 1) ** 0.5
+    return mean.double() + white @ torch.linalg.cholesky(covariance.double()).t()
+
+
+def random_covariance(seed: int) -> torch.Tensor:
+    root = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return root @ root.t() / 4
 
 
 def test_distance_of_gaussians_with_diagonal_covariances() -> None:
     # Commuting covariances: ‖μ₁ − μ₂‖² + Σ (σ₁ − σ₂)².
-    one = gaussian(torch.tensor([0.0, 1.0, 2.0]), torch.diag(torch.tensor([1.0, 4.0, 9.0])))
-    other = gaussian(torch.tensor([1.0, 1.0, 0.0]), torch.diag(torch.tensor([4.0, 4.0, 0.25])))
-    assert frechet_distance(one, other) == pytest.approx(1 + 4 + (1 - 2) ** 2 + 0 + (3 - 0.5) ** 2)
+    one = sample(torch.tensor([0.0, 1.0, 2.0, 0.0]), torch.diag(torch.tensor([1.0, 4.0, 9.0, 1.0])))
+    other = sample(torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.diag(torch.tensor([4.0, 4.0, 0.25, 1.0])))
+    assert distance(one, other) == pytest.approx(1 + 4 + (1 - 2) ** 2 + 0 + (3 - 0.5) ** 2)
 
 
 def test_distance_of_gaussians_that_do_not_commute() -> None:
-    # In two dimensions Tr √M = √(Tr M + 2 √det M) for a product M of two covariances.
-    a, b = random_covariance(2, 0), random_covariance(2, 1)
-    product = a @ b
-    assert not torch.allclose(product, b @ a)
-    root = (product.trace() + 2 * product.det().sqrt()).sqrt()
-    expected = (a.trace() + b.trace() - 2 * root).item()
-    zero = torch.zeros(2)
-    assert frechet_distance(gaussian(zero, a), gaussian(zero, b)) == pytest.approx(expected)
-
-
-def test_distance_is_symmetric_invariant_to_rotation_and_zero_to_itself() -> None:
-    a, b = random_covariance(16, 2), random_covariance(16, 3)
-    one, other = gaussian(torch.ones(16), a), gaussian(torch.zeros(16), b)
-    distance = frechet_distance(one, other)
-    assert frechet_distance(other, one) == pytest.approx(distance)
-    assert frechet_distance(one, one) == pytest.approx(0, abs=1e-9)
-    q, _ = torch.linalg.qr(random_covariance(16, 4))
-    turned = [gaussian(q @ g.mean, q @ g.covariance @ q.t()) for g in (one, other)]
-    assert frechet_distance(*turned) == pytest.approx(distance)
-
-
-def test_singular_covariances_are_exact() -> None:
-    # Rank one, as of two images: a aᵀ against b bᵀ gives ‖a‖² + ‖b‖² − 2 |a·b|.
-    a, b = torch.tensor([3.0, 0, 4, 0]), torch.tensor([1.0, 2, 2, 0])
+    # Tr (Σ₁Σ₂)^½ by the symmetric product that has the same eigenvalues.
+    a, b = random_covariance(0), random_covariance(1)
+    assert not torch.allclose(a @ b, b @ a)
+    values, vectors = torch.linalg.eigh(a)
+    root = vectors @ torch.diag(values.sqrt()) @ vectors.t()
+    expected = (a.trace() + b.trace() - 2 * torch.linalg.eigvalsh(root @ b @ root).sqrt().sum()).item()
     zero = torch.zeros(4)
-    distance = frechet_distance(gaussian(zero, torch.outer(a, a)), gaussian(zero, torch.outer(b, b)))
-    assert distance == pytest.approx(25 + 9 - 2 * 11, abs=1e-6)  # square roots of rounding: half of the digits
+    assert distance(sample(zero, a), sample(zero, b)) == pytest.approx(expected)
+    assert distance(sample(zero, b), sample(zero, a)) == pytest.approx(expected)
+    assert distance(sample(zero, a), sample(zero, a)) == pytest.approx(0, abs=1e-6)
 
 
-def test_statistics_do_not_depend_on_the_batches() -> None:
-    features = torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
-    whole = FeatureStatistics.of([features])
-    parts = FeatureStatistics.of(features.split(4))
-    torch.testing.assert_close(parts.mean, whole.mean)
-    centred = features.double() - features.double().mean(0)
-    torch.testing.assert_close(parts.covariance, centred.t() @ centred / 22)
-    assert (parts.count, parts.mean.dtype) == (23, torch.float64)
-    with pytest.raises(ValueError, match="two features or more"):
-        FeatureStatistics.of([features[:1]])
+def test_fewer_images_than_features_are_exact() -> None:
+    # Two images have a covariance of rank one: a aᵀ against b bᵀ gives ‖a‖² + ‖b‖² − 2 |a·b|.
+    a, b = torch.tensor([3.0, 0, 4, 0]), torch.tensor([1.0, 2, 2, 0])
+    pairs = [torch.stack([v, -v]).double() / 2**0.5 for v in (a, b)]
+    assert distance(*pairs) == pytest.approx(25 + 9 - 2 * 11, abs=1e-5)
+
+
+def test_distance_does_not_depend_on_the_batches_nor_on_what_was_measured_before() -> None:
+    one, other = (
+        torch.randn(23, 4, 1, 1, generator=torch.Generator().manual_seed(seed)) * (seed + 1) for seed in (0, 1)
+    )
+    whole = FID(FEATURES, [one]).of([other])
+    measured = FID(FEATURES, one.split(4))
+    assert measured.of([other + 3]).value > whole.value
+    assert measured.of(other.split(5)).value == pytest.approx(whole.value)
+    with pytest.raises(ValueError, match="2 or more on either side"):
+        measured.of([other[:1]])
 
 
 def test_result_names_its_network_and_counts() -> None:
     network = FeatureNetwork("mean-colour", 3, lambda image: image.mean((2, 3)))
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(40, 3, 8, 8, generator=generator) * 2 - 1
-    result = fid(network, [images + 0.5], images.split(16))
-    assert result.value == pytest.approx(3 * 0.25)  # features move by 0.5 in each of three channels
+    result = FID(network, images.split(16)).of([images + 0.5])
+    assert result.value == pytest.approx(3 * 0.25, abs=1e-6)  # features move by 0.5 in each of three channels
     assert (result.label, result.key) == ("FID (mean-colour features)", "fid_mean-colour")
     assert str(result) == "FID (mean-colour features): 0.750, 40 images against 40"
 
@@ -94,7 +88,7 @@ def test_the_substitute_is_declared(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     network = feature_network("auto")
     assert network.name == "attribute-classifier-starter"
     features = network.extract(torch.zeros(2, 3, 32, 32))
-    assert features.shape == (2, network.width)
+    assert features.shape == (2, network.num_features)
     assert torch.equal(features[0], features[1])
     with pytest.raises(WeightsError, match="Inception-v3's ImageNet weights must be at"):
         feature_network("inception-v3")
@@ -111,7 +105,7 @@ def test_inception_is_taken_where_its_weights_are(monkeypatch: pytest.MonkeyPatc
     stored = inception_v3(weights=None, init_weights=False)
     torch.save(stored.state_dict(), path)
     network = feature_network("auto")
-    assert (network.name, network.width) == ("inception-v3", 2048)
+    assert (network.name, network.num_features) == ("inception-v3", 2048)
     image = torch.rand(1, 3, 299, 299, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pooled: list[torch.Tensor] = []
     stored.avgpool.register_forward_hook(lambda module, args, output: pooled.append(output.flatten(1)))
