@@ -20,6 +20,9 @@ from faceedit.errors import FaceError
 Array: TypeAlias = NDArray[Any]
 Box: TypeAlias = tuple[int, int, int, int]
 
+PORTRAIT_SCALE = 1.25
+"""How much larger than FFHQ's square the crop is that parsing and editing use."""
+
 TEMPLATES: dict[str, tuple[int, tuple[tuple[float, float], ...]]] = {
     # name: (square side in px, five points: image-left eye, image-right eye, nose tip, left and right mouth corner).
     # Gu et al. 2019: eyes and mouth are the fall-back centres of the published code; nose and corners are inferred.
@@ -249,7 +252,7 @@ def align_ffhq(landmarks: ArrayLike, photo_size: tuple[int, int], size_px: int, 
 
 
 def portrait_alignment(
-    landmarks: ArrayLike, photo_size: tuple[int, int], size_px: int = 256, scale: float = 1.25
+    landmarks: ArrayLike, photo_size: tuple[int, int], size_px: int = 256, scale: float = PORTRAIT_SCALE
 ) -> Alignment:
     """The framing that parsing and editing use: FFHQ's square enlarged, so that hair and ears are inside."""
     return align_ffhq(landmarks, photo_size, size_px, scale)
@@ -259,7 +262,7 @@ def rough_alignment(
     box: tuple[float, float, float, float],
     photo_size: tuple[int, int],
     size_px: int = 256,
-    scale: float = 1.25,
+    scale: float = PORTRAIT_SCALE,
     angle_deg: float = 0.0,
 ) -> Alignment:
     """The same framing guessed from a detection box (x, y, w, h) turned by angle_deg about its centre.

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from faceedit.alignment import align_ffhq
+from faceedit.alignment import PORTRAIT_SCALE, align_ffhq
 from faceedit.errors import FaceEditError, UsageError
 from faceedit.training import cache
 from faceedit.training import synthetic as portraits
@@ -23,7 +23,7 @@ from faceedit.training.data import SPLIT_SEEDS
 from faceedit.training.photos import IMAGE_SUFFIXES
 
 _CHUNK = 32
-_RENDERED_SCALE = 1.25  # the renderer's own framing: FFHQ's square enlarged this much, head size and place varying
+_RENDERED_SCALE = PORTRAIT_SCALE  # the renderer's own framing; head size and place vary
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +104,24 @@ class AlignedFaces:
         return self.read(positions.tolist(), mirrored)
 
 
+def framed_portraits(people: portraits.PortraitParameters, size_px: int, scale: float = 1.0) -> NDArray[np.uint8]:
+    """Synthetic people N as uint8 N×S×S×3, each aligned by its own landmarks: FFHQ's square enlarged `scale` times."""
+    # As many pixels as the crop has, and enough for the smallest portrait.
+    drawn_px = max(16, math.ceil(size_px * _RENDERED_SCALE / scale))
+    batch = portraits.render(people, drawn_px)
+    crops = [
+        align_ffhq(points, (drawn_px, drawn_px), size_px, scale).warp_image(image)
+        for points, image in zip(batch.landmarks.numpy(), cache.pack_image(batch.image), strict=True)
+    ]
+    return np.stack(crops)
+
+
 def _render_portraits(config: AlignedConfig, report: Callable[[str], Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     seed = SPLIT_SEEDS["train"] + config.seed_offset
-    # As many pixels as the crop has, and enough for the smallest portrait.
-    drawn_px = max(16, math.ceil(config.size_px * _RENDERED_SCALE / config.scale))
 
     def fill(start: int, stop: int) -> dict[str, NDArray[Any]]:
         people = portraits.sample_parameters(stop - start, seed + start // _CHUNK)
-        batch = portraits.render(people, drawn_px)
-        drawn = cache.pack_image(batch.image)
-        crops = [
-            align_ffhq(points, (drawn_px, drawn_px), config.size_px, config.scale).warp_image(image)
-            for points, image in zip(batch.landmarks.numpy(), drawn, strict=True)
-        ]
-        return {"images": np.stack(crops)}
+        return {"images": framed_portraits(people, config.size_px, config.scale)}
 
     values = {"size": config.size_px, "people": config.people, "scale": config.scale, "seed": seed, "version": 1}
     renderer = Path(portraits.__file__ or "").parent

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faceedit.alignment import PORTRAIT_SCALE
 from faceedit.attributes import MASKFACEGAN_LOCAL
 from faceedit.errors import UsageError
 from faceedit.labels import MASKFACEGAN
@@ -32,9 +33,11 @@ from faceedit.maskfacegan.networks import Networks, resize
 from faceedit.maskfacegan.optimizer import optimize
 from faceedit.maskfacegan.outcome import EditOutcome
 from faceedit.maskfacegan.plan import EditPlan, make_plan
+from faceedit.training import cache
+from faceedit.training.aligned import framed_portraits
 from faceedit.training.data import SPLIT_SEEDS
 from faceedit.training.fid import FID, FeatureNetwork, feature_network
-from faceedit.training.synthetic import render, sample_parameters
+from faceedit.training.synthetic import sample_parameters
 
 VARIANTS = ("latent code alone", "+ noise optimisation", "+ shape term")
 _MIN_PEOPLE = 2  # a covariance needs two
@@ -224,7 +227,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = [name for name in MASKFACEGAN_LOCAL if name in networks.classifier.known]
     names = chosen.attributes.split(",") if chosen.attributes else known
     people = sample_parameters(chosen.people, SPLIT_SEEDS["test"] + chosen.seed)
-    images = render(people, networks.generator.config.size_px).image
+    enlarged = 1.0 if bundle.framing == "ffhq" else PORTRAIT_SCALE
+    images = cache.unpack_image(framed_portraits(people, networks.generator.config.size_px, enlarged))
     report = run_ablation(networks, images, names, config, features, batch=chosen.batch, seed=chosen.seed)
     report.write(chosen.output)
     print(report.markdown())
