@@ -20,7 +20,7 @@ from torch import Tensor
 from faceedit.attributes import attribute_index
 from faceedit.networks import network_kind
 from faceedit.training import cache, losses
-from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.config import AdamConfig, Recipe, require
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
 from faceedit.training.sheets import image_sheet
 from faceedit.training.task import Report, Task, TrainingContext, start_from
@@ -33,13 +33,10 @@ _COLOUR_ATTRIBUTES = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class AttributeRecipe:
+class AttributeRecipe(Recipe):
     """What every recipe of an attribute classifier has; `network` is each one's own configuration. `initial_weights`
     goes on from an exported or registered classifier."""
 
-    task: str
-    trainer: TrainerConfig
-    description: str = ""
     network: Any = None
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     adam: AdamConfig = field(default_factory=AdamConfig)
@@ -144,17 +141,12 @@ class AttributeTask(Task[A], Generic[A]):
             return self.context.best("classifier").eval()(image.to(self.context.device)).float().sigmoid().cpu()
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
-        from faceedit.registry import save_weights
-
-        save_weights(
+        self.write_weights(
             path,
             self.kind,
             self.recipe.network,
-            self.context.best("classifier").state_dict(),
-            licence="Apache-2.0",
+            self.context.best("classifier"),
             training_data=f"families of {len(self.data)} synthetic people",
-            source="faceedit",
-            recipe=self.recipe.description or self.recipe.task,
             attributes=self.recipe.network.attributes,
             metrics=metrics,
         )

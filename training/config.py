@@ -85,6 +85,15 @@ class AdamConfig:
         return self.rate * warmup * (1 - min(1.0, late) * (1 - self.final_rate_share))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What every recipe has; the rest belongs to its task. `description` names the recipe in the weights' header."""
+
+    task: str
+    trainer: TrainerConfig
+    description: str = ""
+
+
 def require(condition: bool, key: str, expected: str, actual: object) -> None:
     """Raise OutOfRangeError about a recipe key unless `condition` holds."""
     if not condition:

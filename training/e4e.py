@@ -21,7 +21,7 @@ from faceedit.networks.resizing import resize_square
 from faceedit.networks.stylegan2 import StyleGAN2Generator
 from faceedit.projection import face_embedding, squared_distance
 from faceedit.training.aligned import AlignedConfig, AlignedFaces
-from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.config import AdamConfig, Recipe, require
 from faceedit.training.sheets import image_sheet
 from faceedit.training.task import Report, Task, TrainingContext
 
@@ -74,13 +74,10 @@ class ProgressiveConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class E4ERecipe:
+class E4ERecipe(Recipe):
     """A `task: e4e` recipe. `generator` names stylegan2 weights, or their path; `images` are the faces."""
 
-    task: str
-    trainer: TrainerConfig
     generator: str
-    description: str = ""
     network: E4EConfig = field(default_factory=E4EConfig)
     images: AlignedConfig = field(default_factory=AlignedConfig)
     batch: EncoderBatchConfig = field(default_factory=EncoderBatchConfig)
@@ -189,17 +186,12 @@ class E4ETask(Task[E4ERecipe]):
         return {"latent": share.item(), "psnr_db": psnr.item()}
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
-        from faceedit.registry import save_weights
-
-        save_weights(
+        self.write_weights(
             path,
             "e4e",
             self.recipe.network,
-            self.context.best("encoder").state_dict(),
-            licence="Apache-2.0",
+            self.context.best("encoder"),
             training_data=f"images of {Path(self.recipe.generator).stem}; {self.faces.description}",
-            source="faceedit",
-            recipe=self.recipe.description or self.recipe.task,
             metrics=metrics,
         )
 

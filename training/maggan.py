@@ -34,7 +34,7 @@ from faceedit.networks.maggan import (
 )
 from faceedit.relations import influence_mask
 from faceedit.training import cache, losses
-from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.config import AdamConfig, Recipe, require
 from faceedit.training.data import AugmentConfig, PairConfig, SyntheticConfig, SyntheticPortraits, sample_pairs
 from faceedit.training.evaluation import classify_with, evaluate_editor
 from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
@@ -91,13 +91,10 @@ class AdversarialConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class MagGANRecipe:
+class MagGANRecipe(Recipe):
     """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes;
     `initial_weights` continues from an exported or registered generator (critic and optimisers start anew)."""
 
-    task: str
-    trainer: TrainerConfig
-    description: str = ""
     network: MagGANConfig = field(default_factory=MagGANConfig)
     critic: MagGANDiscriminatorConfig = field(default_factory=MagGANDiscriminatorConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -334,18 +331,13 @@ class MagGANTask(Task[MagGANRecipe]):
         return evaluate_editor(self._edit, self.validation, self.classify).scalars()
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
-        from faceedit.registry import save_weights
-
         photos = "" if self.photos is None else f", {len(self.photos)} unlabelled photos"
-        save_weights(
+        self.write_weights(
             path,
             "maggan",
             self.recipe.network,
-            self.context.best("generator").state_dict(),
-            licence="Apache-2.0",
+            self.context.best("generator"),
             training_data=f"families of {len(self.data)} synthetic people{photos}",
-            source="faceedit",
-            recipe=self.recipe.description or self.recipe.task,
             label_scheme=self.recipe.network.label_scheme,
             attributes=MAGGAN,
             metrics=metrics,

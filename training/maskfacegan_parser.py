@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from faceedit.networks import network_kind
 from faceedit.networks.deeplab import DeepLabConfig
 from faceedit.networks.fcn import FCNConfig
 from faceedit.networks.region_unet import RegionUNetConfig
-from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.config import AdamConfig, require
 from faceedit.training.degradation import (
     flip_some,
     occlude,
@@ -33,7 +33,13 @@ from faceedit.training.degradation import (
 )
 from faceedit.training.framing import ffhq_frames, framed
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
-from faceedit.training.segmentation import dice_loss, overlay_sheet, segmentation_scores
+from faceedit.training.segmentation import (
+    SegmentationRecipe,
+    class_weights,
+    dice_loss,
+    overlay_sheet,
+    segmentation_scores,
+)
 from faceedit.training.synthetic.geometry import face_points
 from faceedit.training.task import Report, Task, TrainingContext, start_from
 
@@ -42,34 +48,22 @@ _WEIGHTS = {"eyebrows": 2.0, "eyes": 2.5, "mouth": 2.0, "nose": 1.2}
 
 
 @dataclass(frozen=True, slots=True)
-class RegionParserRecipe:
-    """What every recipe of a region parser has; `network` is each one's own configuration.
+class RegionParserRecipe(SegmentationRecipe):
+    """What every recipe of a region parser has.
 
     `render_px` is the side of the rendered portraits, of which FFHQ's square is about 0.8 wide; `warp_strength` that of
-    `random_warp`: how far an aligner may be off; `overlap` weighs the Dice term; `initial_weights` goes on from an
-    exported or registered parser.
+    `random_warp`: how far an aligner may be off.
     """
 
-    task: str
-    trainer: TrainerConfig
-    description: str = ""
-    network: Any = None
     optimizer: AdamConfig = field(default_factory=lambda: AdamConfig(rate=3e-4, beta1=0.9))
     render_px: int = 640
-    people: int = 7200
-    batch: int = 12
-    test_people: int = 96
     warp_strength: float = 0.5
-    overlap: float = 0.5
-    initial_weights: str | None = None
-    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
+        SegmentationRecipe.__post_init__(self)
         require(self.batch > 1, "batch", "above 1: normalisation needs more than one sample", self.batch)
         require(self.render_px >= 16, "render_px", "at least 16", self.render_px)
-        require(self.people > 0 and self.test_people > 0, "people", "positive", (self.people, self.test_people))
         require(self.warp_strength >= 0, "warp_strength", "not negative", self.warp_strength)
-        require(self.overlap >= 0, "overlap", "not negative", self.overlap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +106,7 @@ class RegionParserTask(Task[P], Generic[P]):
             ffhq_frames(face_points(data.people, recipe.render_px), recipe.render_px)
             for data in (self.people, self.test)
         )
-        weights = [_WEIGHTS.get(name, 1.0) for name in self.scheme.classes]
-        self.class_weights = torch.tensor(weights, device=context.device)
+        self.class_weights = class_weights(self.scheme, _WEIGHTS).to(context.device)
 
     @classmethod
     def prepare(cls, recipe: P, *, report: Report = print) -> None:
@@ -159,17 +152,12 @@ class RegionParserTask(Task[P], Generic[P]):
         return overlay_sheet(self.context.best("parser").eval(), images, self.scheme, self.context.device)
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
-        from faceedit.registry import save_weights
-
-        save_weights(
+        self.write_weights(
             path,
             self.kind,
             self.recipe.network,
-            self.context.best("parser").state_dict(),
-            licence="Apache-2.0",
+            self.context.best("parser"),
             training_data="synthetic portraits rendered by this project",
-            source="faceedit",
-            recipe=self.recipe.description or self.recipe.task,
             label_scheme=self.scheme.name,
             metrics=metrics,
         )

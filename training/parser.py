@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.parser import ParserConfig, ParserNet
 from faceedit.training import cache
-from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.config import AdamConfig, require
 from faceedit.training.contours import BARE, DRAWN, UNKNOWN
 from faceedit.training.degradation import (
     backdrops,
@@ -38,8 +38,8 @@ from faceedit.training.degradation import (
 )
 from faceedit.training.framed_photos import FramedPhotos, framed_photos
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
-from faceedit.training.parser_evaluation import TEST_PEOPLE, header_metrics, parser_scores
-from faceedit.training.segmentation import dice_loss, overlay_sheet
+from faceedit.training.parser_evaluation import header_metrics, parser_scores
+from faceedit.training.segmentation import SegmentationRecipe, class_weights, dice_loss, overlay_sheet
 from faceedit.training.task import Task, TrainingContext, start_from
 
 # Cross-entropy weight by class: thin parts would otherwise be bought off by hair and ground.
@@ -51,23 +51,16 @@ _FADING = ("l_eye", "r_eye", "l_brow", "r_brow", "nose", "mouth", "u_lip", "l_li
 
 
 @dataclass(frozen=True, slots=True)
-class ParserRecipe:
-    """`photos` None trains on synthetic portraits alone; `photo_contours` is a file of their landmarks, written by
-    training/face_mesh.py. `photo_from` is the share of the run after which photos join; `overlap` weighs the Dice term;
+class ParserRecipe(SegmentationRecipe):
+    """A `task: parser` recipe. `photos` None trains on synthetic portraits alone; `photo_contours` is a file of their
+    landmarks, written by training/face_mesh.py. `photo_from` is the share of the run after which photos join;
     `photo_teacher` names weights that label the photos once, instead of the averaged network all along;
-    `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background;
-    `initial_weights` continues from an exported or registered parser."""
+    `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background."""
 
-    trainer: TrainerConfig
-    task: str = "parser"
     network: ParserConfig = field(default_factory=ParserConfig)
     optimizer: AdamConfig = field(
         default_factory=lambda: AdamConfig(rate=1e-3, beta1=0.9, warmup_steps=100, decay_from=0.3)
     )
-    people: int = 7200
-    batch: int = 12
-    test_people: int = TEST_PEOPLE
-    overlap: float = 0.5
     photos: Path | None = None
     photo_contours: Path | None = None
     photo_teacher: str | None = None
@@ -76,14 +69,12 @@ class ParserRecipe:
     photo_from: float = 0.3
     photo_backdrops: float = 0.55
     confident: float = 0.8
-    initial_weights: str | None = None
-    cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        require(self.batch > 0 and self.photo_batch > 0, "batch", "positive", (self.batch, self.photo_batch))
+        SegmentationRecipe.__post_init__(self)
+        require(self.photo_batch > 0, "photo_batch", "positive", self.photo_batch)
         require(0 <= self.photo_from <= 1, "photo_from", "in [0, 1]", self.photo_from)
         require(0 < self.confident < 1, "confident", "in (0, 1)", self.confident)
-        require(self.overlap >= 0, "overlap", "0 or more", self.overlap)
         needed = self.photo_contours is None or self.photos is not None
         require(needed, "photos", "the folder that photo_contours belongs to", self.photos)
 
@@ -107,10 +98,7 @@ class ParserTask(Task[ParserRecipe]):
         self.taught: np.ndarray | None = None
         if self.photos is not None and recipe.photo_teacher is not None:
             self.taught = _opinions(recipe.photo_teacher, self.photos, context)
-        weights = torch.ones(CELEBAMASK_HQ.num_classes)
-        for name, value in _WEIGHTS.items():
-            weights[CELEBAMASK_HQ.id(name)] = value
-        self.class_weights = weights.to(context.device)
+        self.class_weights = class_weights(CELEBAMASK_HQ, _WEIGHTS).to(context.device)
 
     @classmethod
     def prepare(cls, recipe: ParserRecipe, *, report: Any = None) -> None:
@@ -195,22 +183,17 @@ class ParserTask(Task[ParserRecipe]):
         return overlay_sheet(self.context.best("parser").eval(), images, CELEBAMASK_HQ, self.context.device)
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
-        from faceedit.registry import save_weights
-
         data = "synthetic portraits rendered by this project"
         if self.recipe.photos is not None:
             data += "; unlabelled public-domain portrait photographs (self-training)"
         if self.recipe.photo_contours is not None:
             data += ", with eyes, brows, nose and lips drawn from MediaPipe Face Mesh landmarks"
-        save_weights(
+        self.write_weights(
             path,
             "parser",
             self.recipe.network,
-            self.context.best("parser").state_dict(),
-            licence="Apache-2.0",
+            self.context.best("parser"),
             training_data=data,
-            source="trained by this project",
-            recipe="parser-starter",
             label_scheme=CELEBAMASK_HQ.name,
             metrics=header_metrics(metrics),
         )

@@ -22,10 +22,9 @@ from faceedit.labels import CELEBAMASK_HQ
 from faceedit.training.contours import UNKNOWN
 from faceedit.training.framed_photos import FramedPhotos, framed_photos
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
-from faceedit.training.segmentation import overlay_sheet, segmentation_scores
+from faceedit.training.segmentation import TEST_PEOPLE, overlay_sheet, segmentation_scores
 from faceedit.training.sheets import write_png
 
-TEST_PEOPLE = 96
 _BATCH = 8
 _COLUMNS = 8
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a parser labels pixels: a loss, scores and pictures."""
+"""What the training of every face parser shares: fields of its recipe, a loss, scores and pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +14,37 @@ from torch import Tensor, nn
 
 from faceedit.labels import LabelScheme
 from faceedit.training import cache
+from faceedit.training.config import AdamConfig, Recipe, require
+
+TEST_PEOPLE = 96
+"""Synthetic people that a parser is judged on."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentationRecipe(Recipe):
+    """What every recipe of a face parser has; `network` is each one's own configuration.
+
+    `overlap` weighs the Dice term; `initial_weights` goes on from an exported or registered parser.
+    """
+
+    network: Any = None
+    optimizer: AdamConfig = field(default_factory=AdamConfig)
+    people: int = 7200
+    batch: int = 12
+    test_people: int = TEST_PEOPLE
+    overlap: float = 0.5
+    initial_weights: str | None = None
+    cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0, "batch", "positive", self.batch)
+        require(self.people > 0 and self.test_people > 0, "people", "positive", (self.people, self.test_people))
+        require(self.overlap >= 0, "overlap", "not negative", self.overlap)
+
+
+def class_weights(scheme: LabelScheme, weights: Mapping[str, float]) -> Tensor:
+    """Weights of classes by id; those that are not named weigh 1."""
+    return torch.tensor([weights.get(name, 1.0) for name in scheme.classes])
 
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from faceedit.training.adaptive_augmentation import (
     draw_augmentation,
 )
 from faceedit.training.aligned import AlignedConfig, AlignedFaces
-from faceedit.training.config import AdamConfig, TrainerConfig, require
+from faceedit.training.config import AdamConfig, Recipe, require
 from faceedit.training.ema import HalfLife
 from faceedit.training.fid import FID, feature_network, generated_images
 from faceedit.training.sheets import image_sheet
@@ -105,16 +105,13 @@ def _adam() -> AdamConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class StyleGAN2Recipe:
+class StyleGAN2Recipe(Recipe):
     """A `task: stylegan2` recipe; the defaults are config F for FFHQ at 1024 px.
 
     `batch_size` is one device's. With a mixed `trainer.precision`, layers of `mixed_from_px` and more run in half
     precision. `average` takes the place of `trainer.ema_decay`.
     """
 
-    task: str
-    trainer: TrainerConfig
-    description: str = ""
     generator: StyleGAN2Config = field(default_factory=StyleGAN2Config)
     critic: StyleGAN2DiscriminatorConfig = field(default_factory=StyleGAN2DiscriminatorConfig)
     images: AlignedConfig = field(default_factory=AlignedConfig)
@@ -336,17 +333,12 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
         return {result.key: result.value}
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
-        from faceedit.registry import save_weights
-
-        save_weights(
+        self.write_weights(
             path,
             "stylegan2",
             self.recipe.generator,
-            self._best().state_dict(),
-            licence="Apache-2.0",
+            self._best(),
             training_data=self.faces.description,
-            source="faceedit",
-            recipe=self.recipe.description or self.recipe.task,
             metrics=metrics,
         )
 

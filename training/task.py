@@ -6,15 +6,15 @@ from __future__ import annotations
 import hashlib
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from faceedit.errors import UnknownNameError, UsageError, suggestion
-from faceedit.training.config import AdamConfig, TrainerConfig
+from faceedit.training.config import AdamConfig, Recipe, TrainerConfig
 from faceedit.training.ema import ExponentialMovingAverage, HalfLife
 
 Report = Callable[[str], Any]
@@ -36,15 +36,6 @@ TASKS: dict[str, str] = {
     "stylegan2": "faceedit.training.stylegan2:StyleGAN2Task",
     "e4e": "faceedit.training.e4e:E4ETask",
 }
-
-
-class Recipe(Protocol):
-    """Every recipe dataclass has these two; the rest belongs to its task."""
-
-    @property
-    def task(self) -> str: ...
-    @property
-    def trainer(self) -> TrainerConfig: ...
 
 
 R = TypeVar("R", bound=Recipe)
@@ -217,7 +208,36 @@ class Task(ABC, Generic[R]):
 
     @abstractmethod
     def export(self, path: Path, metrics: dict[str, float]) -> None:
-        """Write the network that users load, through `faceedit.registry.save_weights`."""
+        """Write the network that users load, through `write_weights`."""
+
+    def write_weights(
+        self,
+        path: Path,
+        kind: str,
+        config: Any,
+        network: nn.Module,
+        *,
+        training_data: str,
+        metrics: Mapping[str, float],
+        label_scheme: str = "",
+        attributes: tuple[str, ...] = (),
+    ) -> None:
+        """`faceedit.registry.save_weights`, with what every network that is trained here says of itself."""
+        from faceedit.registry import save_weights
+
+        save_weights(
+            path,
+            kind,
+            config,
+            network.state_dict(),
+            licence="Apache-2.0",
+            training_data=training_data,
+            source="faceedit",
+            recipe=self.recipe.description or self.recipe.task,
+            label_scheme=label_scheme,
+            attributes=attributes,
+            metrics=metrics,
+        )
 
     @classmethod
     def prepare(cls, recipe: R, *, report: Report = print) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from faceedit.errors import DeviceError, FaceEditError, MissingExtraError, UsageError
 from faceedit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from faceedit.training.config import TrainerConfig, to_yaml
+from faceedit.training.config import Recipe, TrainerConfig, to_yaml
 from faceedit.training.run_directory import RunDirectory, describe_environment
-from faceedit.training.task import Recipe, Report, Task, TrainingContext, derive_seed
+from faceedit.training.task import Report, Task, TrainingContext, derive_seed
 
 StopReason = Literal["finished", "time limit", "interrupted"]
 

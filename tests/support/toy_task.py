@@ -9,15 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from faceedit.training.config import AdamConfig, TrainerConfig
+from faceedit.training.config import AdamConfig, Recipe
 from faceedit.training.sheets import image_sheet
 from faceedit.training.task import Task, TrainingContext
 
 
 @dataclass(frozen=True, slots=True)
-class ToyRecipe:
-    task: str
-    trainer: TrainerConfig
+class ToyRecipe(Recipe):
     width: int = 8
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(rate=0.01))
     explode_at: int = -1
