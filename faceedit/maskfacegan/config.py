@@ -29,9 +29,10 @@ class MaskFaceGANConfig:
       perceptual_weight, the appearance term of a global edit; global_noise_appearance_weight, λ_M of its noise stage.
       Images count in [0, 1], as published. λ_S acts on hair alone, λ_P where a size is asked for.
     epsilon: smoothing of the targets: 1 asks for a probability of 1 - epsilon, 0 for epsilon. Smaller is stronger.
-    Masks: dynamic, False: masks never follow the edit; include_skin, False: only the target is blended in; hair_blend,
-      "generated": an edit of hair shape is blended with the hair it made (the paper), "original": with the hair that
-      was there (the released code); force_global, True: every attribute is edited as one of the whole face;
+    Masks: dynamic, False: masks never follow the edit; blend, what of the generated image comes into the photo, "skin":
+      skin and target (the paper), "target": the target as the input has it, "targets": where either image has it;
+      hair_blend, "generated": an edit of hair shape is blended with the hair it made (the paper), "original": with the
+      hair that was there (the released code); force_global, True: every attribute is edited as one of the whole face;
       min_region_share, least share of the crop that the region of an edit must cover.
     Computation: precision, "bfloat16": convolutions of all three networks in bfloat16, statistics, losses, latent code,
       maps and Adam in float32; cuda_graph, True: each phase's iteration is captured once and replayed (CUDA only).
@@ -63,7 +64,7 @@ class MaskFaceGANConfig:
     epsilon: float = 0.05
 
     dynamic: bool = True
-    include_skin: bool = True
+    blend: Literal["skin", "target", "targets"] = "skin"
     hair_blend: Literal["generated", "original"] = "generated"
     force_global: bool = False
     min_region_share: float = 2e-4

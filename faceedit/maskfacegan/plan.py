@@ -32,7 +32,7 @@ class EditPlan:
     component, scale:  the class whose size is set and α; scale 0 leaves sizes alone.
     is_dynamic:       the edited region may grow over what is kept while masks follow the edit.
     grows_shape:      the kept outline grows with the edit as well (hair shape).
-    follows:          classes blended in where the generated image has them, not where the input has (paper, eq. 12).
+    follows:          classes blended in where the generated image has them (paper, eq. 12).
     is_global:        the whole face: perceptual appearance, no shape term, nothing dynamic.
     """
 
@@ -114,9 +114,11 @@ def _local_plan(
     held = {label for rule in rules if rule.shape_weight > 0 for label in (*rule.target, *rule.appearance)}
     grows = any(rule.updates_shape for rule in rules)
     generated = config.hair_blend == "generated"
-    follows = {label for rule in rules if rule.updates_shape and generated for label in rule.target}
+    moved = {label for rule in rules if rule.updates_shape and generated for label in rule.target}
     appearance = {"skin"} | (extra - target)
-    blend = (target | extra | ({"skin"} if config.include_skin else set())) - follows
+    blend = (target | extra | ({"skin"} if config.blend == "skin" else set())) - moved
+    # Without the skin around it, a mouth that grew would be cut off along its old outline.
+    follows = moved | target if config.blend == "targets" else moved
     return EditPlan(
         values=dict(values),
         keep=kept,

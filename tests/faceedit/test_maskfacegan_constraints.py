@@ -206,5 +206,10 @@ def test_blend_is_skin_and_target() -> None:
     expected = probabilities[:, [MASKFACEGAN.id("skin"), MASKFACEGAN.id("mouth")]].sum(1, keepdim=True)
     outcome = edit({"Smiling": 1}, replace(CONFIG, latent_steps=55))
     torch.testing.assert_close(outcome.blend, expected)
-    target_only = edit({"Smiling": 1}, replace(CONFIG, latent_steps=55, include_skin=False))
-    torch.testing.assert_close(target_only.blend, probabilities[:, MASKFACEGAN.id("mouth")][:, None])
+    mouth = probabilities[:, MASKFACEGAN.id("mouth")][:, None]
+    target_only = edit({"Smiling": 1}, replace(CONFIG, latent_steps=55, blend="target"))
+    torch.testing.assert_close(target_only.blend, mouth)
+    either = edit({"Smiling": 1}, replace(CONFIG, latent_steps=55, blend="targets"))
+    made = regions(either.generated)[:, MASKFACEGAN.id("mouth")][:, None]
+    torch.testing.assert_close(either.blend, (mouth + made).clamp(0, 1))
+    assert not torch.allclose(either.blend, mouth, atol=0.01)

@@ -70,10 +70,11 @@ def test_a_local_attribute_beside_a_global_one_is_edited_globally() -> None:
 
 
 def test_masks_policy_is_the_configuration() -> None:
-    config = MaskFaceGANConfig(dynamic=False, include_skin=False)
-    plan = make_plan({"Big_Nose": 1}, config=config)
-    assert plan.blend == ("nose",)
+    plan = make_plan({"Big_Nose": 1}, config=MaskFaceGANConfig(dynamic=False, blend="target"))
+    assert (plan.blend, plan.follows) == (("nose",), ())
     assert not plan.is_dynamic
+    plan = make_plan({"Big_Nose": 1}, config=MaskFaceGANConfig(blend="targets"))
+    assert (plan.blend, plan.follows) == (("nose",), ("nose",))
 
 
 def test_a_size_needs_no_attribute_and_frees_the_outline() -> None:
@@ -125,7 +126,7 @@ def test_defaults_are_the_published_ones() -> None:
         "latent_rate": 1e-3, "noise_steps": 501, "noise_rate": 0.1, "noise_stop_px": 8, "mean_samples": 50_000,
         "appearance_weight": 2.0, "semantic_weight": 0.005, "shape_weight": 0.5, "size_weight": 1.0,
         "noise_weight": 1.0, "perceptual_weight": 0.03, "global_noise_appearance_weight": 0.03, "epsilon": 0.05,
-        "start": "mean", "compat": False, "dynamic": True, "include_skin": True,
+        "start": "mean", "compat": False, "dynamic": True, "blend": "skin",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert preset("default") == config
