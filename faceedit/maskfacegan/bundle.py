@@ -49,7 +49,7 @@ class Bundle:
 
     generator: str = "stylegan2-starter"
     classifier: str = "maskfacegan-classifier-starter"
-    parser: str = "maskfacegan-parser-starter"
+    parser: str = "parser-starter"
     encoder: str = ""
     features: str = "attribute-classifier-starter"
     framing: Framing = "ffhq"
@@ -67,6 +67,10 @@ class Bundle:
         return [find(name).path for name in names if name]
 
 
+STARTER = Bundle(encoder="e4e-starter", config={"blend": "targets"})
+"""The networks that ship. Their generator has seen drawings alone, so that the photo's own skin stays."""
+
+
 def read_bundle(weights: str | Path) -> Bundle:
     """The bundle that a name stands for: "starter", a .json file, or weights of a generator.
 
@@ -74,7 +78,7 @@ def read_bundle(weights: str | Path) -> Bundle:
     """
     name = str(weights)
     if name in ("starter", "maskfacegan-starter"):
-        return Bundle()
+        return STARTER
     if not name.endswith(".json"):
         return Bundle(generator=name)
     path = Path(name)

@@ -19,7 +19,7 @@ from faceedit.editors.base import EDITORS, EditedFace, Watchable
 from faceedit.editors.maggan import attribute_difference
 from faceedit.editors.maskfacegan import MaskFaceGANEditor
 from faceedit.errors import OutOfRangeError, UnknownAttributeError, UnknownNameError, UsageError, WeightsError
-from faceedit.maskfacegan.bundle import Bundle, read_bundle
+from faceedit.maskfacegan.bundle import STARTER, Bundle, read_bundle
 from faceedit.maskfacegan.config import PRESETS
 from faceedit.maskfacegan.outcome import EditCancelledError, OptimizationError, Progress
 from faceedit.maskfacegan.trajectory import Trajectory
@@ -146,7 +146,7 @@ def test_bundles_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(WeightsError, match="must be a bundle"):
         read_bundle(tmp_path / "broken.json")
-    assert read_bundle("starter") == Bundle()
+    assert read_bundle("starter") == STARTER
     assert read_bundle("ffhq.safetensors") == Bundle(generator="ffhq.safetensors")
 
 
