@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _HEADER = (
-    f"{'op':<20} {'layer':<14} {'dtype':<8} {'pass':<16} {'provider':<14} {'median ms':>10} {'IQR ms':>19} "
+    f"{'op':<20} {'layer':<18} {'dtype':<8} {'pass':<16} {'provider':<14} {'median ms':>10} {'IQR ms':>19} "
     f"{'ratio':>6} {'IQR':>13} {'minima':>6} {'GB/s':>7} {'copy':>5} {'GFLOP/s':>8} {'matrix':>6} {'peak MB':>8}"
 )
 _CUDA_HEADER = f" {'warm ms':>9} {'graph ms':>9} {'graph cold':>10}"
@@ -35,7 +35,7 @@ def introduction(description: dict[str, Any], rates: dict[str, Any], missing: di
 def line(record: dict[str, Any], rates: dict[str, Any]) -> str:
     """Return one record as a line of the table."""
     start = (
-        f"{record['op']:<20} {record['layer']:<14} {record['dtype']:<8} {record['pass']:<16} {record['provider']:<14}"
+        f"{record['op']:<20} {record['layer']:<18} {record['dtype']:<8} {record['pass']:<16} {record['provider']:<14}"
     )
     if record["status"] != "ok":
         return f"{start} {record['status'].upper()}: {record['reason']}"

@@ -21,6 +21,18 @@ from faceedit.kernels.upfirdn2d import setup_filter
 
 GAIN = math.sqrt(2)
 FIR = (1.0, 3.0, 3.0, 1.0)
+WIDTH = 512  # the most channels, and the numbers in a style
+CHANNEL_BASES = {256: 16384, 1024: 32768}  # of the published networks of that many px
+
+
+def maps(least_px: int) -> list[tuple[int, int]]:
+    """Return (channels, side) of every layer of side `least_px` or more of these networks, once each, widest first."""
+    found = {
+        (min(base // (1 << power), WIDTH), 1 << power)
+        for px, base in CHANNEL_BASES.items()
+        for power in range(least_px.bit_length() - 1, px.bit_length())
+    }
+    return sorted(found, key=lambda shape: (-shape[1], shape[0]))
 
 
 @dataclass(frozen=True, slots=True)

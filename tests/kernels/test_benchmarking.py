@@ -15,6 +15,7 @@ from faceedit.kernels.benchmarking import SMALL, Benchmark, Case, benchmarks, dr
 from faceedit.kernels.benchmarking.providers import missing, relative_error
 from faceedit.kernels.benchmarking.timing import MOST_ROUNDS, Call, Spread, interleave, ratio
 from faceedit.kernels.tensors import reused
+from faceedit.networks.stylegan2 import StyleGAN2Config
 
 needs_cpp = pytest.mark.skipif(not native.build_report()["cpp"], reason="native module is missing")
 
@@ -201,3 +202,50 @@ def test_layers_are_named_alike_and_targets_name_passes() -> None:
     for benchmark in benchmarks().values():
         for key in benchmark.target:
             assert key.split()[0] in ("forward", "forward+backward"), benchmark.op
+
+
+def shapes_of(op: str, prefix: str = "") -> set[tuple[int, ...]]:
+    """The channels and sides of the layers so named, as the cases' inputs have them."""
+    names = [layer for layer in benchmarks()[op].layers if layer.startswith(prefix)]
+    arguments = [benchmarks()[op].layers[name] for name in names]
+    return {tuple(value for value in values if type(value) is int)[:2] for values in arguments}  # type: ignore[misc]
+
+
+def stylegan2_maps(least_px: int) -> set[tuple[int, int]]:
+    configurations = (StyleGAN2Config(size_px=256, channel_base=16384), StyleGAN2Config())
+    return {
+        (configuration.width(level), 4 << level)
+        for configuration in configurations
+        for level in range(configuration.levels)
+        if 4 << level >= least_px
+    }
+
+
+def test_medians_are_over_every_layer_of_the_networks_they_speak_for() -> None:
+    assert stylegan2_maps(4) <= shapes_of("noise_bias_act")
+    assert stylegan2_maps(8) <= shapes_of("fir_epilogue")
+    assert stylegan2_maps(8) <= shapes_of("upfirdn2d")
+    assert {(1024,), (512,), (256,)} == shapes_of("masked_mse") == shapes_of("noise_regularizer")
+    # MaskGAN's generator: 64 channels at 512 px, doubled by each of four strides of 2; residual blocks; SFT after the
+    # second and the fifth stride of the style encoder.
+    assert {(64 << stride, 512 >> stride) for stride in range(5)} == shapes_of("norm_modulate", "in relu ")
+    assert {(1024, 32)} == shapes_of("norm_modulate", "adain relu ") == shapes_of("norm_modulate", "adain 1")
+    assert {(64, 128), (64, 16)} == shapes_of("norm_modulate", "sft ")
+    assert len(benchmarks()["norm_modulate"].layers) == 9
+
+
+@pytest.mark.parametrize("form", ["in relu", "adain relu", "adain", "sft"])
+def test_maskgan_layers_are_its_own_formulas(form: str) -> None:
+    """Scale and shift as they are, no affine parameters in the norm, and none in front of SFT."""
+    case = benchmarks()["norm_modulate"].build(form, 3, 8, torch.float32)
+    x, *operands = (t.double() for t in case.inputs)
+    if form != "sft":
+        mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), unbiased=False, keepdim=True)
+        x = (x - mean) / (variance + 1e-5).sqrt()
+    gamma, beta = (t if t.dim() == 4 else t[..., None, None] for t in operands) if operands else (1.0, 0.0)
+    expected = x * gamma + beta
+    expected = expected.relu() if "relu" in form else expected
+    for function in (case.ours, case.eager):
+        actual = function(*case.inputs)
+        assert isinstance(actual, Tensor)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)

@@ -84,7 +84,7 @@ def test_report_is_plain_and_covers_every_op() -> None:
 def test_every_public_op_has_a_page_and_a_benchmark(request: pytest.FixtureRequest) -> None:
     # Names on top of an op that is measured: upfirdn2d, norm_modulate.
     wrappers = {"downsample2d", "filter2d", "setup_filter", "upsample2d"}
-    wrappers |= {"adain", "instance_norm_act", "sft", "spade"}
+    wrappers |= {"instance_norm_act", "sft"}
     measured = benchmarking.benchmarks()
     folder = request.config.rootpath / "docs" / "kernels"
     pages = [page.read_text() for page in folder.glob("*.md") if page.stem != "switching"]

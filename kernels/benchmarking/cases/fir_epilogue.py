@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 
+from faceedit.kernels.benchmarking import stylegan2
 from faceedit.kernels.benchmarking.case import Benchmark, Case, draw, size_of
 from faceedit.kernels.fir_epilogue import fir_epilogue, reference
 from faceedit.kernels.upfirdn2d import setup_filter
@@ -42,14 +43,10 @@ def _build(channels: int, side: int, channels_last: bool, dtype: torch.dtype) ->
     return Case((x, fir, *operands, draw(channels, seed=3)), _ours, _eager, moved, wanted=(0, 3, 4, 5))
 
 
-# What follows the transposed convolutions of a 256 and of a 1024 px StyleGAN2, and the skip connection. Eager's
-# depthwise convolution is faster in NCHW.
-LAYERS = {
-    "32@1024": (32, 1024, True),
-    "128@256": (128, 256, True),
+# What follows every transposed convolution of a 256 and of a 1024 px StyleGAN2, and the skip connection of its last
+# size. Eager's depthwise convolution is faster in NCHW.
+LAYERS = {f"{channels}@{side}": (channels, side, True) for channels, side in stylegan2.maps(8)} | {
     "128@256 nchw": (128, 256, False),
-    "64@512": (64, 512, True),
-    "512@64": (512, 64, True),
     "3@1024 skip": (3, 1024, False),
     "3@256 skip": (3, 256, False),
 }

@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 
+from faceedit.kernels.benchmarking import stylegan2
 from faceedit.kernels.benchmarking.case import Benchmark, Case, draw, size_of
 from faceedit.kernels.noise_bias_act import noise_bias_act, reference
 
@@ -22,12 +23,6 @@ def _build(channels: int, side: int, dtype: torch.dtype) -> Case:
     return Case(inputs, _ours, _eager, moved)
 
 
-# The convolutions of a 256 and of a 1024 px StyleGAN2 (channel bases 16384 and 32768), and MagGAN's widest layer.
-LAYERS = {
-    f"{channels}@{side}": (channels, side)
-    for channels, side in (
-        (32, 1024), (64, 512), (64, 256), (128, 256), (128, 128), (256, 128), (256, 64), (512, 64), (512, 32),
-        (512, 16), (64, 128),
-    )
-}  # fmt: skip
+# Every convolution of a 256 and of a 1024 px StyleGAN2, and MagGAN's widest layer.
+LAYERS = {f"{channels}@{side}": (channels, side) for channels, side in (*stylegan2.maps(4), (64, 128))}
 BENCHMARKS = [Benchmark("noise_bias_act", _build, LAYERS, (5, 12), {"forward": 5.0, "forward+backward": 5.0})]

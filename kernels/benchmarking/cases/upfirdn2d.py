@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 
+from faceedit.kernels.benchmarking import stylegan2
 from faceedit.kernels.benchmarking.case import Benchmark, Case, draw, size_of
 from faceedit.kernels.upfirdn2d import reference, setup_filter, upfirdn2d
 
@@ -22,11 +23,9 @@ def _build(channels: int, side: int, up: int, down: int, channels_last: bool, dt
     return Case((x, setup_filter([1, 3, 3, 1])), ours, eager, (once, 2 * once), wanted=(0,))
 
 
-# The filter after a transposed convolution in both formats, a skip image, and a discriminator's downsampling. Eager's
-# depthwise convolution is faster in NCHW.
-LAYERS = {
-    "32@1024": (32, 1024, 1, 1, True),
-    "128@256": (128, 256, 1, 1, True),
+# The filter after every transposed convolution of a 256 and of a 1024 px StyleGAN2, the skip image of its last size,
+# and a discriminator's downsampling. Eager's depthwise convolution is faster in NCHW.
+LAYERS = {f"{channels}@{side}": (channels, side, 1, 1, True) for channels, side in stylegan2.maps(8)} | {
     "128@256 nchw": (128, 256, 1, 1, False),
     "3@1024 up": (3, 1024, 2, 1, False),
     "3@256 up": (3, 256, 2, 1, False),
