@@ -61,8 +61,9 @@ def modulated_conv2d(
               planar.
     Grad:     every tensor but fir (ValueError when it requires grad), to second order. Kinks as in noise_bias_act.
               The output is saved; for a smooth act or gain <= 0 the convolution's result too.
-    Backends: eager (any device), cpu, cuda, triton; the convolution is PyTorch's on each. Against fp64, relative L2
-              of y and of gradients: fp32 1e-5, 1e-4; fp16 5e-3, 2e-2; bf16 1e-2, 5e-2.
+    Backends: eager (any device), cpu, cuda, triton. The convolution is PyTorch's, but that `backend("triton")` runs
+              a channels_last layer without resampling as one kernel. Against fp64, relative L2 of y and of gradients:
+              fp32 (TF32 off) 1e-5, 1e-4; fp16 5e-3, 2e-2; bf16 1e-2, 5e-2.
     Raises:   TypeError on a dtype; ValueError on shape, device, up, down or act.
     Note:     sums over a weight that does not require grad are kept between calls. They follow every write that PyTorch
               counts; after a write through `weight.data` make a new tensor.
@@ -185,11 +186,13 @@ def _native(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from faceedit.kernels import modulated_conv2d_triton
+    from faceedit.kernels import modulated_conv2d_gemm_triton, modulated_conv2d_triton
 
+    # "auto" keeps PyTorch's convolution: no measurement says where Triton's is the faster one.
+    layer = modulated_conv2d_gemm_triton.layer if requested_backend() == "triton" else None
     # The FIR runs on what is fastest for it.
     with torch.autocast(x.device.type, enabled=False), backend("auto"):
-        return modulated_conv2d_passes.forward(modulated_conv2d_triton, x, *arguments)
+        return modulated_conv2d_passes.forward(modulated_conv2d_triton, x, *arguments, layer=layer)
 
 
 _forward = dispatcher("modulated_conv2d", eager=_eager, cpu=_native, cuda=_native, triton=_triton)

@@ -7,6 +7,7 @@ Backward: one pass from the output (its activation inverted) to the gradient of 
           sums its gradient. Styles never enter a weight gradient, and a trained weight gets one for the batch.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,9 @@ _ops: Any = torch.ops.faceedit
 
 Optional4 = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
 Settings = tuple[str, float, float, float]  # act, slope, gain, clamp
+
+# One kernel for style, convolution, epilogue and ToRGB: (x, weight, style, vectors, factors, settings) -> y, rgb.
+Layer = Callable[[Tensor, Tensor, Tensor, Optional4, Tensor | None, Settings], tuple[Tensor, Tensor | None]]
 
 
 class Passes(Protocol):
@@ -93,8 +97,13 @@ def forward(
     slope: float,
     gain: float,
     clamp: float,
+    *,
+    layer: Layer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, ToRGB's sums, the demodulation and the epilogue's input; the last three empty where there are none."""
+    """Return y, ToRGB's sums, the demodulation and the epilogue's input; the last three empty where there are none.
+
+    layer: what runs a layer that it fits in place of PyTorch's convolution and the passes.
+    """
     geometry, settings = Geometry(weight.shape[2], up, down), (act, slope, gain, clamp)
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
@@ -103,6 +112,11 @@ def forward(
     noise, strength, bias = map(as_float, (noise, strength, bias))
     operands = (v.demodulation, noise, strength, bias)
     keeps_core = not output_tells_input(act, slope, gain)
+    if layer is not None and not keeps_core and _fits_layer(weight, geometry, fmt):
+        w = ready(weight, x.dtype, fmt, False)
+        y, rgb = layer(x, w, v.inner, (v.outer, noise, strength, bias), factors, settings)
+        found = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, None)]
+        return y, found[0], found[1], found[2]
     if is_rgb(weight, geometry):
         core = passes.dots(x, _rgb_factors_of(weight, v.style))
     else:
@@ -121,6 +135,10 @@ def forward(
     kept = in_format(core, x.dtype, fmt) if keeps_core else None
     rest = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, kept)]
     return y, rest[0], rest[1], rest[2]
+
+
+def _fits_layer(weight: Tensor, geometry: Geometry, fmt: torch.memory_format) -> bool:
+    return fmt is torch.channels_last and geometry.up == geometry.down == 1 and not is_rgb(weight, geometry)
 
 
 def _filter(x: Tensor, fir: Tensor | None, pad: int, gain: float, flip: bool = False) -> Tensor:

@@ -14,8 +14,11 @@ from typing import Any
 CASES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> None:
-    """Compile for sm_80 and sm_90. `types` gives Triton types by argument; else `*_ptr` is *fp32, a number i32."""
+def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str], **options: int) -> None:
+    """Compile for sm_80 and sm_90. `types` gives Triton types by argument; else `*_ptr` is *fp32, a number i32.
+
+    options: those of the launch, as num_warps.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -28,6 +31,6 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
     }
     for capability in (80, 90):
         source = ASTSource(kernel, signature, constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert f".target sm_{capability}" in compiled.asm["ptx"]
         print("compiled", kernel.fn.__name__, capability)
