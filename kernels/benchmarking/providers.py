@@ -2,7 +2,7 @@
 """The ways to run a case, each compared with the case's baseline before anything is timed."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,21 @@ TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (3e-3, 6e-3), torch.bfl
 
 class WrongResultError(Exception):
     """A provider's answer is not the baseline's: a failure, never a row of a table."""
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiply fp32 as fp32, which the tolerances stand for: PyTorch lets convolutions on a GPU use TF32.
+
+    For comparing results. Times are taken with the settings that the process has.
+    """
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, convolution.allow_tf32
+    matmul.allow_tf32 = convolution.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, convolution.allow_tf32 = before
 
 
 def missing(provider: str, device: str) -> str:

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels.benchmarking.case import PASSES, Benchmark, Case
-from faceedit.kernels.benchmarking.providers import BACKEND, Step, WrongResultError, check, missing, step
+from faceedit.kernels.benchmarking.providers import (
+    BACKEND,
+    Step,
+    WrongResultError,
+    check,
+    missing,
+    step,
+    without_tf32,
+)
 from faceedit.kernels.benchmarking.timing import CpuClock, CudaClock, Spread, graph_of, interleave, ratio
 from faceedit.kernels.tensors import reused
 
@@ -50,11 +58,13 @@ def _run_pass(case: Case, index: int, settings: Settings) -> Iterator[dict[str, 
     names = [name for i, name in enumerate(names) if name not in names[:i]]
     steps: dict[str, Step] = {}
     records: dict[str, dict[str, Any]] = {}
-    expected = step(case, case.baseline, settings.device, backward)()
+    with without_tf32():
+        expected = step(case, case.baseline, settings.device, backward)()
     for name in names:
         made = step(case, name, settings.device, backward)
         try:
-            error = check(case, name, made, expected)
+            with without_tf32():
+                error = check(case, name, made, expected)
         except WrongResultError as failure:
             records[name] = {"status": "wrong", "reason": str(failure)}
         except Exception as failure:  # a provider that fails is a row that says so; the others are still measured

@@ -12,7 +12,7 @@ import torch
 
 from faceedit.kernels.benchmarking import SMALL, benchmarks
 from faceedit.kernels.benchmarking.case import PASSES
-from faceedit.kernels.benchmarking.providers import PROVIDERS, check, missing, step
+from faceedit.kernels.benchmarking.providers import PROVIDERS, check, missing, step, without_tf32
 from faceedit.kernels.benchmarking.suite import Settings, run_layer
 
 BENCHMARKS = benchmarks()
@@ -53,7 +53,8 @@ def test_speed(op: str, layer: str, dtype: torch.dtype, name: str, provider: str
     if name not in case.passes or (backward and not case.differentiable()):
         pytest.skip("this case has no such pass")
     call = step(case, provider, DEVICE, backward)
-    check(case, provider, call, step(case, case.baseline, DEVICE, backward)())
+    with without_tf32():
+        check(case, provider, call, step(case, case.baseline, DEVICE, backward)())
     benchmark.group = f"{op}/{layer}/{dtype}/{name}"
     benchmark.extra_info |= {"provider": provider, "moved_bytes": case.moved[backward], "flops": case.flops[backward]}
 

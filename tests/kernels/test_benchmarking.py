@@ -138,6 +138,23 @@ def test_timed_records_hold_what_the_table_shows() -> None:
     assert (line["provider"], line["layers"], line["target"]) == ("another", 1, None)
 
 
+@pytest.mark.usefixtures("scripted")
+def test_results_are_compared_without_tf32_and_timed_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allowed = []
+
+    def probe(x: Tensor) -> Tensor:
+        allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+        return x * 2
+
+    records_of(toy(others={"probe": probe}, passes=("forward",)), "1@8", rounds=1, seconds=0.0)
+    before = torch.backends.cuda.matmul.allow_tf32
+    assert allowed[0] == (False, False)
+    assert set(allowed[1:]) == {(True, before)}
+    records_of(toy(others={"broken": broken}, passes=("forward",)))
+    assert torch.backends.cudnn.allow_tf32
+
+
 @needs_cpp
 @pytest.mark.usefixtures("scripted")
 def test_the_compiled_kernel_has_a_column_for_reused_outputs() -> None:
