@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Build the CPU kernels with AddressSanitizer and run the kernel tests on them: a read or write outside a tensor, on any
-# instruction set, stops the run with its place in the source. Arguments go to pytest, as `tests/asan.sh -k masked_mse`.
+# instruction set, stops the run with its place in the source. Arguments go to pytest, as `tests/asan.sh -k masked_mse`;
+# files named there are run in place of all.
 #
 # The instrumented module lies in a copy of the package under build/asan; an installed or in-place build is not touched.
 # Needs a C++ compiler with libasan, cmake, ninja and pybind11 besides what the tests need.
@@ -40,22 +41,21 @@ export LD_PRELOAD=$libraries
 
 # The instrument itself first: a kernel told that its input is longer than it is must be stopped.
 code=0
-"$python" -P > "$build/canary" 2>&1 << 'PY' || code=$?
-import torch
-
-from faceedit.kernels import native
-
-module, x, y = native.module(), torch.zeros(1024), torch.zeros(4096)
-print("module", module.__file__)
-none = dict.fromkeys(("scale", "noise", "strength", "bias", "act", "noise_stride", "dtype"), 0)
-shape = {"batch": 1, "channels": 1, "pixels": 4096, "channels_last": False, "slope": 0.2, "gain": 1.0, "clamp": -1.0}
-module.noise_bias_act_fwd(module.Target(-1, 1, 0), x=x.data_ptr(), y=y.data_ptr(), **none, **shape)
-PY
+"$python" -P tests/support/overread.py 4096 > "$build/canary" 2>&1 || code=$?
 if [ "$code" -ne 9 ] || ! grep -q "module $root/build/asan/.*" "$build/canary" || ! grep -q heap-buffer-overflow "$build/canary"; then
   cat "$build/canary" >&2
   echo "tests/asan.sh: an overread was not stopped; the module is not instrumented" >&2
   exit 1
 fi
 
-exec "$python" -P -m pytest -p no:cacheprovider tests/kernels tests/benchmarks \
-  --deselect tests/kernels/test_import.py -m 'not slow and not gpu' -k 'not compile' "$@"
+chosen='not compile' paths=() options=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -k) chosen="($2) and not compile"; shift ;;
+    *) if [ -e "${1%%::*}" ]; then paths+=("$1"); else options+=("$1"); fi ;;
+  esac
+  shift
+done
+if [ ${#paths[@]} -eq 0 ]; then paths=(tests/kernels tests/benchmarks); fi
+exec "$python" -P -m pytest -p no:cacheprovider "${paths[@]}" --deselect tests/kernels/test_import.py \
+  -m 'not slow and not gpu' -k "$chosen" "${options[@]}"

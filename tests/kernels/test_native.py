@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import overread
 
 from faceedit import kernels
 from faceedit.kernels import native
@@ -47,6 +48,10 @@ def test_core_repeats_the_checks_and_names_the_argument() -> None:
     ):
         with pytest.raises(RuntimeError, match=f"noise_bias_act_fwd: {message}"):
             module.noise_bias_act_fwd(target, **(good | change))
+
+
+def test_what_shows_an_instrumented_build_is_a_call_that_works() -> None:
+    assert torch.equal(overread.doubled(overread.HELD), torch.full((overread.HELD,), 2.0))
 
 
 def test_half_conversions_are_exact() -> None:
