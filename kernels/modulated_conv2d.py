@@ -123,11 +123,10 @@ def modulated_conv2d(
 
 def _vectors(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool) -> Vectors:
     """Make the vectors in plain PyTorch, differentiable."""
-    s = styles.to(compute_dtype(x))
-    if not demodulate:
-        return Vectors(s, None, None)
-    d = ((s * s) @ weight.to(s.dtype).square().sum((2, 3)).t() + EPSILON).rsqrt()
-    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None)
+    s, d = styles.to(compute_dtype(x)), None
+    if demodulate:
+        d = ((s * s) @ weight.to(s.dtype).square().sum((2, 3)).t() + EPSILON).rsqrt()
+    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None, weight.shape[0])
 
 
 def _scaled(x: Tensor, style: Tensor) -> Tensor:
@@ -278,7 +277,7 @@ def backward_reference(
     want_x, want_weight, want_styles, *want_vectors = wanted[:6]
     core_grad, grad_outer, *gradients = epilogue_backward(
         g, core, True, v.outer, noise, strength, bias, act, slope, gain, clamp,
-        [True, v.outer is not None, *want_vectors],
+        [True, v.demodulation is not None, *want_vectors],
     )  # fmt: skip
     gx = grad_styles = grad_weight = None
     if want_x or want_styles or want_weight:

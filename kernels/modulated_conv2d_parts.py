@@ -158,6 +158,7 @@ class Vectors:
     style: Tensor  # (N,I)
     demodulation: Tensor | None  # (N,O)
     factor: Tensor | None  # (N,1), fp16 only
+    outputs: int  # O
 
     @property
     def inner(self) -> Tensor:
@@ -165,24 +166,30 @@ class Vectors:
 
     @property
     def outer(self) -> Tensor | None:
-        if self.factor is None or self.demodulation is None:
+        if self.factor is None:
             return self.demodulation
+        if self.demodulation is None:
+            return self.factor.expand(-1, self.outputs).contiguous()
         return self.demodulation * self.factor
 
 
-def fp16_factor(style: Tensor, demodulation: Tensor) -> Tensor:
-    """Return what to divide a sample's styles by, so that neither style * x nor the convolution leaves fp16's range."""
-    longest = 1.0 / demodulation.amin(1, keepdim=True)  # of the modulated filters
-    return torch.maximum(longest, style.abs().amax(1, keepdim=True)).detach()
+def fp16_factor(style: Tensor, demodulation: Tensor | None) -> Tensor:
+    """Return what to divide a sample's styles by, so that style * x does not leave fp16's range.
+
+    With demodulation the convolution does not either. Without, only what styles are above 1 is taken out.
+    """
+    largest = style.abs().amax(1, keepdim=True).detach()
+    if demodulation is None:
+        return torch.where(largest.isfinite(), largest.clamp(min=1.0), 1.0)
+    longest = 1.0 / demodulation.amin(1, keepdim=True).detach()  # of the modulated filters
+    return torch.maximum(longest, largest)
 
 
 def vectors(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool) -> Vectors:
     """Make the vectors from operands, with what is remembered of the weight."""
     s = in_format(styles, compute_dtype(x), torch.contiguous_format)
-    if not demodulate:
-        return Vectors(s, None, None)
-    d = F.linear(s * s, squares(weight).to(s.dtype)).add_(EPSILON).rsqrt_()
-    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None)
+    d = F.linear(s * s, squares(weight).to(s.dtype)).add_(EPSILON).rsqrt_() if demodulate else None
+    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None, weight.shape[0])
 
 
 def folds_style(x: Tensor, geometry: Geometry) -> bool:

@@ -197,7 +197,7 @@ def backward(
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
     want_x, want_weight, want_styles, want_noise, want_strength, want_bias, want_rgb_weight, want_rgb_styles = wanted
-    v = vectors_from(x, styles, demodulation if demodulate else None)
+    v = vectors_from(x, weight, styles, demodulation if demodulate else None)
     plain_rgb = is_rgb(weight, geometry)
     scale = v.demodulation if plain_rgb else v.outer
     factors = rgb_factors(rgb_weight, rgb_styles)
@@ -252,11 +252,10 @@ def backward(
     )
 
 
-def vectors_from(x: Tensor, styles: Tensor, demodulation: Tensor | None) -> Vectors:
+def vectors_from(x: Tensor, weight: Tensor, styles: Tensor, demodulation: Tensor | None) -> Vectors:
     """Make the vectors again from the demodulation that the forward pass returned."""
     s = in_format(styles, compute_dtype(x), torch.contiguous_format)
-    half = x.dtype == torch.float16 and demodulation is not None
-    return Vectors(s, demodulation, fp16_factor(s, demodulation) if half and demodulation is not None else None)
+    return Vectors(s, demodulation, fp16_factor(s, demodulation) if x.dtype == torch.float16 else None, weight.shape[0])
 
 
 def _epilogue_backward(

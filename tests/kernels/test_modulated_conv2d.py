@@ -286,6 +286,47 @@ def test_half_precision_survives_large_and_small_modulation(place: Place) -> Non
     check(place, [x, weight * 4000, styles, *[None] * 5], torch.float16, torch.channels_last, act="linear")
 
 
+@pytest.mark.parametrize(("up", "down", "o", "k"), [(1, 1, 7, 3), (2, 1, 7, 3), (1, 2, 7, 3), (1, 1, 3, 1)])
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_survives_large_styles_without_demodulation(
+    place: Place, up: int, down: int, o: int, k: int
+) -> None:
+    """style * x passes 65504; the result does not. The weight is frozen: its own gradient is beyond fp16."""
+    x, weight, styles, *_ = inputs(o=o, k=k, rgb=False)
+    assert x is not None
+    assert weight is not None
+    assert styles is not None
+    weight, styles = weight * 1e-3, styles * 1e3
+    x = (100 * x).to(torch.float16).contiguous(memory_format=torch.channels_last)
+    assert (x.float() * styles[:, :, None, None]).abs().max() > 65504
+
+    def together(x: Tensor, styles: Tensor) -> Tensor:
+        return call(up=up, down=down, demodulate=False)(x, weight.to(x.device), styles)
+
+    wide = [x.double().requires_grad_(), styles.double().requires_grad_()]
+    expected = oracle(up=up, down=down, demodulate=False)(wide[0], weight.double(), wide[1])
+    weights = draw(*expected.shape, seed=99, low=0.5).to(torch.float16)
+    y, found = run(place, together, [x, styles], weights)
+    forward, backward = TOLERANCE[torch.float16]
+    assert_close("output", y, expected, relative_l2=forward)
+    for name, actual, wanted in zip(
+        ("x", "styles"), found, torch.autograd.grad(expected, wide, weights.double()), strict=True
+    ):
+        assert actual is not None
+        assert_close(f"gradient of {name}", actual, wanted, relative_l2=backward)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_keeps_an_infinite_style_infinite(place: Place) -> None:
+    x, weight, styles, *_ = (None if t is None else t.abs() + 0.5 for t in inputs(rgb=False))
+    assert x is not None
+    assert styles is not None
+    styles[0, 1] = float("inf")
+    y, _ = run(place, call(demodulate=False), [x.to(torch.float16), weight, styles])
+    assert (y[0] == float("inf")).all()
+    assert y[1].isfinite().all()
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_nan_stays_in_its_sample_and_its_window(place: Place) -> None:
     x, weight, styles, *_ = inputs(n=2, h=7, w=7, rgb=False)
