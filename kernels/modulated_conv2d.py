@@ -73,6 +73,7 @@ def modulated_conv2d(
     n, channels, h, w = x.shape
     if (
         weight.dim() != 4
+        or weight.shape[0] < 1
         or weight.shape[1] != channels
         or weight.shape[2] != weight.shape[3]
         or weight.shape[2] % 2 == 0
@@ -89,8 +90,11 @@ def modulated_conv2d(
         raise ValueError(
             f"modulated_conv2d: up and down must be 1, or one of them 2, got {up} and {down}; resample once"
         )
-    if down == 2 and (h < 2 or w < 2):
-        raise ValueError(f"modulated_conv2d: x must have 2 pixels a side for down=2, got {describe(x)}; use down=1")
+    if channels < 1 or h < down or w < down:
+        raise ValueError(
+            f"modulated_conv2d: x must have channels and {down} or more pixels a side for down={down}, "
+            f"got {describe(x)}; pass a larger image"
+        )
     out, (height, width) = weight.shape[0], Geometry(weight.shape[2], up, down).output_size(h, w)
     if act not in ACTIVATIONS:
         raise ValueError(f"modulated_conv2d: act must be one of {ACTIVATIONS}, got {act!r}; choose one of these")
