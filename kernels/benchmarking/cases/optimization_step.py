@@ -22,7 +22,8 @@ from faceedit.kernels.noise_regularizer import noise_regularizer
 
 # One branch of the attribute tree: convolutions and poolings in order.
 BRANCH = "ccMccMcc" + "cMcccMc" + "c" + "cM"
-TARGET_PROBABILITY = 0.95
+# Far from what the random branch says: a divergence near its minimum is all rounding, and would compare as such.
+TARGET_PROBABILITY = 0.05
 # Of losses and gradients against the baseline's fp32; see the generator's case.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (5e-2, 0.4)}
 
