@@ -190,11 +190,19 @@ class PairConfig:
 
     `multi_share` of them join two flipped members, so that several attributes differ. `terse_share` of the edits away
     from the sampled person name only the attribute that was asked for and leave out what follows from it (blond, but
-    not "no longer brown"), because at test time the source attributes may be unknown.
+    not "no longer brown"), because at test time the source attributes may be unknown. Pairs that flip an attribute of
+    `emphasis` are drawn `emphasis_weight` times as often as the others.
     """
 
     multi_share: float = 0.15
     terse_share: float = 0.5
+    emphasis: tuple[str, ...] = ()
+    emphasis_weight: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in self.emphasis:
+            attribute_index(name)
+        require(self.emphasis_weight > 0, "pairs.emphasis_weight", "positive", self.emphasis_weight)
 
 
 def sample_pairs(
@@ -211,8 +219,10 @@ def sample_pairs(
              attributes, target_attributes count×13 in {0,1}; influence count×1×S×S in [0, 1].
     """
     members = data.config.variants + 1
-    person = torch.randint(len(data), (count,), generator=generator).numpy()
-    flipped = torch.randint(1, members, (count,), generator=generator)
+    weights = [pairs.emphasis_weight if name in pairs.emphasis else 1.0 for name in data.config.attributes]
+    often = torch.tensor(weights)[torch.from_numpy(data.flipped[:, 1:].astype(np.int64))]
+    drawn = torch.multinomial(often.flatten(), count, replacement=True, generator=generator)
+    person, flipped = (drawn // (members - 1)).numpy(), drawn % (members - 1) + 1
     backwards = torch.rand(count, generator=generator) < 0.5
     several = torch.rand(count, generator=generator) < (pairs.multi_share if members > 2 else 0.0)
     step = torch.randint(1, max(members - 1, 2), (count,), generator=generator)

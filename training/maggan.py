@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN, resolve_conflicts
 from faceedit.networks.maggan import (
+    EditLayers,
     MagGANConfig,
     MagGANDiscriminator,
     MagGANDiscriminatorConfig,
@@ -73,6 +74,7 @@ class LossConfig:
     preserve: float = 100.0
     edit: float = 100.0
     moved: float = 0.0
+    opacity: float = 0.0
     gradient_penalty: float = 10.0
     critic_attributes: float = 1.0
 
@@ -93,7 +95,8 @@ class AdversarialConfig:
 @dataclass(frozen=True, slots=True)
 class MagGANRecipe(Recipe):
     """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes;
-    `initial_weights` continues from an exported or registered generator (critic and optimisers start anew)."""
+    `initial_weights` continues from an exported or registered generator (critic and optimisers start anew); one with a
+    residual output can be continued with a layered one."""
 
     network: MagGANConfig = field(default_factory=MagGANConfig)
     critic: MagGANDiscriminatorConfig = field(default_factory=MagGANDiscriminatorConfig)
@@ -139,7 +142,7 @@ class MagGANTask(Task[MagGANRecipe]):
             judge = _load_classifier(recipe.validation_classifier, context.device)
             self.classify = classify_with(judge, judge.config.attributes, judge.config.size_px)
         network = MagGANGenerator(recipe.network)
-        start_from(network, recipe.initial_weights)
+        start_from(network, recipe.initial_weights, may_lack="detail")
         self.generator = context.add_network("generator", network, recipe.generator_adam, average=True)
         self.relations = network.relations
         self.critic = context.add_network("critic", MagGANDiscriminator(recipe.critic), recipe.critic_adam)
@@ -160,12 +163,16 @@ class MagGANTask(Task[MagGANRecipe]):
             for extra in range(schedule.critic_steps - 1):
                 fresh = self._draw(f"critic {extra}", step)
                 with torch.no_grad():
-                    made = self._generate(fresh)
+                    made = self._generate(fresh).image
                 self._train_critic(fresh, made, step, extra)
-        made = self._generate(batch)
+        made, opacity = self._generate(batch)
         if adversarial:
             scalars |= self._train_critic(batch, made.detach(), step, schedule.critic_steps)
         loss, parts = self._generator_loss(batch, made, adversarial)
+        if self.recipe.losses.opacity:
+            parts["opacity"] = opacity.mean()
+            loss = loss + self.recipe.losses.opacity * parts["opacity"]
+            parts["opacity"] = parts["opacity"].detach()
         self.context.minimise("generator", loss)
         return {**scalars, **parts, "generator": loss.detach()}
 
@@ -182,10 +189,11 @@ class MagGANTask(Task[MagGANRecipe]):
             batch |= photo_edits(count, known, generator)
         return self.context.to_device(batch)
 
-    def _generate(self, batch: dict[str, Tensor]) -> Tensor:
+    def _generate(self, batch: dict[str, Tensor]) -> EditLayers:
         """One pass over everything: pair edits, pair copies, photo edits, photo copies."""
         images, masks, differences = self._inputs(batch)
-        return self.generator(images, differences, masks).float()
+        made = self.generator(images, differences, masks, with_opacity=True)
+        return EditLayers(made.image.float(), made.opacity.float())
 
     def _inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         copies = self.recipe.batch.copies

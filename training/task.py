@@ -47,15 +47,21 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def start_from(network: nn.Module, weights: str | None) -> None:
+def start_from(network: nn.Module, weights: str | None, *, may_lack: str | None = None) -> None:
     """Give a network the parameters of exported or registered `weights` of the same architecture; None: nothing.
+
+    `may_lack` names a submodule that the weights may be without; it then keeps its own start.
 
     Raises: WeightsError if they can't be read; RuntimeError, naming the keys, if they are of another architecture.
     """
     if weights is not None:
         from faceedit.registry import load_network
 
-        network.load_state_dict(load_network(weights).state_dict())
+        given = dict(load_network(weights).state_dict())
+        if may_lack is not None and not any(key.startswith(f"{may_lack}.") for key in given):
+            own = network.state_dict()
+            given |= {key: value for key, value in own.items() if key.startswith(f"{may_lack}.")}
+        network.load_state_dict(given)
 
 
 class TrainingContext:

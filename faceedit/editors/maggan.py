@@ -18,7 +18,7 @@ from faceedit.classification import attribute_probabilities, load_classifier
 from faceedit.editors.base import EDITORS, AttributeEdit, EditedFace, EditRequest, check_request
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.classifier import AttributeClassifier
-from faceedit.networks.maggan import MagGANGenerator, resize_area
+from faceedit.networks.maggan import EditLayers, MagGANGenerator, resize_area
 from faceedit.parsing import FaceRecord
 from faceedit.relations import Relations, influence_mask, mask_guided_conditioning, related_parts, relation_matrices
 
@@ -86,8 +86,11 @@ class MagGANEditor:
 
     def forward(self, image: Tensor, difference: Tensor, mask: Tensor) -> Tensor:
         """The pure graph that is exported and served: N×3×S×S, N×13, N×19×H×W -> N×3×S×S in [-1, 1]."""
+        return self._layers(image, difference, mask).image
+
+    def _layers(self, image: Tensor, difference: Tensor, mask: Tensor) -> EditLayers:
         half = resize_area(mask, self.generator.config.size_px // 2)
-        return self.generator.transform(image, mask_guided_conditioning(difference, half, self.relations))
+        return self.generator.layers(image, mask_guided_conditioning(difference, half, self.relations))
 
     @torch.no_grad()
     def apply(self, face: FaceRecord, request: EditRequest, seed: int = 0) -> EditedFace:

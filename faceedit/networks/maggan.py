@@ -8,6 +8,9 @@ difference is painted only on the parts it concerns (`faceedit.relations`). Wher
 Deviations, each an option that is off by default:
 * `output="residual"`: the network predicts what to add to the input. The shallowest skip has half the input's
   resolution, so an image predicted from scratch loses pores and single hairs; an added change keeps them.
+* `output="layered"`: the residual, finished at the input's own size by two convolutions that see the input, over an
+  input that the network may cover. Where an edit puts one thing in front of another (skin where hair was) a residual
+  would have to carry the negative of every strand; an opacity hides them.
 * `blend`: the paper's blending trick (13), with the soft mask, so that no hard seam appears.
 * widths: `MagGANConfig.compact()` is a sixth of the paper's deepest width, to train and run on a CPU.
 """
@@ -30,6 +33,7 @@ NUM_ATTRIBUTES = len(MAGGAN)
 _BATCH_NORM_EPS = 1e-3  # TF-slim's default, which STGAN uses
 _SLOPE = 0.2
 _RESIDUAL_RANGE = 2.0  # any colour in [-1, 1] can reach any other
+_CLEAR = -6.0  # logit of the opacity at the start of training: a quarter of a percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ class MagGANConfig:
           between; encoder_stages, halvings; stu_units, skips that pass a transfer unit (the deepest ones; the others
           are dropped); label_scheme, relation_preset, how `faceedit.relations` reads the mask; decoder, "spade"
           (denormalisation) or "plain" (STGAN's); encoder_norm, decoder_norm; spade_width, hidden channels of a SPADE
-          block; output, "image" or "residual"; blend, whether the result is composited by the soft preserve mask.
+          block; output, "image", "residual" or "layered"; detail_width, hidden channels of the layered output's
+          convolutions at full size; blend, whether the result is composited by the soft preserve mask.
     """
 
     size_px: int = 128
@@ -54,7 +59,8 @@ class MagGANConfig:
     encoder_norm: Norm = "batch"
     decoder_norm: Norm = "layer"
     spade_width: int = 128
-    output: Literal["image", "residual"] = "image"
+    output: Literal["image", "residual", "layered"] = "image"
+    detail_width: int = 16
     blend: bool = False
 
     def __post_init__(self) -> None:
@@ -189,6 +195,28 @@ class _PlainStage(nn.Module):
         return _join(x, condition) if skip is None else _join(x, skip, condition)
 
 
+class _Detail(nn.Module):
+    """Finish a change at full size: decoder features, the coarse change and the image give its correction and opacity.
+
+    Flow:    ConvT4 s2 of the features; conv3 of [that, coarse change, image], leaky ReLU; conv3, zero at the start.
+    Args:    features (N,C,S/2,S/2), coarse (N,3,S,S) before its tanh, image (N,3,S,S).
+    Returns: the change before its tanh (N,3,S,S), and in [0, 1] how much of the image it covers (N,1,S,S).
+    """
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.up = _upsampling(in_channels, width, bias=False)
+        self.hidden = _ConvAct(width + 6, width, "lrelu")
+        self.layer = nn.Conv2d(width, 4, 3, padding=1)
+        nn.init.zeros_(self.layer.weight)
+        with torch.no_grad():
+            self.layer.bias.copy_(torch.tensor([0.0, 0.0, 0.0, _CLEAR]))  # type: ignore[union-attr]
+
+    def forward(self, features: Tensor, coarse: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        found = self.layer(self.hidden(_join(self.up(features), coarse, image)))
+        return coarse + found[:, :3], torch.sigmoid(found[:, 3:])
+
+
 def resize_area(x: Tensor, size_px: int) -> Tensor:
     """A square map (N,C,S,S) at another size: averaged over areas when it shrinks, bilinear when it grows."""
     if x.shape[-1] == size_px:
@@ -200,6 +228,13 @@ def resize_area(x: Tensor, size_px: int) -> Tensor:
     return F.interpolate(x, (size_px, size_px), mode="bilinear", align_corners=False)
 
 
+class EditLayers(NamedTuple):
+    """An edited image (N,3,S,S) in [-1, 1] and how much of the input it hides, opacity (N,1,S,S) in [0, 1]."""
+
+    image: Tensor
+    opacity: Tensor
+
+
 class MagGANGenerator(nn.Module):
     """Change attributes of an aligned face, on the parts they concern.
 
@@ -207,8 +242,8 @@ class MagGANGenerator(nn.Module):
              skips and the condition a at every size.
     Args:    image (N,3,S,S) in [-1, 1]; attribute_difference (N,13), target minus source, {−1, 0, 1} in training,
              scaled by intensity at test; mask (N,19,S',S') soft, summing to 1, in the configured scheme.
-    Returns: image (N,3,S,S) in [-1, 1]. A residual output is clamped in evaluation only: in training a pixel that
-             overshoots must still receive its gradient.
+    Returns: image (N,3,S,S) in [-1, 1]. A residual or layered output is clamped in evaluation only: in training a pixel
+             that overshoots must still receive its gradient. With `with_opacity` an `EditLayers`.
     Raises:  ValueError on shapes.
     Config:  MagGANConfig.
     Source:  MagGAN section 3, eqs. (11)-(13); STGAN.
@@ -237,9 +272,10 @@ class MagGANGenerator(nn.Module):
             self.decoder.append(stage_type(channels, config.width(level + 1), skip_channels, config))
             channels = self.decoder[-1].out_channels  # type: ignore[assignment]
         self.to_rgb = _upsampling(channels, 3, bias=True)
-        if config.output == "residual":
+        if config.output != "image":
             nn.init.normal_(self.to_rgb.weight, std=1e-3)  # start from (almost) the identity
             nn.init.zeros_(self.to_rgb.bias)  # type: ignore[arg-type]
+        self.detail = _Detail(channels, config.detail_width) if config.output == "layered" else None
         relations = relation_matrices(scheme(config.label_scheme), config.relation_preset)
         self.register_buffer("relation_plus", relations.plus, persistent=False)
         self.register_buffer("relation_minus", relations.minus, persistent=False)
@@ -249,17 +285,23 @@ class MagGANGenerator(nn.Module):
         """AR⁺ and AR⁻ on the network's device, for the losses and masks that go with it."""
         return Relations(self.relation_plus, self.relation_minus)
 
-    def forward(self, image: Tensor, attribute_difference: Tensor, mask: Tensor) -> Tensor:
+    def forward(
+        self, image: Tensor, attribute_difference: Tensor, mask: Tensor, with_opacity: bool = False
+    ) -> Tensor | EditLayers:
         # The condition is linear in the mask and first needed at half size.
         half = resize_area(mask, self.config.size_px // 2)
-        edited = self.transform(image, mask_guided_conditioning(attribute_difference, half, self.relations))
-        if not self.config.blend:
-            return edited
-        influence = resize_area(influence_mask(attribute_difference, mask, self.relations), self.config.size_px)
-        return torch.lerp(image, edited, influence.to(edited))
+        layers = self.layers(image, mask_guided_conditioning(attribute_difference, half, self.relations))
+        if self.config.blend:
+            influence = resize_area(influence_mask(attribute_difference, mask, self.relations), self.config.size_px)
+            influence = influence.to(image)
+            layers = EditLayers(torch.lerp(image, layers.image, influence), layers.opacity * influence)
+        return layers if with_opacity else layers.image
 
-    def transform(self, image: Tensor, condition: Tensor) -> Tensor:
-        """The network itself, with a ready condition (N,13,s,s) of any size in place of difference and mask."""
+    def layers(self, image: Tensor, condition: Tensor) -> EditLayers:
+        """The network itself, with a ready condition (N,13,s,s) of any size in place of difference and mask.
+
+        Only a layered output has an opacity between 0 and 1; a residual covers nothing, a new image everything.
+        """
         config = self.config
         if image.ndim != 4 or image.shape[1:] != (3, config.size_px, config.size_px):
             raise ValueError(
@@ -283,11 +325,16 @@ class MagGANGenerator(nn.Module):
         x = _join(features[-1], conditions[-1])
         for level, stage in zip(range(config.encoder_stages - 1, 0, -1), self.decoder, strict=True):
             x = stage(x, skips.get(level), conditions[level])
-        x = torch.tanh(self.to_rgb(x)).to(image.dtype)
+        change = self.to_rgb(x)
         if config.output == "image":
-            return x
-        edited = image + _RESIDUAL_RANGE * x
-        return edited if self.training else edited.clamp(-1, 1)
+            edited = torch.tanh(change).to(image.dtype)
+            return EditLayers(edited, torch.ones_like(edited[:, :1]))
+        opacity = torch.zeros_like(image[:, :1])
+        if self.detail is not None:
+            change, opacity = self.detail(x, change, image)
+            opacity = opacity.to(image.dtype)
+        edited = image * (1 - opacity) + _RESIDUAL_RANGE * torch.tanh(change).to(image.dtype)
+        return EditLayers(edited if self.training else edited.clamp(-1, 1), opacity)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ VARIANTS = {
     "fewer-skips": dataclasses.replace(TINY, stu_units=1, decoder_norm="instance"),
     "residual": dataclasses.replace(TINY, output="residual"),
     "residual-blend": dataclasses.replace(TINY, output="residual", blend=True, encoder_norm="layer"),
+    "layered": dataclasses.replace(TINY, output="layered", detail_width=5),
     "plain-no-skips": dataclasses.replace(TINY, decoder="plain", decoder_norm="layer", stu_units=0),
 }
 each_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS.keys())
@@ -114,6 +115,8 @@ def test_paper_sizes(size_px, stages, width):
 @each_variant
 def test_every_parameter_learns(config):
     network = build(config).train()
+    if network.detail is not None:  # zero at the start, so what lies before it learns from the second step on
+        torch.nn.init.normal_(network.detail.layer.weight, std=0.1)
     image, difference, mask = inputs()
     output = network(image, difference, mask)
     assert output.shape == image.shape
@@ -140,7 +143,7 @@ def test_condition_from_outside_gives_the_same(name):
     network = build(VARIANTS[name]).eval()
     image, difference, mask = inputs()
     condition = mask_guided_conditioning(difference, mask)
-    torch.testing.assert_close(network.transform(image, condition), network(image, difference, mask))
+    torch.testing.assert_close(network.layers(image, condition).image, network(image, difference, mask))
 
 
 @pytest.mark.parametrize("mask_px", [16, 32, 64])
@@ -164,10 +167,24 @@ def test_blend_leaves_what_no_attribute_touches():
     assert changed[:, :12].float().mean() > 0.9
 
 
-def test_residual_starts_as_the_identity():
+@pytest.mark.parametrize("name", ["residual", "layered"])
+def test_residual_starts_as_the_identity(name):
     image, difference, mask = inputs()
-    change = build(VARIANTS["residual"]).train()(image, difference, mask) - image
+    change = build(VARIANTS[name]).train()(image, difference, mask) - image
     assert 0 < change.abs().max() < 0.1
+
+
+def test_layered_starts_as_the_residual_and_can_cover_the_input():
+    residual, layered = build(VARIANTS["residual"]).eval(), build(VARIANTS["layered"]).eval()
+    layered.load_state_dict(residual.state_dict(), strict=False)
+    image, difference, mask = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            layered(image, difference, mask), residual(image, difference, mask), atol=0.003, rtol=0
+        )
+        layered.detail.layer.bias[3] = 20.0
+        covered = layered(image, difference, mask)
+    assert covered.abs().max() < 0.1  # an opaque layer of no colour, whatever was below
 
 
 def test_label_scheme_is_the_configured_one():
@@ -285,7 +302,7 @@ def test_rejects_mistakes():
     with pytest.raises(ValueError, match=r"mask must be \(2,19,H,W\)"):
         network(image, difference, mask[:, :18])
     with pytest.raises(ValueError, match="condition must be"):
-        network.transform(image, mask)
+        network.layers(image, mask)
     with pytest.raises(ValueError, match="multiple of"):
         MagGANConfig(size_px=100)
     with pytest.raises(ValueError, match="stu_units"):

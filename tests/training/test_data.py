@@ -12,7 +12,7 @@ import torch
 from support.toy_task import FakeFace
 
 from faceedit.attributes import CELEBA, MAGGAN, attribute_index
-from faceedit.errors import FaceTooSmallError, OutOfRangeError, UsageError
+from faceedit.errors import FaceTooSmallError, OutOfRangeError, UnknownAttributeError, UsageError
 from faceedit.labels import flip_soft
 from faceedit.relations import influence_mask
 from faceedit.training import cache
@@ -151,6 +151,22 @@ def test_no_pair_asks_for_a_look_that_the_source_does_not_tell(families: Synthet
             assert batch["difference"][row, families.flipped[person, source]] <= 0
             undone += 1
     assert undone > 20
+
+
+def test_emphasised_attributes_are_drawn_more_often(families: SyntheticPortraits) -> None:
+    """A weight of 9 on one attribute gives its pairs nine times the share that the others keep."""
+    config = PairConfig(0.0, terse_share=0.0, emphasis=("Eyeglasses",), emphasis_weight=9.0)
+    batch = sample_pairs(families, 4000, torch.Generator().manual_seed(4), config, PLAIN)
+    flips = families.flipped[:, 1:] == families.config.attributes.index("Eyeglasses")
+    expected = 9 * flips.sum() / (flips.size + 8 * flips.sum())
+    found = (batch["difference"][:, MAGGAN.index("Eyeglasses")] != 0).float().mean()
+    assert abs(found - expected) < 0.1
+    assert abs(flips.mean() - expected) > 0.2
+
+
+def test_unknown_emphasis_is_refused() -> None:
+    with pytest.raises(UnknownAttributeError, match="Eyeglases"):
+        PairConfig(emphasis=("Eyeglases",))
 
 
 def test_pairs_are_edits_of_one_person(families: SyntheticPortraits) -> None:

@@ -227,3 +227,7 @@ def test_a_run_goes_on_from_exported_weights(cache_dir: Path, tmp_path: Path) ->
     exported = load_network(first.weights, kind="maggan").state_dict()
     for key, value in task.context.networks["generator"].state_dict().items():
         assert torch.equal(value, exported[key]), key
+    finer = build(tiny_maggan(cache_dir, f"initial_weights={first.weights}", "network.output=layered"), MagGANTask)
+    continued = finer.context.networks["generator"].state_dict()
+    assert all(torch.equal(continued[key], value) for key, value in exported.items())
+    assert len(continued) > len(exported)
