@@ -2,8 +2,8 @@
 """Putting an edited crop back into its photo, and nothing else.
 
 The edit returns as a residual, after minus before, enlarged and added to the photo: what the crop could not resolve
-(pores, hair strands) was in neither of the two and therefore stays. It is confined by a feathered mask, and every
-pixel where that mask is zero keeps its exact value.
+(pores, hair strands) was in neither of the two and therefore stays, except where the edit says that it hides what was
+there. It is confined by a feathered mask, and every pixel where that mask is zero keeps its exact value.
 """
 
 from __future__ import annotations
@@ -57,16 +57,19 @@ def paste_back(
     mask: NDArray[Any],
     feather_px: float = 3.0,
     detail: PhotoRegion | None = None,
+    opacity: NDArray[Any] | None = None,
 ) -> Composite:
     """Add what changed between two aligned crops to the photo, inside a mask.
 
     Args: photo uint8 (H,W,3); face_before, face_after (S,S,3), both uint8 or both float in [-1, 1], S = the
           alignment's size; mask (S,S) in [0, 1], where the edit may show; feather_px in crop pixels; detail, a mask of
           the same part refined at the photo's resolution (matting.refine_mask), takes the place of the enlarged mask:
-          the residual is then first spread beyond the coarse mask's soft rim, so that strands get their full change.
+          the residual is then first spread beyond the coarse mask's soft rim, so that strands get their full change;
+          opacity (S,S) in [0, 1], how much of the photo's own detail the edit hides: at 1 the enlarged face_after
+          stands alone, as skin does where there were strands; None hides nothing.
     Raises: ValueError on shapes and dtypes.
     """
-    _check(photo, face_before, face_after, alignment, mask, detail)
+    _check(photo, face_before, face_after, alignment, mask, detail, opacity)
     coarse = feather(mask, feather_px)
     residual = _levels(face_after) - _levels(face_before)
     box = alignment.photo_box()
@@ -89,9 +92,12 @@ def paste_back(
         region[top - y0 : strip[3] - y0] = weight
         if not weight.any():
             continue
-        change = alignment.unwarp_image(residual, strip).values * weight[..., None]
+        change = alignment.unwarp_image(residual, strip).values
         view = pixels[top : strip[3], x0:x1]
-        edited = np.clip(np.rint(view + change), 0, 255).astype(np.uint8)
+        if opacity is not None:
+            own_detail = view - alignment.unwarp_image(_levels(face_before), strip).values
+            change = change - alignment.unwarp_soft(opacity.astype(np.float32), strip).values[..., None] * own_detail
+        edited = np.clip(np.rint(view + change * weight[..., None]), 0, 255).astype(np.uint8)
         np.copyto(view, edited, where=weight[..., None] > 0)
     return Composite(pixels, PhotoRegion(region, box, alignment.photo_size))
 
@@ -103,6 +109,7 @@ def _check(
     alignment: Alignment,
     mask: NDArray[Any],
     detail: PhotoRegion | None,
+    opacity: NDArray[Any] | None,
 ) -> None:
     side = alignment.size_px
     if photo.dtype != np.uint8 or photo.shape != (*alignment.photo_size, 3):
@@ -125,11 +132,17 @@ def _check(
             f"paste_back: detail must belong to a photo of size {alignment.photo_size}, got {detail.photo_size};"
             " refine the mask on this photo"
         )
+    if opacity is not None and opacity.shape != (side, side):
+        raise ValueError(
+            f"paste_back: opacity must be of side {side}, got {opacity.shape}; give it the size of the crops"
+        )
 
 
 def _levels(crop: NDArray[Any]) -> NDArray[np.float32]:
-    """Crop values in units of the photo's 0 … 255."""
-    return crop.astype(np.float32) if crop.dtype == np.uint8 else np.asarray(crop, dtype=np.float32) * 127.5
+    """Crop values in the photo's 0 … 255."""
+    if crop.dtype == np.uint8:
+        return crop.astype(np.float32)
+    return np.asarray(crop, dtype=np.float32) * 127.5 + 127.5
 
 
 def _border_ramp(size: int) -> NDArray[np.float32]:

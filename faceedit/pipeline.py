@@ -100,7 +100,8 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
         refined = refine_mask(photo.pixels[coarse.slices()], coarse.values)
         detail = PhotoRegion(refined, coarse.box, coarse.photo_size)
     before, after = _crop_array(edited.before), _crop_array(edited.after)
-    return paste_back(photo.pixels, before, after, alignment, region, FEATHER_PX * side / CROP_PX, detail)
+    opacity = None if edited.opacity is None else edited.opacity[0, 0].float().cpu().numpy()
+    return paste_back(photo.pixels, before, after, alignment, region, FEATHER_PX * side / CROP_PX, detail, opacity)
 
 
 def _crop_array(crop: Tensor) -> NDArray[np.float32]:

@@ -105,6 +105,7 @@ class EditedFace:
     requested:      the signed attribute difference that was applied, by name (empty for non-attribute requests).
     alignment:      the square of the photo that the images show; None: the face record's own.
     details:        what else the editor has to report, ready for JSON.
+    opacity:        1×1×S×S in [0, 1]: how much of the photo's own detail `after` hides; None: all of it shows through.
     """
 
     before: Tensor
@@ -114,6 +115,7 @@ class EditedFace:
     requested: Mapping[str, float] = field(default_factory=dict)
     alignment: Alignment | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+    opacity: Tensor | None = None
 
 
 @runtime_checkable

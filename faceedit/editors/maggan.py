@@ -103,11 +103,18 @@ class MagGANEditor:
         side = (self.generator.config.size_px, self.generator.config.size_px)
         before = F.interpolate(face.crop, size=side, mode="bilinear", antialias=True, align_corners=False)
         mask = face.mask.to(self.device)
-        after = self.forward(before.to(self.device), difference.to(self.device), mask).cpu()
+        after, opacity = self._layers(before.to(self.device), difference.to(self.device), mask)
         # The region shows only what was asked for: an attribute that merely makes way stays inside the same parts.
         asked = torch.tensor([[change.get(name, 0.0) if name in request.values else 0.0 for name in MAGGAN]])
         region = influence_mask(asked.to(self.device), mask, self.relations).cpu()
-        return EditedFace(before, after, region, _touched_parts(change, request.values), change)
+        return EditedFace(
+            before,
+            after.cpu(),
+            region,
+            _touched_parts(change, request.values),
+            change,
+            opacity=opacity.cpu() if self.generator.config.output == "layered" else None,
+        )
 
 
 def _touched_parts(change: Mapping[str, float], requested: Mapping[str, float]) -> tuple[str, ...]:

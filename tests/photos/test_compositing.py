@@ -65,6 +65,23 @@ def test_pixels_outside_the_region_are_byte_identical(
     assert result.pixels.dtype == np.uint8
 
 
+def test_opacity_hides_the_detail_that_the_crop_cannot_resolve() -> None:
+    """A photo four times the crop's size with stripes too fine for the crop, under an edit to plain grey."""
+    rows = np.arange(256) // 2 % 2 * 120
+    photo = np.broadcast_to(rows[:, None, None] + 60, (256, 256, 3)).astype(np.uint8)
+    crop = alignment((256, 256), 64, 0.0, 0.25, 0.5, 0.5)
+    before, after = (np.full((64, 64, 3), level, np.uint8) for level in (120, 150))
+    mask, middle = np.ones((64, 64), np.float32), (slice(64, 192), slice(64, 192))
+    opacity = np.zeros((64, 64), np.float32)
+    opacity[:, 32:] = 1
+    result = paste_back(photo, before, after, crop, mask, opacity=opacity).pixels[middle].astype(float)
+    assert result[:, :56].std() > 50
+    assert result[:, 72:].std() < 1
+    assert result.mean() == pytest.approx(150, abs=1)
+    with pytest.raises(ValueError, match="opacity must be of side 64"):
+        paste_back(photo, before, after, crop, mask, opacity=opacity[:32])
+
+
 def test_the_photo_is_not_changed_in_place_and_no_change_changes_nothing() -> None:
     crop = portrait_alignment(FIVE, (512, 512))
     face = crop.warp_image(ASTRONAUT)
