@@ -55,11 +55,27 @@ _NATURAL_ADDS: dict[str, tuple[str, str]] = {
     "Male": ("", "background"),  # hair may lengthen
 }
 
-PRESETS: tuple[str, ...] = ("paper", "natural")
+# The parts of `natural` that `graded` counts half: a change may grow onto them but does not start there. A condition
+# that paints lips and all skin alike does not say where the mouth is.
+_MARGINS: dict[str, tuple[str, str]] = {
+    "Bald": ("", f"background {_EARS} ear_r"),
+    "Bangs": (f"skin {_BROWS}", f"skin {_BROWS}"),
+    "Bushy_Eyebrows": ("skin", ""),
+    "Eyeglasses": (f"skin nose hair {_EARS}", f"skin nose hair {_EARS} {_BROWS} {_EYES}"),
+    "Male": (f"{_EYES} {_EARS} nose mouth neck ear_r", f"{_EYES} {_EARS} nose mouth neck background"),
+    "Mouth_Slightly_Open": ("skin", "skin"),
+    "Mustache": ("skin", "skin"),
+    "No_Beard": (f"{_LIPS} neck", f"{_LIPS} neck"),
+    "Pale_Skin": ("", ""),
+    "Young": (f"{_BROWS} {_EARS} nose mouth {_LIPS}", f"{_BROWS} {_EARS} nose mouth {_LIPS}"),
+}
+_MARGIN = 0.5
+
+PRESETS: tuple[str, ...] = ("paper", "natural", "graded")
 
 
 class Relations(NamedTuple):
-    """AR⁺ and AR⁻: float {0, 1}, 13×K each; rows as `attributes.MAGGAN`, columns as a label scheme's ids."""
+    """AR⁺ and AR⁻: float in [0, 1], 13×K each; rows as `attributes.MAGGAN`, columns as a label scheme's ids."""
 
     plus: Tensor
     minus: Tensor
@@ -75,7 +91,7 @@ def related_parts(attribute: str, preset: str = "paper") -> tuple[frozenset[str]
         raise UnknownNameError(
             f"related_parts: preset must be a known preset, got {preset!r}; {suggestion(preset, PRESETS)}"
         )
-    more = _NATURAL_ADDS.get(attribute, ("", "")) if preset == "natural" else ("", "")
+    more = _NATURAL_ADDS.get(attribute, ("", "")) if preset != "paper" else ("", "")
     raised, lowered = (
         frozenset(f"{parts} {extra}".split()) for parts, extra in zip(_PAPER[attribute], more, strict=True)
     )
@@ -85,7 +101,9 @@ def related_parts(attribute: str, preset: str = "paper") -> tuple[frozenset[str]
 def relation_matrices(scheme: LabelScheme = CELEBAMASK_HQ, preset: str = "paper") -> Relations:
     """AR⁺ and AR⁻ with columns in the order of `scheme`, a fresh fp32 pair on the CPU.
 
-    Args:    scheme, one that has the 19 CelebAMask-HQ parts, in any order; preset, "paper" or "natural".
+    "graded" is "natural" with 0.5 for the parts that a change only grows onto; the others hold 0 and 1.
+
+    Args:    scheme, one that has the 19 CelebAMask-HQ parts, in any order; preset, one of PRESETS.
     Raises:  UsageError for a scheme without those parts, UnknownNameError for an unknown preset.
     """
     if set(scheme.classes) != set(CELEBAMASK_HQ.classes):
@@ -97,6 +115,8 @@ def relation_matrices(scheme: LabelScheme = CELEBAMASK_HQ, preset: str = "paper"
     for row, attribute in enumerate(MAGGAN):
         for sign, parts in enumerate(related_parts(attribute, preset)):
             matrices[sign, row, [scheme.id(part) for part in parts]] = 1
+            margin = _MARGINS.get(attribute, ("", ""))[sign].split() if preset == "graded" else []
+            matrices[sign, row, [scheme.id(part) for part in margin]] = _MARGIN
     return Relations(matrices[0], matrices[1])
 
 
@@ -151,7 +171,8 @@ def influence_mask(
     """
     relations = _relations_like(relations, mask)
     _check_pair("influence_mask", attribute_difference, mask, relations)
-    parts = _related(attribute_difference, relations).amax(dim=1)  # rows are 0/1, so the maximum is min(1, sum)
+    # A part that counts half may change as much as any: the rows become 0/1, and the maximum is min(1, sum).
+    parts = (_related(attribute_difference, relations) > 0).amax(dim=1).to(mask)
     region = torch.einsum("nk,nkhw->nhw", parts, mask).unsqueeze(1).clamp(0, 1)
     return _dilate(region, dilate_px)
 

@@ -191,13 +191,15 @@ class PairConfig:
     `multi_share` of them join two flipped members, so that several attributes differ. `terse_share` of the edits away
     from the sampled person name only the attribute that was asked for and leave out what follows from it (blond, but
     not "no longer brown"), because at test time the source attributes may be unknown. Pairs that flip an attribute of
-    `emphasis` are drawn `emphasis_weight` times as often as the others.
+    `emphasis` are drawn `emphasis_weight` times as often as the others. `backwards_share` of the pairs lead back to the
+    sampled person; since nothing is put on again that was taken off, a small share means more pairs that add something.
     """
 
     multi_share: float = 0.15
     terse_share: float = 0.5
     emphasis: tuple[str, ...] = ()
     emphasis_weight: float = 2.0
+    backwards_share: float = 0.5
 
     def __post_init__(self) -> None:
         for name in self.emphasis:
@@ -223,7 +225,7 @@ def sample_pairs(
     often = torch.tensor(weights)[torch.from_numpy(data.flipped[:, 1:].astype(np.int64))]
     drawn = torch.multinomial(often.flatten(), count, replacement=True, generator=generator)
     person, flipped = (drawn // (members - 1)).numpy(), drawn % (members - 1) + 1
-    backwards = torch.rand(count, generator=generator) < 0.5
+    backwards = torch.rand(count, generator=generator) < pairs.backwards_share
     several = torch.rand(count, generator=generator) < (pairs.multi_share if members > 2 else 0.0)
     step = torch.randint(1, max(members - 1, 2), (count,), generator=generator)
     other = torch.where(several, (flipped - 1 + step) % (members - 1) + 1, 0)

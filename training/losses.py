@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_FAINTEST = 0.1  # of an edit, mean over its region
 _TINY = 1e-6
 
 
@@ -20,13 +21,21 @@ def masked_l1(image: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (mask * (image - target)).abs().mean()
 
 
-def region_l1(image: Tensor, target: Tensor, region: Tensor) -> Tensor:
+def region_l1(image: Tensor, target: Tensor, region: Tensor, source: Tensor | None = None) -> Tensor:
     """|image − target| averaged inside each sample's soft region, then over the samples that have one.
 
-    Unlike `masked_l1` a small region (brows) counts as much as a large one (hair). 0 when no sample has a region.
+    Unlike `masked_l1` a small region (brows) counts as much as a large one (hair). 0 when no sample has a region. With
+    `source` each sample's error is a share of |source − target|, what doing nothing would leave (at least 0.1 of the
+    range [-1, 1]), so that a faint edit (a wrinkle) counts as much as a strong one (another hair colour).
     """
     area = region.sum(dim=(1, 2, 3))
-    inside = (region * (image - target).abs()).mean(dim=1).sum(dim=(1, 2)) / area.clamp_min(_TINY)
+
+    def mean_inside(error: Tensor) -> Tensor:
+        return (region * error.abs()).mean(dim=1).sum(dim=(1, 2)) / area.clamp_min(_TINY)
+
+    inside = mean_inside(image - target)
+    if source is not None:
+        inside = inside / mean_inside(source - target).clamp_min(_FAINTEST)
     # Below one pixel a region is the tail of a blurred boundary, and its average would be noise.
     present = (area >= 1).to(inside.dtype)
     return (inside * present).sum() / present.sum().clamp_min(1)

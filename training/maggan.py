@@ -64,9 +64,11 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """Weights of the terms (SYSTEMS 3.3). `edit` and `moved` are this project's: means over the influence region, and
-    over those of its pixels that the true edit changes. Bushy brows change few pixels of a region that holds all skin;
-    without `moved` the mean over the region is smallest when nothing is done."""
+    """Weights of the terms (SYSTEMS 3.3). `edit`, `moved` and `opacity` are this project's. The first two are means
+    over the influence region, and over those of its pixels that the true edit changes, there as a share of that change:
+    bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the region is
+    smallest when nothing is done. `opacity` is the price of hiding the input, a mean over the image: without it a
+    layered output would repaint hair that only needs another colour."""
 
     adversarial: float = 1.0
     reconstruction: float = 100.0
@@ -217,7 +219,9 @@ class MagGANTask(Task[MagGANRecipe]):
         preserve = 1 - influence_mask(differences[edited], masks[edited], self.relations)
         parts = {
             "edit": losses.region_l1(made[:pairs], batch["target"], batch["influence"]),
-            "moved": losses.region_l1(made[:pairs], batch["target"], batch["influence"] * moved_pixels(batch)),
+            "moved": losses.region_l1(
+                made[:pairs], batch["target"], batch["influence"] * moved_pixels(batch), batch["source"]
+            ),
             "preserve": losses.masked_l1(made[edited], images[edited], preserve),
         }
         if copied.any():

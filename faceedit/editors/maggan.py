@@ -72,7 +72,10 @@ class MagGANEditor:
         self.weights = weights
         self.classifier = classifier
         self.device = generator.relation_plus.device
-        self.relations = Relations(*(matrix.to(self.device) for matrix in relation_matrices(CELEBAMASK_HQ, PRESET)))
+        # What the generator learned to read, unless that is the paper's.
+        preset = generator.config.relation_preset
+        own = relation_matrices(CELEBAMASK_HQ, PRESET if preset == "paper" else preset)
+        self.relations = Relations(*(matrix.to(self.device) for matrix in own))
 
     @classmethod
     def load(cls, weights: str | Path, device: torch.device) -> MagGANEditor:

@@ -33,7 +33,7 @@ NUM_ATTRIBUTES = len(MAGGAN)
 _BATCH_NORM_EPS = 1e-3  # TF-slim's default, which STGAN uses
 _SLOPE = 0.2
 _RESIDUAL_RANGE = 2.0  # any colour in [-1, 1] can reach any other
-_CLEAR = -6.0  # logit of the opacity at the start of training: a quarter of a percent
+_CLEAR = -4.0  # logit of the opacity at the start of training: two percent
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,7 @@ def test_layered_starts_as_the_residual_and_can_cover_the_input():
     image, difference, mask = inputs()
     with torch.no_grad():
         torch.testing.assert_close(
-            layered(image, difference, mask), residual(image, difference, mask), atol=0.003, rtol=0
+            layered(image, difference, mask), residual(image, difference, mask), atol=0.02, rtol=0
         )
         layered.detail.layer.bias[3] = 20.0
         covered = layered(image, difference, mask)

@@ -80,6 +80,22 @@ def test_natural_adds_exactly_what_it_says():
     }
 
 
+def test_graded_tells_where_a_change_starts_and_lets_it_reach_as_far():
+    """Raising Mouth_Slightly_Open paints the lips 1 and the skin around them 0.5; both may change."""
+    natural, graded = relation_matrices(preset="natural"), relation_matrices(preset="graded")
+    for sign, whole in zip(graded, natural, strict=True):
+        assert torch.equal((sign > 0).float(), whole)
+        assert set(sign.unique().tolist()) == {0.0, 0.5, 1.0}
+        assert (sign == 1).any(dim=1).all()  # every attribute has a part that it starts from
+    mask, asked = soft_mask(), difference(Mouth_Slightly_Open=1)
+    row = graded.plus[MAGGAN.index("Mouth_Slightly_Open")]
+    assert row[CELEBAMASK_HQ.id("u_lip")] == 1
+    assert row[CELEBAMASK_HQ.id("skin")] == 0.5
+    painted = mask_guided_conditioning(asked, mask, graded)[:, MAGGAN.index("Mouth_Slightly_Open")]
+    torch.testing.assert_close(painted, torch.einsum("k,nkhw->nhw", row.to(mask), mask))
+    torch.testing.assert_close(influence_mask(asked, mask, graded), influence_mask(asked, mask, natural))
+
+
 def test_columns_follow_the_scheme():
     vector = difference(Blond_Hair=1, Pale_Skin=-1)
     mask = soft_mask()

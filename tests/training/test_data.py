@@ -164,6 +164,18 @@ def test_emphasised_attributes_are_drawn_more_often(families: SyntheticPortraits
     assert abs(flips.mean() - expected) > 0.2
 
 
+def test_fewer_backward_pairs_add_more(families: SyntheticPortraits) -> None:
+    column = MAGGAN.index("Eyeglasses")
+    shares = []
+    for backwards in (1.0, 0.0):
+        config = PairConfig(0.0, terse_share=0.0, backwards_share=backwards)
+        batch = sample_pairs(families, 2000, torch.Generator().manual_seed(4), config, PLAIN)
+        asked = batch["difference"][:, column]
+        shares.append(((asked > 0).sum() / (asked != 0).sum()).item())
+    assert shares[0] == 0  # glasses that were added are taken off, and those that were taken off stay so
+    assert shares[1] > 0.3
+
+
 def test_unknown_emphasis_is_refused() -> None:
     with pytest.raises(UnknownAttributeError, match="Eyeglases"):
         PairConfig(emphasis=("Eyeglases",))

@@ -41,6 +41,17 @@ def test_region_means_weigh_samples_alike_and_skip_empty_regions() -> None:
     assert losses.region_l1(x, y, torch.zeros_like(region)).item() == 0
 
 
+def test_region_means_as_a_share_of_the_edit() -> None:
+    """Half of a strong edit and half of a fainter one cost the same; below the faintest the edit's own size counts."""
+    source = torch.zeros(3, 1, 2, 2)
+    sizes = torch.tensor([1.0, 0.2, 0.01]).view(3, 1, 1, 1)
+    target, region = source + sizes, torch.ones(3, 1, 2, 2)
+    shares = [
+        losses.region_l1(target[i : i + 1] / 2, target[i : i + 1], region[:1], source[:1]).item() for i in range(3)
+    ]
+    assert shares == pytest.approx([0.5, 0.5, 0.05])
+
+
 def test_attribute_bce() -> None:
     logits = torch.tensor([[0.3, -2.0], [1.5, 40.0]], dtype=torch.float64)
     target = torch.tensor([[1.0, 0.0], [0.25, 1.0]], dtype=torch.float64)
