@@ -24,6 +24,7 @@ from faceedit.classification import STARTER
 from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
+from faceedit.training.losses import moved_pixels
 
 Edit = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(image N×3×S×S in [-1, 1], attribute difference N×13, soft mask N×19×S×S) -> image."""
@@ -39,12 +40,14 @@ class AttributeScore:
 
     psnr_db: inside the influence region, against the truth.  mre: mean |(1 − M_i)(x̂ − x)|, SYSTEMS 3.6, RGB averaged.
     success: share whose flipped bit the classifier confirms.  unchanged_psnr_db: the unedited source against the truth.
+    undone: L1 error over the region's pixels that the truth changes, as a share of that change; 1 is doing nothing.
     """
 
     attribute: str
     count: int
     psnr_db: float
     unchanged_psnr_db: float
+    undone: float
     mre: float
     success: float | None
     truth_success: float | None
@@ -56,6 +59,7 @@ class EvaluationReport:
 
     rows: tuple[AttributeScore, ...]
     psnr_db: float
+    undone: float
     mre: float
     success: float | None
     truth_success: float | None
@@ -68,6 +72,7 @@ class EvaluationReport:
         """The headline numbers, for logs and weight headers."""
         values = {
             "psnr_db": self.psnr_db,
+            "undone": self.undone,
             "mre": self.mre,
             "success": self.success,
             "truth_success": self.truth_success,
@@ -78,22 +83,24 @@ class EvaluationReport:
     def markdown(self) -> str:
         """The table, with the mean as its last row."""
         lines = [
-            "| attribute | edits | PSNR inside (dB) | source as is (dB) | MRE | edit success | truth's success |",
-            "|---|---|---|---|---|---|---|",
+            "| attribute | edits | PSNR inside (dB) | source as is (dB) | undone | MRE | success | truth's success |",
+            "|---|---|---|---|---|---|---|---|",
         ]
         mean = AttributeScore(
             "**mean**",
             sum(row.count for row in self.rows),
             self.psnr_db,
             _mean([row.unchanged_psnr_db for row in self.rows]),
+            self.undone,
             self.mre,
             self.success,
             self.truth_success,
         )
         for row in (*self.rows, mean):
             success, truth = (_percent(value) for value in (row.success, row.truth_success))
-            numbers = f"{row.count} | {row.psnr_db:.2f} | {row.unchanged_psnr_db:.2f} | {row.mre:.4f}"
-            lines.append(f"| {row.attribute} | {numbers} | {success} | {truth} |")
+            decibels = f"{row.psnr_db:.2f} | {row.unchanged_psnr_db:.2f}"
+            errors = f"{_percent(row.undone)} | {row.mre:.4f}"
+            lines.append(f"| {row.attribute} | {row.count} | {decibels} | {errors} | {success} | {truth} |")
         about = f"{self.people} synthetic people of the test split at {self.size_px} px; {self.skipped} edits skipped"
         lines += ["", f"{about} because the truth changes nothing inside the region.", ""]
         lines.append(f"Reconstruction (no attribute changed): {self.reconstruction_psnr_db:.2f} dB.")
@@ -168,6 +175,7 @@ def evaluate_editor(
             psnr = region_psnr_db(made, truth, region)
             unchanged = region_psnr_db(source, truth, region)
             outside = outside_error(made, source, region)
+            undone = _undone(made, source, truth, region)
             visible = (region.sum(dim=(1, 2, 3)) >= 1) & (unchanged < _MAX_PSNR_DB)
             right, truly_right = (_confirmed(classify, image, flip) for image in (made, truth))
             for row, name in enumerate(names):
@@ -175,6 +183,7 @@ def evaluate_editor(
                     skipped += 1
                     continue
                 score = {"psnr": psnr[row].item(), "unchanged": unchanged[row].item(), "mre": outside[row].item()}
+                score["undone"] = undone[row].item()
                 if right is not None and truly_right is not None:
                     score |= {"success": float(right[row]), "truth": float(truly_right[row])}
                 scores[name].append(score)
@@ -183,6 +192,7 @@ def evaluate_editor(
     return EvaluationReport(
         rows=rows,
         psnr_db=_mean([row.psnr_db for row in rows]),
+        undone=_mean([row.undone for row in rows]),
         mre=_mean([row.mre for row in rows]),
         success=_mean([row.success for row in with_success if row.success is not None]) if with_success else None,
         truth_success=_mean([r.truth_success for r in with_success if r.truth_success is not None])
@@ -211,6 +221,13 @@ def _confirmed(classify: Classify | None, image: Tensor, flip: Tensor) -> Tensor
     return ((seen == (flip > 0)) & (flip != 0)).any(dim=1)
 
 
+def _undone(image: Tensor, source: Tensor, truth: Tensor, region: Tensor) -> Tensor:
+    """What of each true change is missing or wrong, N values; see `AttributeScore`."""
+    moved = region * moved_pixels(source, truth)
+    error, change = ((moved * (other - truth).abs()).sum(dim=(1, 2, 3)) for other in (image, source))
+    return error / change.clamp_min(1e-6)
+
+
 def _row(name: str, found: list[dict[str, float]]) -> AttributeScore:
     means = {key: _mean([score[key] for score in found]) for key in found[0]}
     return AttributeScore(
@@ -218,6 +235,7 @@ def _row(name: str, found: list[dict[str, float]]) -> AttributeScore:
         count=len(found),
         psnr_db=means["psnr"],
         unchanged_psnr_db=means["unchanged"],
+        undone=means["undone"],
         mre=means["mre"],
         success=means.get("success"),
         truth_success=means.get("truth"),

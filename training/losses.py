@@ -41,6 +41,11 @@ def region_l1(image: Tensor, target: Tensor, region: Tensor, source: Tensor | No
     return (inside * present).sum() / present.sum().clamp_min(1)
 
 
+def moved_pixels(source: Tensor, target: Tensor) -> Tensor:
+    """Where an edit changes a pixel, N×1×S×S: from 0 at no difference to 1 at a twentieth of the range [-1, 1]."""
+    return ((target - source).abs().mean(1, keepdim=True) * 10).clamp(max=1)
+
+
 def attribute_bce(logits: Tensor, attributes: Tensor, weight: Tensor | None = None) -> Tensor:
     """Binary cross-entropy, mean over attributes and samples (MagGAN eqs. 9 and 10; the sign of 10 as in D23).
 

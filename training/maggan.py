@@ -216,12 +216,11 @@ class MagGANTask(Task[MagGANRecipe]):
         pairs, edited = len(batch["source"]), self._edited_rows(batch, len(made))
         images, masks, differences = self._inputs(batch)
         copied = ~edited
+        moved = batch["influence"] * losses.moved_pixels(batch["source"], batch["target"])
         preserve = 1 - influence_mask(differences[edited], masks[edited], self.relations)
         parts = {
             "edit": losses.region_l1(made[:pairs], batch["target"], batch["influence"]),
-            "moved": losses.region_l1(
-                made[:pairs], batch["target"], batch["influence"] * moved_pixels(batch), batch["source"]
-            ),
+            "moved": losses.region_l1(made[:pairs], batch["target"], moved, batch["source"]),
             "preserve": losses.masked_l1(made[edited], images[edited], preserve),
         }
         if copied.any():
@@ -358,11 +357,6 @@ class MagGANTask(Task[MagGANRecipe]):
 
 def _critic_of(level: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: level(x).critic
-
-
-def moved_pixels(batch: dict[str, Tensor]) -> Tensor:
-    """Where the true edit changes a pixel, N×1×S×S: from 0 at no difference to 1 at a twentieth of the range."""
-    return ((batch["target"] - batch["source"]).abs().mean(1, keepdim=True) * 10).clamp(max=1)
 
 
 def photo_edits(count: int, attributes: Tensor | None, generator: torch.Generator) -> dict[str, Tensor]:

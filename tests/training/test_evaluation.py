@@ -78,6 +78,7 @@ def test_outside_error_matches_the_formula() -> None:
 def test_an_oracle_is_perfect_inside(data: SyntheticPortraits) -> None:
     report = evaluation.evaluate_editor(oracle(data), data, reader(data), batch_size=4)
     assert report.psnr_db == 60.0
+    assert report.undone == 0
     assert report.reconstruction_psnr_db == 60.0
     assert report.success == report.truth_success
     assert report.success is not None
@@ -91,6 +92,7 @@ def test_doing_nothing_fails_but_preserves(data: SyntheticPortraits) -> None:
     assert report.success == 0
     for row in report.rows:
         assert row.psnr_db == row.unchanged_psnr_db < 60
+        assert row.undone == pytest.approx(1, abs=1e-4)
 
 
 def test_painting_everything_is_seen_outside(data: SyntheticPortraits) -> None:

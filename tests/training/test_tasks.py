@@ -17,7 +17,8 @@ from faceedit.registry import load_network
 from faceedit.training.checkpoint import load_checkpoint
 from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_at_random
 from faceedit.training.config import to_yaml
-from faceedit.training.maggan import MagGANTask, moved_pixels, photo_edits
+from faceedit.training.losses import moved_pixels
+from faceedit.training.maggan import MagGANTask, photo_edits
 from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import make_fabric, seed_step
 
@@ -211,7 +212,7 @@ def test_moved_weighs_what_the_true_edit_changes() -> None:
     target = source.clone()
     target[..., 0, 0] = 0.5  # clearly moved
     target[..., 0, 1] = 0.05  # half way to counting
-    weight = moved_pixels({"source": source, "target": target})
+    weight = moved_pixels(source, target)
     assert weight.shape == (1, 1, 4, 4)
     assert weight[0, 0, 0, 0] == 1
     torch.testing.assert_close(weight[0, 0, 0, 1], torch.tensor(0.5))
