@@ -9,7 +9,7 @@ Sizes are (height, width); boxes are half-open (x0, y0, x1, y1) in whole pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import cv2
 import numpy as np
@@ -19,6 +19,9 @@ from faceedit.errors import FaceError
 
 Array: TypeAlias = NDArray[Any]
 Box: TypeAlias = tuple[int, int, int, int]
+Framing = Literal["ffhq", "portrait"]
+"""What a generator was trained on: FFHQ's square, or the crop that parsing and editing use, 1.25 times as wide."""
+FRAMINGS: tuple[Framing, ...] = get_args(Framing)
 
 PORTRAIT_SCALE = 1.25
 """How much larger than FFHQ's square the crop is that parsing and editing use."""

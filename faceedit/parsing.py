@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from faceedit.alignment import Alignment, portrait_alignment, rough_alignment
+from faceedit.alignment import Alignment, Framing, align_ffhq, portrait_alignment, rough_alignment
 from faceedit.detection import FaceBox, detect_faces
 from faceedit.devices import resolve_device
 from faceedit.errors import FaceCutOffError, FaceError, FaceTooSmallError, NoFaceError, OutOfRangeError
@@ -68,6 +68,12 @@ class FaceRecord:
     def labels(self) -> NDArray[np.uint8]:
         """The crop's label map, uint8 256×256."""
         return label_map(self.mask)
+
+    def framed(self, framing: Framing, size_px: int) -> Alignment:
+        """Where the face lies in another framing or at another size: photo -> size_px × size_px crop."""
+        if framing == "portrait":
+            return self.alignment.resized(size_px)
+        return align_ffhq(self.landmarks, self.alignment.photo_size, size_px)
 
     def photo_labels(self) -> NDArray[np.uint8]:
         """The label map at the photo's own size, uint8 H×W; 0 outside the crop. The masks move, not the arg-max."""

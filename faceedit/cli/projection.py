@@ -16,7 +16,7 @@ from faceedit.cli import options
 from faceedit.cli.editing import compare_path
 from faceedit.cli.files import check_folder, write_tensors
 from faceedit.cli.output import print_json, progress_bar
-from faceedit.errors import UsageError
+from faceedit.errors import UnknownNameError, UsageError, suggestion
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from faceedit.alignment import Framing
     from faceedit.networks.e4e import E4EEncoder
     from faceedit.networks.stylegan2 import StyleGAN2Generator
     from faceedit.projection import ProjectionStep
@@ -45,9 +46,18 @@ def _watched(steps: int) -> Iterator[Callable[[ProjectionStep], None]]:
 def project(
     photo: options.Photo,
     output: Annotated[Path, typer.Option("--output", "-o", help="The projected face; its suffix is the format.")],
-    weights: Annotated[str, typer.Option("--weights", "-w", help="A StyleGAN2: a registry name, a tag or a file.")] = (
-        "starter"
-    ),
+    weights: Annotated[
+        str, typer.Option("--weights", "-w", help="A StyleGAN2: a registry name, a tag, a file, or a bundle (.json).")
+    ] = "starter",
+    framing: Annotated[
+        str,
+        typer.Option(
+            "--framing",
+            metavar="NAME",
+            help="The crop that the generator was trained on, ffhq or portrait. Without it the bundle's; ffhq if none.",
+            show_default=False,
+        ),
+    ] = "",
     encoder: Annotated[
         str, typer.Option("--encoder", help="An e4e encoder of that generator, whose styles are the start.")
     ] = "",
@@ -61,7 +71,7 @@ def project(
     device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
-    """Find the styles and noise maps with which a StyleGAN2 shows a face: FFHQ's square of it, at the generator's size.
+    """Find the styles and noise maps with which a StyleGAN2 shows a face, cropped as the generator knows faces.
 
     Example: faceedit project me.jpg -o projection.png --weights ffhq.safetensors --save-latents me.safetensors
     """
@@ -70,9 +80,9 @@ def project(
 
     import numpy as np
 
-    from faceedit.alignment import align_ffhq
     from faceedit.devices import resolve_device
     from faceedit.images import check_writable, read_image, write_image
+    from faceedit.maskfacegan.bundle import read_bundle
     from faceedit.parsing import image_tensor, load_parser
     from faceedit.projection import ProjectionConfig
     from faceedit.projection import project as project_image
@@ -84,10 +94,12 @@ def project(
         check_folder(save_latents)
     where = resolve_device(device)
     source = read_image(photo)
-    generator, start_from = _load(weights, encoder, where)
+    bundle = read_bundle(weights)
+    chosen = _framing(framing) if framing else bundle.framing
+    generator, start_from = _load(bundle.generator, encoder, where)
     side = generator.config.size_px
     record = load_parser(device).find_face(source.pixels, face)
-    crop = align_ffhq(record.landmarks, record.alignment.photo_size, side).warp_image(source.pixels)
+    crop = record.framed(chosen, side).warp_image(source.pixels)
     image = image_tensor(crop).to(where)
     started = time.perf_counter()
     with _watched(steps) as show:
@@ -109,7 +121,7 @@ def project(
         write_image(compare_path(output), np.concatenate([crop, pixels], axis=1))
         written.append(compare_path(output))
     if save_latents is not None:
-        about = {"weights": weights, "encoder": encoder, "steps": str(steps), "seed": str(seed)}
+        about = {"weights": weights, "framing": chosen, "encoder": encoder, "steps": str(steps), "seed": str(seed)}
         write_tensors(save_latents, found.tensors(), about)
         written.append(save_latents)
     if json:
@@ -117,6 +129,7 @@ def project(
         print_json(
             {
                 "weights": weights,
+                "framing": chosen,
                 "encoder": encoder,
                 "seed": seed,
                 "steps": len(found.distance),
@@ -128,6 +141,16 @@ def project(
                 "written": [str(path) for path in written],
             }
         )
+
+
+def _framing(name: str) -> Framing:
+    """The framing of that name. Raises UnknownNameError."""
+    from faceedit.alignment import FRAMINGS
+
+    for known in FRAMINGS:
+        if name == known:
+            return known
+    raise UnknownNameError(f"project: --framing must be a known framing, got {name!r}; {suggestion(name, FRAMINGS)}")
 
 
 def _load(weights: str, encoder: str, device: torch.device) -> tuple[StyleGAN2Generator, E4EEncoder | None]:

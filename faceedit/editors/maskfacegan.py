@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faceedit.alignment import Alignment, align_ffhq
+from faceedit.alignment import Alignment, Framing
 from faceedit.editors.base import EDITORS, AttributeEdit, ComponentSize, EditedFace, EditRequest, check_request
 from faceedit.errors import UsageError
-from faceedit.maskfacegan.bundle import Framing, load_networks, read_bundle
+from faceedit.maskfacegan.bundle import load_networks, read_bundle
 from faceedit.maskfacegan.config import MaskFaceGANConfig
 from faceedit.maskfacegan.networks import Networks, resize
 from faceedit.maskfacegan.optimizer import optimize
@@ -111,10 +111,7 @@ class MaskFaceGANEditor:
     def _task(self, face: FaceRecord, request: EditRequest) -> _Task:
         plan = self._plan(request)
         side = self.networks.generator.config.size_px
-        if self.framing == "portrait":
-            alignment = face.alignment.resized(side)
-        else:
-            alignment = align_ffhq(face.landmarks, face.alignment.photo_size, side)
+        alignment = face.framed(self.framing, side)
         if face.pixels is not None:
             image = image_tensor(alignment.warp_image(face.pixels))
         elif self.framing == "portrait":

@@ -14,19 +14,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from faceedit.alignment import Framing
 from faceedit.config import from_dict, to_dict
 from faceedit.errors import FaceEditError, UnknownNameError, WeightsError
 from faceedit.maskfacegan.config import MaskFaceGANConfig, preset
 from faceedit.maskfacegan.networks import AttributeJudge, Networks, RegionParser
 from faceedit.maskfacegan.perceptual import StageFeatures
 from faceedit.networks.classifier import AttributeClassifier
-
-Framing = Literal["ffhq", "portrait"]
 
 # What each part is for an error message, and how to come by it.
 _PARTS = {

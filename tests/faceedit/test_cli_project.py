@@ -15,7 +15,7 @@ from support.command_line import BAD_FILES, Outcome, Run, read
 from support.drawn_faces import DrawnFace
 from support.stylegan2_tiny import tiny_generator
 
-from faceedit.alignment import align_ffhq
+from faceedit.alignment import PORTRAIT_SCALE, align_ffhq
 from faceedit.cli import output, projection
 from faceedit.networks.e4e import E4EConfig, E4EEncoder
 from faceedit.provenance import SOURCE_TYPE, read_provenance
@@ -54,28 +54,44 @@ def test_what_is_written_is_what_the_generator_shows(run: Run, photo: Path, tmp_
     np.testing.assert_allclose(pixels, levels, atol=0.51)
     with safe_open(latents, "np") as file:
         assert file.metadata() == {
-            "weights": str(folder / "g.safetensors"), "encoder": "", "steps": "4", "seed": "3",
+            "weights": str(folder / "g.safetensors"), "framing": "ffhq", "encoder": "", "steps": "4", "seed": "3",
         }  # fmt: skip
     report = json.loads(outcome.out)
     assert report["written"] == [str(out), str(tmp_path / "out_compare.png"), str(latents)]
-    assert (report["steps"], report["size_px"], report["seed"]) == (4, SIDE, 3)
+    assert (report["steps"], report["size_px"], report["seed"], report["framing"]) == (4, SIDE, 3, "ffhq")
     assert report["distance"]["last"] < report["distance"]["first"]
     error = (sheet[:, :SIDE] / 127.5 - 1 - again[0].clamp(-1, 1).permute(1, 2, 0).numpy()) ** 2
     assert report["psnr_db"] == pytest.approx(10 * np.log10(4 / error.mean()), abs=1e-3)
     assert read_provenance(out).digital_source_type == SOURCE_TYPE
 
 
-def test_the_face_has_the_framing_of_ffhq(
-    run: Run, photo: Path, drawn: DrawnFace, tmp_path: Path, folder: Path
+@pytest.mark.parametrize(
+    ("bundled", "asked", "framing"),
+    [
+        (None, "", "ffhq"),
+        (None, "portrait", "portrait"),
+        ("portrait", "", "portrait"),
+        ("portrait", "ffhq", "ffhq"),
+    ],
+)
+def test_the_face_has_the_framing_of_the_generator(
+    run: Run, photo: Path, drawn: DrawnFace, tmp_path: Path, folder: Path, bundled: str | None, asked: str, framing: str
 ) -> None:
-    out = tmp_path / "out.png"
-    run("project", photo, "-o", out, "--weights", folder / "g.safetensors", "--steps", 1, "--compare")
+    out, weights = tmp_path / "out.png", folder / "g.safetensors"
+    if bundled is not None:
+        weights = folder / f"{bundled}.json"
+        weights.write_text(json.dumps({"generator": "g.safetensors", "framing": bundled}))
+    options = ("--framing", asked) if asked else ()
+    outcome = run("project", photo, "-o", out, "--weights", weights, "--steps", 1, "--compare", "--json", *options)
+    assert json.loads(outcome.out)["framing"] == framing
     height, width = drawn.pixels.shape[:2]
-    expected = align_ffhq(drawn.landmarks, (height, width), SIDE).warp_image(drawn.pixels)
-    # Landmarks are read off a parse, so the crop is not the true landmarks' to the pixel; the wide crop is far off.
+    # Landmarks are read off a parse, so the crop is not the true landmarks' to the pixel; the other crop is far off.
     shown = read(tmp_path / "out_compare.png")[:, :SIDE].astype(float)
-    wide = align_ffhq(drawn.landmarks, (height, width), SIDE, 1.25).warp_image(drawn.pixels)
-    assert np.abs(shown - expected).mean() < 0.5 * np.abs(shown - wide).mean()
+    error = {
+        name: np.abs(shown - align_ffhq(drawn.landmarks, (height, width), SIDE, scale).warp_image(drawn.pixels)).mean()
+        for name, scale in (("ffhq", 1.0), ("portrait", PORTRAIT_SCALE))
+    }
+    assert error.pop(framing) < 0.5 * error.popitem()[1]
 
 
 def test_the_seed_and_the_encoder_decide(run: Run, photo: Path, tmp_path: Path, folder: Path) -> None:
@@ -121,6 +137,8 @@ def test_progress_shows_the_loss_terms(
         ("--weights", "e.safetensors", 1, "must hold a stylegan2, got e4e"),
         ("--encoder", "g.safetensors", 1, "must hold a e4e, got stylegan2"),
         ("--encoder", "other.safetensors", 2, "must give 6 styles of 8"),
+        ("--weights", "none.json", 1, "none.json"),
+        ("--framing", "wide", 2, "ffhq, portrait"),
         ("--steps", "0", 2, "--steps"),
         ("--device", "gpu", 2, "cpu"),
         ("--face", "5", 1, "number of faces, 1"),
