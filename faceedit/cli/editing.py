@@ -41,9 +41,16 @@ def write_outputs(result: EditResult, output: Path, compare: bool) -> list[Path]
     return [output, sheet]
 
 
+def losses_path(trajectory: Path) -> Path:
+    """Where `--save-trajectory` writes the losses beside a strip: `strip.png` -> `strip.csv`."""
+    return trajectory.with_suffix(".csv")
+
+
 @contextmanager
-def watched(editor: Editor) -> Iterator[Trajectory | None]:
-    """A progress bar with the loss terms on stderr, and the pictures on the way, while a watchable editor works."""
+def watched(editor: Editor, every: int = 10) -> Iterator[Trajectory | None]:
+    """A progress bar with the loss terms on stderr, and pictures and losses every few iterations, while a watchable
+    editor works.
+    """
     from faceedit.editors.base import Watchable
 
     if not isinstance(editor, Watchable):
@@ -60,7 +67,7 @@ def watched(editor: Editor) -> Iterator[Trajectory | None]:
             terms = "  ".join(f"{name} {value.mean().item():.4f}" for name, value in progress.losses.items())
             bar.update(task, description=f"{progress.stage}  {terms}", completed=progress.done, total=progress.total)
 
-        editor.watch(show)
+        editor.watch(show, every)
         try:
             yield trajectory
         finally:
@@ -81,7 +88,10 @@ def edit(
     report: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON to this file.")] = None,
     save_trajectory: Annotated[
         Path | None,
-        typer.Option("--save-trajectory", help="Write how the edit evolved as a strip of pictures (maskfacegan)."),
+        typer.Option(
+            "--save-trajectory",
+            help="Write how the edit evolved: a strip of pictures, and beside it the losses as .csv.",
+        ),
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = "cpu",
@@ -109,16 +119,18 @@ def edit(
     for path in (output, compare_path(output) if compare else None, save_trajectory):
         if path is not None:
             check_writable(path)
-    if report is not None:
-        check_folder(report)
+    for path in (report, losses_path(save_trajectory) if save_trajectory is not None else None):
+        if path is not None:
+            check_folder(path)
     source = read_image(photo)
     loaded = load_editor(editor, weights, device, preset)
-    with watched(loaded) as trajectory:
+    with watched(loaded, every=10 if save_trajectory is None else 1) as trajectory:
         result = edit_photo(source, request=request, editor=loaded, face=face, seed=seed)
     written = write_outputs(result, output, compare)
     if save_trajectory is not None and trajectory is not None:
         write_image(save_trajectory, trajectory.strip())
-        written.append(save_trajectory)
+        write_text(losses_path(save_trajectory), trajectory.table())
+        written += [save_trajectory, losses_path(save_trajectory)]
     if report is not None:
         write_text(report, json_format.dumps(result.report, indent=2) + "\n")
     if json:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,28 @@ def test_a_trajectory_keeps_a_few_frames_and_both_ends() -> None:
     assert strip[0, ::16, 0].tolist() == sorted(strip[0, ::16, 0].tolist())
 
 
+def test_losses_fall_on_networks_of_the_real_kinds(bundle: Path, face: FaceRecord) -> None:
+    counts = {"latent_steps": 40, "semantic_start": 20, "dynamic_stop": 30, "noise_start": 30, "noise_steps": 10}
+    longer = load_editor("maskfacegan", write_bundle(bundle.parent, "longer.json", config=STEPS | counts))
+    assert isinstance(longer, MaskFaceGANEditor)
+    trajectory = Trajectory()
+    longer.watch(trajectory, every=1)
+    edited = longer.apply(face, ComponentSize("mouth", 1.5, AttributeEdit({"Blond_Hair": 1.0})))
+    curves = {
+        (stage, name): [values[name] for at, _, values in trajectory.losses if at == stage and name in values]
+        for stage in ("latent", "noise")
+        for name in edited.details["losses"]
+    }
+    assert {key: len(curve) for key, curve in curves.items() if curve} == {
+        ("latent", "appearance"): 40, ("latent", "semantics"): 20, ("latent", "shape"): 20, ("latent", "size"): 20,
+        ("noise", "appearance"): 10, ("noise", "noise"): 10,
+    }  # fmt: skip
+    alone = curves["latent", "appearance"][:20]  # the masked error is all that acts until then
+    assert alone[-1] < 0.5 * alone[0]
+    for term in (("latent", "size"), ("noise", "noise")):
+        assert curves[term][-1] < curves[term][0]
+
+
 # Pipeline and command line
 
 
@@ -243,12 +266,21 @@ def test_the_command_edits_reports_and_draws_the_trajectory(
     assert report["details"]["kept"] == ["Young"]
     assert report["details"]["preset"] == "fast"
     assert report["weights"]["editor"] == str(bundle)
-    assert report["written"] == [str(out), str(strip)]
+    assert report["written"] == [str(out), str(strip), str(tmp_path / "strip.csv")]
     assert read(out).shape == drawn.pixels.shape
     height, width = read(strip).shape[:2]
     assert height == SIZE_PX + 18
     assert width % SIZE_PX == 0
-    assert width // SIZE_PX == 5  # input, the first iteration, the last ones of both stages, result
+    assert width // SIZE_PX == 2 + 7  # both ends, and the iterations, thinned out
+    steps = [("latent", str(i)) for i in range(8)] + [("noise", str(i)) for i in range(4)]
+    with (tmp_path / "strip.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["stage"], row["iteration"]) for row in rows] == steps
+    acts = {name: [bool(row[name]) for row in rows] for name in list(rows[0])[2:]}
+    late = [False] * 3 + [True] * 5 + [False] * 4
+    assert acts == {"appearance": [True] * 12, "semantics": late, "size": late, "noise": [False] * 8 + [True] * 4}
+    last = {name: next(row[name] for row in reversed(rows) if row[name]) for name in acts}
+    assert {name: float(value) for name, value in last.items()} == report["details"]["losses"]
 
 
 def test_batches_are_done_again_when_the_bundle_changes(run: Run, photo: Path, bundle: Path, tmp_path: Path) -> None:
