@@ -53,7 +53,8 @@ class Benchmark:
     build(*arguments, dtype) makes the case of a layer; layers: its arguments by the layer's name, as `32@1024`
     (channels@side), the most telling first: a quick run takes only that. small: arguments that take milliseconds, for
     the test of the frame. target: how many times faster than the baseline the C++ kernel must be on a CPU, by pass or
-    by `pass dtype`, in the median over the layers (none: not stated).
+    by `pass dtype`, in the median over the layers (none: not stated). bare(*arguments): small layers and factors, by
+    which the calls that `ours` makes there add up to those on that layer, and so does what Python and dispatch cost.
     """
 
     op: str
@@ -62,10 +63,15 @@ class Benchmark:
     small: tuple[object, ...]
     target: Mapping[str, float] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    bare: Callable[..., Sequence[tuple[tuple[object, ...], float]]] | None = None
 
     def case(self, layer: str, dtype: torch.dtype) -> Case:
         """Return the case of a layer by name; `small` is the small one."""
-        return self.build(*(self.small if layer == SMALL else self.layers[layer]), dtype)
+        return self.build(*self.arguments(layer), dtype)
+
+    def arguments(self, layer: str) -> tuple[object, ...]:
+        """Return what `build` makes of a layer by name, the dtype aside."""
+        return self.small if layer == SMALL else self.layers[layer]
 
 
 def draw(*shape: int, seed: int = 0, channels_last: bool = False) -> Tensor:

@@ -29,6 +29,7 @@ def introduction(description: dict[str, Any], rates: dict[str, Any], missing: di
         yield f"no {provider}: {reason}"
     yield "ratio: times faster than the first provider of the row, median of the rounds' ratios; `noisy`: that and the"
     yield "ratio of minima differ by more than a quarter. GB/s: the bytes that must move at least. peak: beyond inputs."
+    yield "overhead: at most this share of a step is Python and dispatch; the same calls on tensors of next to nothing."
     yield "reused: the median where the op writes over its last results, to memory that the process already has."
 
 
@@ -55,6 +56,8 @@ def line(record: dict[str, Any], rates: dict[str, Any]) -> str:
         text += "".join(f" {'-' if s is None else format(s * 1e3, '.4g'):>9}" for s in columns)
     elif "reused_s" in record:
         text += f" {record['reused_s'] * 1e3:>9.4g}"
+    if "overhead_share" in record:
+        text += f" overhead {record['overhead_share']:.1%}"
     return text + (" noisy" if ratio["noisy"] else "")
 
 

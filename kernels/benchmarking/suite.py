@@ -49,7 +49,27 @@ def run_layer(benchmark: Benchmark, layer: str, dtype: torch.dtype, settings: Se
             continue
         row = {"op": benchmark.op, "layer": layer, "dtype": str(dtype).removeprefix("torch."), "pass": name}
         for record in _run_pass(case, index, settings):
+            if benchmark.bare and "median_s" in record and settings.device == "cpu" and record["provider"] in BACKEND:
+                bare = _bare_seconds(benchmark, layer, dtype, record["provider"], bool(index), settings)
+                record["overhead_share"] = bare / record["median_s"]
             yield row | record
+
+
+def _bare_seconds(
+    benchmark: Benchmark, layer: str, dtype: torch.dtype, provider: str, backward: bool, settings: Settings
+) -> float:
+    """What a step of the layer takes without arithmetic: Python, dispatch, autograd's bookkeeping.
+
+    From above, since the small layers multiply a little too.
+    """
+    assert benchmark.bare is not None
+    parts = benchmark.bare(*benchmark.arguments(layer))
+    steps = {
+        str(i): step(benchmark.build(*arguments, dtype), provider, settings.device, backward)
+        for i, (arguments, _) in enumerate(parts)
+    }
+    times = interleave(steps, CpuClock(), settings.rounds, min(settings.seconds, 1.0))
+    return sum(factor * statistics.median(times[str(i)]) for i, (_, factor) in enumerate(parts))
 
 
 def _run_pass(case: Case, index: int, settings: Settings) -> Iterator[dict[str, Any]]:

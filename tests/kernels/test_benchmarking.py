@@ -5,14 +5,17 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from faceedit.kernels import native, noise_bias_act
 from faceedit.kernels.benchmarking import SMALL, Benchmark, Case, benchmarks, draw, report, suite
-from faceedit.kernels.benchmarking.providers import missing, relative_error
+from faceedit.kernels.benchmarking.providers import missing, relative_error, step
 from faceedit.kernels.benchmarking.timing import MOST_ROUNDS, Call, Spread, interleave, ratio
 from faceedit.kernels.tensors import reused
 from faceedit.networks.stylegan2 import StyleGAN2Config
@@ -185,6 +188,72 @@ def test_reused_outputs_are_written_over() -> None:
     assert other.shape == (1, 2, 4, 4)
     assert len({t.data_ptr() for t in kept}) == len(kept)
     assert noise_bias_act(torch.ones(1, 2, 4, 4)).data_ptr() not in {t.data_ptr() for t in kept}
+
+
+class Calls(TorchDispatchMode):
+    """Count the operators that are called, and the values that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.values = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.calls += 1
+        self.values += sum(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+def counted(call: Call) -> Calls:
+    call()  # what is made once is made before
+    with Calls() as calls:
+        call()
+    return calls
+
+
+VALUE_S = 1e-4  # what a value takes to the clock below, in calls
+
+
+class CallClock:
+    """A clock to which an operator call takes a second, and each value it returns VALUE_S."""
+
+    def repeats(self, call: Call) -> int:
+        return 1
+
+    def sample(self, call: Call, repeats: int) -> float:
+        seen = counted(call)
+        return seen.calls + VALUE_S * seen.values
+
+
+@needs_cpp
+@pytest.mark.parametrize("stage", ["latent", "noise"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bare_steps_make_the_calls_of_a_larger_one(stage: str, dtype: torch.dtype) -> None:
+    benchmark = benchmarks()["optimization_step"]
+    assert benchmark.bare is not None
+    layer = (128, 512, 8, 32, 4, stage)
+
+    def calls(arguments: tuple[object, ...]) -> int:
+        return counted(step(benchmark.build(*arguments, dtype), "cpp", "cpu", backward=True)).calls
+
+    assert sum(factor * calls(arguments) for arguments, factor in benchmark.bare(*layer)) == calls(layer)
+
+
+@needs_cpp
+def test_overhead_is_what_a_step_takes_without_its_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "CpuClock", CallClock)
+    monkeypatch.setattr(suite, "peak_memory", lambda call, device: 1_000_000)
+    layer = (64, 2048, 32, 64, 16, "latent")
+    benchmark = replace(benchmarks()["optimization_step"], layers={"64 latent": layer})
+    baseline, cpp = records_of(benchmark, "64 latent", providers=("cpp",), rounds=1, seconds=0.0)
+    assert "overhead_share" not in baseline
+    seen = counted(step(benchmark.case("64 latent", torch.float32), "cpp", "cpu", backward=True))
+    share = seen.calls / (seen.calls + VALUE_S * seen.values)
+    assert cpp["median_s"] == seen.calls + VALUE_S * seen.values
+    # From above: the small steps return values too.
+    assert 0 < share < cpp["overhead_share"] < 1.5 * share < 1  # type: ignore[operator]
+    rates = {"copy_bytes_per_s": 1e9, "matrix": {"float32": 1e12}}
+    assert report.line(cpp, rates).endswith(f" overhead {cpp['overhead_share']:.1%}")
 
 
 def test_target_is_reached_or_missed_in_words() -> None:
