@@ -170,7 +170,8 @@ def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
             metadata = file.metadata() or {}
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(
-            f"read_header: weights must be a safetensors file, got {path} ({error}); check the file"
+            f"read_header: weights must be a safetensors file, got {path} ({error}); check the file, or convert a "
+            "checkpoint with `faceedit weights import`"
         ) from error
     if METADATA_KEY not in metadata:
         raise WeightsError(

@@ -113,6 +113,8 @@ def load_networks(bundle: Bundle, device: torch.device) -> Networks:
     if hasattr(parser, "fold_batch_norm"):
         parser = parser.fold_batch_norm()  # a parse is what most iterations of a hair edit cost
     encoder = _load("encoder", bundle.encoder, device, "e4e") if bundle.encoder else None
+    if encoder is not None:
+        _check_encoder(generator, encoder, bundle)
     return Networks(
         generator,  # type: ignore[arg-type]
         RegionParser(parser.to(memory_format=torch.channels_last)),
@@ -120,6 +122,15 @@ def load_networks(bundle: Bundle, device: torch.device) -> Networks:
         encoder,
         _features(bundle.features, device) if bundle.features else None,
     )
+
+
+def _check_encoder(generator: nn.Module, encoder: nn.Module, bundle: Bundle) -> None:
+    wanted, given = ((c.num_ws, c.w_width) for c in (generator.config, encoder.config))  # type: ignore[union-attr]
+    if given != wanted:
+        raise WeightsError(
+            f"maskfacegan: encoder must give {wanted[0]} styles of {wanted[1]} for {bundle.generator}, got {given[0]} "
+            f"of {given[1]} from {bundle.encoder}; use an encoder of this generator, or none"
+        )
 
 
 def _load(part: str, weights: str, device: torch.device, kind: str = "") -> nn.Module:

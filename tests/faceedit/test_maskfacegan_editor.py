@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,6 +131,7 @@ def test_missing_starter_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch,
         ({"classifier": "p.safetensors"}, "must be an attribute classifier, got ParserNet"),
         ({"parser": "nothing-parser"}, "a face parser that is installed"),
         ({"encoder": "g.safetensors"}, "must hold a e4e"),
+        ({"encoder": "e4e-starter"}, r"must give 8 styles of 8 for .*g\.safetensors, got 12 of 128 from e4e-starter"),
         ({"generatr": "g.safetensors"}, "did you mean generator"),
         ({"framing": "wide"}, "framing must be one of"),
         ({"config": {"latent_step": 5}}, "did you mean latent_steps"),
@@ -324,6 +327,44 @@ def test_other_editors_refuse_what_only_this_one_does(run: Run, photo: Path, tmp
     run(*out, "--size", "mouth=1.5").refused(2, "use the editor maskfacegan")
     run(*out, "--set", "Bald=1", "--save-trajectory", tmp_path / "t.png").refused(2, "use maskfacegan")
     run(*out, "--set", "Bald=1", "--preset", "fast").refused(2, "leave it out")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"min_region_share": 0.9}, "mouth must be in the picture to edit Smiling"),
+        ({"latent_rate": 1e30}, "got NaN or infinity for Smiling at iteration"),
+    ],
+)
+def test_an_edit_that_cannot_be_made_writes_nothing(
+    run: Run, photo: Path, bundle: Path, tmp_path: Path, config: dict, words: str
+) -> None:
+    weights = write_bundle(bundle.parent, "lost.json", config=STEPS | config)
+    before = sorted(tmp_path.rglob("*"))
+    options = ("--set", "Smiling=1", "--save-trajectory", tmp_path / "t.png", "--report", tmp_path / "r.json")
+    run("edit", photo, "-o", tmp_path / "o.png", "-e", "maskfacegan", "-w", weights, *options).refused(1, words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+class Malicious:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_in_place_of_weights_is_not_read(run: Run, photo: Path, bundle: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "it-ran"
+    (bundle.parent / "g.pkl").write_bytes(pickle.dumps(Malicious(trace)))
+    listing = write_bundle(bundle.parent, "pickle.json", generator="g.pkl")
+    for weights in (bundle.parent / "g.pkl", listing):
+        edit_it = ("edit", photo, "-o", tmp_path / "o.png", "-e", "maskfacegan", "-w", weights, "--set", "Smiling=1")
+        run(*edit_it).refused(1, "g.pkl", "faceedit weights import")
+        run("project", photo, "-o", tmp_path / "p.png", "-w", weights).refused(1, "g.pkl", "faceedit weights import")
+    assert not trace.exists()
 
 
 def test_missing_weights_are_one_line(run: Run, photo: Path, tmp_path: Path) -> None:
