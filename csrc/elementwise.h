@@ -126,7 +126,8 @@ FE_HD float sigmoid(float x) {
 
 FE_HD float hyperbolic_tangent(float x) {
   const float magnitude = x < 0.0f ? -x : x;
-  const float tail = 1.0f - 2.0f / (exponential(2.0f * magnitude) + 1.0f);
+  const float e = exponential(-2.0f * magnitude);
+  const float tail = 1.0f - 2.0f * e / (1.0f + e);
   // Near zero the subtraction above cancels: odd polynomial (minimax on |x| < 0.625) instead.
   const float square = x * x;
   float poly = -5.70498872745e-3f;
@@ -136,6 +137,18 @@ FE_HD float hyperbolic_tangent(float x) {
   poly = poly * square - 3.33332819422e-1f;
   const float centre = x + x * square * poly;
   return magnitude < 0.625f ? centre : (x < 0.0f ? -tail : tail);
+}
+
+// The slopes of the two, to full relative precision where they are tiny: 1 - sigmoid(x) is sigmoid(-x), which the
+// subtraction loses for large x, and 1 - tanh(x)^2 is 4 e / (1 + e)^2.
+FE_HD float sigmoid_slope(float x) {
+  const float e = exponential(x < 0.0f ? x : -x), sum = 1.0f + e;
+  return e / (sum * sum);
+}
+
+FE_HD float hyperbolic_tangent_slope(float x) {
+  const float e = exponential(x < 0.0f ? 2.0f * x : -2.0f * x), sum = 1.0f + e;
+  return 4.0f * e / (sum * sum);
 }
 
 template <int ACT>
@@ -152,18 +165,9 @@ template <int ACT>
 FE_HD float activation_slope(float z, float slope) {
   if (ACT == kRelu) return z <= 0.0f ? 0.0f : 1.0f;
   if (ACT == kLeakyRelu) return z < 0.0f ? slope : 1.0f;
-  if (ACT == kTanh) {
-    const float t = hyperbolic_tangent(z);
-    return 1.0f - t * t;
-  }
-  if (ACT == kSigmoid) {
-    const float s = sigmoid(z);
-    return s * (1.0f - s);
-  }
-  if (ACT == kSilu) {
-    const float s = sigmoid(z);
-    return s * (1.0f + z * (1.0f - s));
-  }
+  if (ACT == kTanh) return hyperbolic_tangent_slope(z);
+  if (ACT == kSigmoid) return sigmoid_slope(z);
+  if (ACT == kSilu) return sigmoid(z) * (1.0f + z * sigmoid(-z));
   return 1.0f;
 }
 
@@ -363,20 +367,17 @@ struct GateGradients {
 };
 
 FE_HD float gru_gate(float h, float z, float c) {
-  const float u = sigmoid(z);
-  return (1.0f - u) * h + u * hyperbolic_tangent(c);
+  return sigmoid(-z) * h + sigmoid(z) * hyperbolic_tangent(c);
 }
 
 FE_HD GateGradients gru_gate_slopes(float h, float z, float c) {
-  const float u = sigmoid(z), t = hyperbolic_tangent(c);
-  return {1.0f - u, (t - h) * (u * (1.0f - u)), u * (1.0f - t * t)};
+  return {sigmoid(-z), (hyperbolic_tangent(c) - h) * sigmoid_slope(z), sigmoid(z) * hyperbolic_tangent_slope(c)};
 }
 
 FE_HD float reset_gate(float h, float z) { return sigmoid(z) * h; }
 
 FE_HD GateGradients reset_gate_slopes(float h, float z) {
-  const float u = sigmoid(z);
-  return {u, h * (u * (1.0f - u)), 0.0f};
+  return {sigmoid(z), h * sigmoid_slope(z), 0.0f};
 }
 
 }  // namespace FE_ISA

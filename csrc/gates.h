@@ -8,7 +8,7 @@
 
 namespace fe {
 
-// gru_gate: y = (1 - sigmoid(z)) * h + sigmoid(z) * tanh(c); reset_gate: y = sigmoid(z) * h. All tensors share one dtype and
+// gru_gate: y = sigmoid(-z) * h + sigmoid(z) * tanh(c); reset_gate: y = sigmoid(z) * h. All tensors share one dtype and
 // one layout (see noise_bias_act.h); a null scale is 1, a null shift 0, and they are float32 [channels].
 struct GateParams {
   const void* h;

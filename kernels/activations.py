@@ -23,6 +23,11 @@ def activate(z: Tensor, act: str, slope: float) -> Tensor:
     return {"relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "silu": F.silu}[act](z)
 
 
+def tanh_slope(z: Tensor) -> Tensor:
+    """Return 1 - tanh(z)^2, precise also where tanh rounds to 1."""
+    return 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)
+
+
 def activation_slope(z: Tensor, act: str, slope: float) -> Tensor:
     """Return d act(z) / dz, differentiable. At z = 0 lrelu takes the positive side and relu the flat one."""
     if act == "lrelu":
@@ -30,11 +35,9 @@ def activation_slope(z: Tensor, act: str, slope: float) -> Tensor:
     if act == "relu":
         return (~(z <= 0)).to(z.dtype)
     if act == "tanh":
-        return 1 - torch.tanh(z) ** 2
+        return tanh_slope(z)
     if act == "sigmoid":
-        s = torch.sigmoid(z)
-        return s * (1 - s)
+        return torch.sigmoid(z) * torch.sigmoid(-z)
     if act == "silu":
-        s = torch.sigmoid(z)
-        return s * (1 + z * (1 - s))
+        return torch.sigmoid(z) * (1 + z * torch.sigmoid(-z))
     return torch.ones_like(z)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gates of a convolutional recurrent unit, each one pass over memory.
 
-gru_gate:   y = (1 - sigmoid(z)) * h + sigmoid(z) * tanh(c)    reset_gate: y = sigmoid(z) * h
+gru_gate:   y = sigmoid(-z) * h + sigmoid(z) * tanh(c)    reset_gate: y = sigmoid(z) * h
+1 - sigmoid(z) is computed as sigmoid(-z): where it is tiny, the subtraction would leave nothing of it.
 Before its sigmoid or tanh a gate may pass a per-channel affine map: a bias, or a batch norm of a network in evaluation.
 Both are one kernel: the reset gate is the one without a candidate c.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import native
+from faceedit.kernels.activations import tanh_slope
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import as_float, check_image, check_shape, describe, empty_like, in_format, memory_format
@@ -31,7 +33,7 @@ def gru_gate(
 ) -> Tensor:
     """Return the new state of a gated unit: h where the update gate is shut, the candidate where it is open.
 
-    z = z_pre * z_scale + z_shift;  c = c_pre * c_scale + c_shift;  y = (1 - sigmoid(z)) * h + sigmoid(z) * tanh(c)
+    z = z_pre * z_scale + z_shift;  c = c_pre * c_scale + c_shift;  y = sigmoid(-z) * h + sigmoid(z) * tanh(c)
 
     Args:     h, z_pre, c_pre (N,C,H,W) of one dtype, fp64|fp32|fp16|bf16, NCHW or channels_last; scales and shifts (C).
     Returns:  y with h's shape, dtype and memory format; computed in fp32 (fp64 for fp64).
@@ -95,10 +97,11 @@ def reference(
     c_shift: Tensor | None,
 ) -> Tensor:
     """Compute either gate in plain PyTorch: the oracle in fp64, and what ONNX export writes."""
-    hidden, update = h.to(_compute_dtype(h)), torch.sigmoid(_affine(z, z_scale, z_shift))
+    hidden, gate = h.to(_compute_dtype(h)), _affine(z, z_scale, z_shift)
+    update = torch.sigmoid(gate)
     if c is None:
         return (update * hidden).to(h.dtype)
-    return ((1 - update) * hidden + update * torch.tanh(_affine(c, c_scale, c_shift))).to(h.dtype)
+    return (torch.sigmoid(-gate) * hidden + update * torch.tanh(_affine(c, c_scale, c_shift))).to(h.dtype)
 
 
 def _eager(h: Tensor, *arguments: Any) -> Tensor:
@@ -162,13 +165,14 @@ def backward_reference(
 ) -> Gradients:
     """Compute the gradients in plain PyTorch: the oracle, the eager backend, and the path differentiated again."""
     dtype = _compute_dtype(h)
-    g, hidden, update = grad.to(dtype), h.to(dtype), torch.sigmoid(_affine(z, z_scale, z_shift))
+    g, hidden, gate = grad.to(dtype), h.to(dtype), _affine(z, z_scale, z_shift)
+    update, kept = torch.sigmoid(gate), torch.sigmoid(-gate)
     if c is None:
-        gh, gz, gc = g * update, g * hidden * update * (1 - update), None
+        gh, gz, gc = g * update, g * hidden * update * kept, None
     else:
-        candidate = torch.tanh(_affine(c, c_scale, c_shift))
-        gh, gz = g * (1 - update), g * (candidate - hidden) * update * (1 - update)
-        gc = _affine(g * update * (1 - candidate * candidate), c_scale, None)
+        candidate = _affine(c, c_scale, c_shift)
+        gh, gz = g * kept, g * (torch.tanh(candidate) - hidden) * update * kept
+        gc = _affine(g * update * tanh_slope(candidate), c_scale, None)
     gz = _affine(gz, z_scale, None)
     return gh.to(h.dtype), gz.to(h.dtype), h.new_empty(0) if gc is None else gc.to(h.dtype)
 

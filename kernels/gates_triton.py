@@ -21,6 +21,11 @@ def _tanh(z):
 
 
 @triton.jit
+def _tanh_slope(z):
+    return 4.0 * tl.sigmoid(2.0 * z) * tl.sigmoid(-2.0 * z)  # 1 - tanh^2 without the subtraction
+
+
+@triton.jit
 def _affine(value, scale_ptr, shift_ptr, channel, inside, SCALE: tl.constexpr, SHIFT: tl.constexpr):
     out = value
     if SCALE:
@@ -41,12 +46,13 @@ def forward_kernel(
     channel = index % channels if CHANNELS_LAST else (index // pixels) % channels
     h = tl.load(h_ptr + index, mask=inside, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    u = tl.sigmoid(_affine(z, z_scale_ptr, z_shift_ptr, channel, inside, Z_SCALE, Z_SHIFT))
+    z = _affine(z, z_scale_ptr, z_shift_ptr, channel, inside, Z_SCALE, Z_SHIFT)
+    u = tl.sigmoid(z)
     y = u * h
     if not RESET:
         c = tl.load(c_ptr + index, mask=inside, other=0.0).to(tl.float32)
         t = _tanh(_affine(c, c_scale_ptr, c_shift_ptr, channel, inside, C_SCALE, C_SHIFT))
-        y = (1.0 - u) * h + u * t
+        y = tl.sigmoid(-z) * h + u * t
     tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -63,15 +69,16 @@ def backward_kernel(
     h = tl.load(h_ptr + index, mask=inside, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + index, mask=inside, other=0.0).to(tl.float32)
     grad = tl.load(grad_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    u = tl.sigmoid(_affine(z, z_scale_ptr, z_shift_ptr, channel, inside, Z_SCALE, Z_SHIFT))
+    z = _affine(z, z_scale_ptr, z_shift_ptr, channel, inside, Z_SCALE, Z_SHIFT)
+    u, shut = tl.sigmoid(z), tl.sigmoid(-z)
     gh = grad * u
-    gz = grad * h * (u * (1.0 - u))
+    gz = grad * h * (u * shut)
     if not RESET:
         c = tl.load(c_ptr + index, mask=inside, other=0.0).to(tl.float32)
-        t = _tanh(_affine(c, c_scale_ptr, c_shift_ptr, channel, inside, C_SCALE, C_SHIFT))
-        gh = grad * (1.0 - u)
-        gz = grad * (t - h) * (u * (1.0 - u))
-        gc = _affine(grad * u * (1.0 - t * t), c_scale_ptr, c_shift_ptr, channel, inside, C_SCALE, False)
+        c = _affine(c, c_scale_ptr, c_shift_ptr, channel, inside, C_SCALE, C_SHIFT)
+        gh = grad * shut
+        gz = grad * (_tanh(c) - h) * (u * shut)
+        gc = _affine(grad * u * _tanh_slope(c), c_scale_ptr, c_shift_ptr, channel, inside, C_SCALE, False)
         tl.store(gc_ptr + index, gc.to(gc_ptr.dtype.element_ty), mask=inside)
     gz = _affine(gz, z_scale_ptr, z_shift_ptr, channel, inside, Z_SCALE, False)
     tl.store(gh_ptr + index, gh.to(gh_ptr.dtype.element_ty), mask=inside)

@@ -44,14 +44,11 @@ def _derivative(z, ACT: tl.constexpr, slope):
     elif ACT == 2:
         d = tl.where(z < 0.0, slope, 1.0)
     elif ACT == 3:
-        t = _tanh(z)
-        d = 1.0 - t * t
+        d = 4.0 * tl.sigmoid(2.0 * z) * tl.sigmoid(-2.0 * z)  # 1 - tanh^2 without the subtraction
     elif ACT == 4:
-        s = tl.sigmoid(z)
-        d = s * (1.0 - s)
+        d = tl.sigmoid(z) * tl.sigmoid(-z)
     elif ACT == 5:
-        s = tl.sigmoid(z)
-        d = s * (1.0 + z * (1.0 - s))
+        d = tl.sigmoid(z) * (1.0 + z * tl.sigmoid(-z))
     return d
 
 

@@ -102,6 +102,25 @@ def test_shut_and_open_gates_at_extreme_values(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_all_but_shut_gates_keep_their_relative_precision(place: Place) -> None:
+    """1 - sigmoid(z) and 1 - tanh(c)^2 are below what fp32 resolves next to 1; a large state or gradient meets them."""
+    z = torch.tensor([9.0, 12.0, 17.0, 20.0, 22.0, -20.0, -22.0, 3.0]).view(1, 1, 2, 4)  # fp64 resolves these
+    h = torch.tensor([1e6, -1e9, 1e12, 1e20, 1e36, 1.0, -1.0, 1e3]).view(1, 1, 2, 4)
+    saturated = torch.tensor([-9.0, 9.0, 8.0, -10.0, 10.0, -7.0, 6.0, 0.5]).view(1, 1, 2, 4)
+    no_affine = (None,) * 4
+    for c in (None, torch.zeros_like(z), saturated):
+        tensors = [h, z] if c is None else [h, z, c]
+        wide = [t.double().requires_grad_() for t in tensors]
+        y = reference(*(*wide, None)[:3], *no_affine)
+        expected = (y.detach(), *torch.autograd.grad(y.sum(), wide))
+        actual, gradients = run(place, reset_gate if c is None else gru_gate, tensors)
+        for name, a, e in zip(("output", *NAMES), (actual, *gradients), expected, strict=False):
+            assert a is not None
+            error = (a.detach().cpu() - e).abs() / e.abs()
+            assert error.max() < 2e-6, f"{name}: relative errors {error.flatten().tolist()}"
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_nan_and_infinity_stay_in_their_element(place: Place) -> None:
     tensors = inputs(1, 3, 4, 5, torch.float32, torch.contiguous_format)
     for i, tensor in enumerate(tensors):
