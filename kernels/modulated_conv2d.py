@@ -279,19 +279,25 @@ def backward_reference(
         grad_rgb_styles = (sums * rgb_weight.to(dtype)).sum(1)
 
     want_x, want_weight, want_styles, *want_vectors = wanted[:6]
+    outer, style, divisor, common = v.outer, v.inner, v.factor, v.common_factor
+    if common is not None and outer is not None:  # see Vectors.factor_stands_alone
+        core, scaled = core.to(dtype) * outer[:, :, None, None], _scaled(x, v.style / common)
+        outer, style, divisor = None, v.style, None
     core_grad, grad_outer, *gradients = epilogue_backward(
-        g, core, True, v.outer, noise, strength, bias, act, slope, gain, clamp,
+        g, core, True, outer, noise, strength, bias, act, slope, gain, clamp,
         [True, v.demodulation is not None, *want_vectors],
     )  # fmt: skip
     gx = grad_styles = grad_weight = None
     if want_x or want_styles or want_weight:
         data, grad_weight = resampled_backward(
-            core_grad, scaled, w, fir, geometry, (want_x or want_styles, want_weight)
+            core_grad.to(x.dtype), scaled, w, fir, geometry, (want_x or want_styles, want_weight)
         )
         if want_x or want_styles:
-            gx = data.to(dtype) * v.inner[:, :, None, None]
+            gx = data.to(dtype) * style[:, :, None, None]
             grad_styles = (data.to(dtype) * x.to(dtype)).sum((2, 3))
-            grad_styles = grad_styles if v.factor is None else grad_styles / v.factor
+            grad_styles = grad_styles if divisor is None else grad_styles / divisor
+        if want_weight and common is not None:
+            grad_weight = grad_weight.to(dtype) * common[:, :, None, None]
         if v.demodulation is not None:
             wide = weight.to(dtype)
             cubic = (grad_outer if v.factor is None else grad_outer * v.factor) * v.demodulation**3

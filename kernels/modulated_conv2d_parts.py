@@ -172,6 +172,21 @@ class Vectors:
             return self.factor.expand(-1, self.outputs).contiguous()
         return self.demodulation * self.factor
 
+    @property
+    def factor_stands_alone(self) -> bool:
+        """Whether no demodulation balances the factor.
+
+        The gradient then goes through the convolution without it: times a large factor it would leave fp16's range.
+        """
+        return self.factor is not None and self.demodulation is None
+
+    @property
+    def common_factor(self) -> Tensor | None:
+        """What a weight's gradient is divided by, one factor for all samples, where that of each stands alone."""
+        if self.factor is None or self.demodulation is not None:
+            return None
+        return torch.cat([self.factor, self.factor.new_ones(1, 1)]).amax(0, keepdim=True)  # the batch may be empty
+
 
 def fp16_factor(style: Tensor, demodulation: Tensor | None) -> Tensor:
     """Return what to divide a sample's styles by, so that style * x does not leave fp16's range.

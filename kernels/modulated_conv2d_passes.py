@@ -110,18 +110,17 @@ def forward(
     v = vectors(x, weight, styles, demodulate)
     factors = rgb_factors(rgb_weight, rgb_styles)
     noise, strength, bias = map(as_float, (noise, strength, bias))
-    operands = (v.demodulation, noise, strength, bias)
+    operands = (v.outer, noise, strength, bias)
     keeps_core = not output_tells_input(act, slope, gain)
     if layer is not None and not keeps_core and _fits_layer(weight, geometry, fmt):
         w = ready(weight, x.dtype, fmt, False)
-        y, rgb = layer(x, w, v.inner, (v.outer, noise, strength, bias), factors, settings)
+        y, rgb = layer(x, w, v.inner, operands, factors, settings)
         found = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, None)]
         return y, found[0], found[1], found[2]
     if is_rgb(weight, geometry):
-        core = passes.dots(x, _rgb_factors_of(weight, v.style))
+        core = passes.dots(x, _rgb_factors_of(weight, v.inner))
     else:
         core = _convolve(passes, x, weight, v, fir, geometry, fmt)
-        operands = (v.outer, noise, strength, bias)
     if up == 2 and not keeps_core:
         pad = [geometry.fir_pad] * 4
         y = _ops.fir_epilogue(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
@@ -199,9 +198,8 @@ def backward(
     want_x, want_weight, want_styles, want_noise, want_strength, want_bias, want_rgb_weight, want_rgb_styles = wanted
     v = vectors_from(x, weight, styles, demodulation if demodulate else None)
     plain_rgb = is_rgb(weight, geometry)
-    scale = v.demodulation if plain_rgb else v.outer
     factors = rgb_factors(rgb_weight, rgb_styles)
-    operands = (scale, as_float(noise), as_float(strength), as_float(bias))
+    operands = (v.outer, as_float(noise), as_float(strength), as_float(bias))
     want_scale = demodulate and (want_weight or want_styles)
     wants = (want_scale, want_noise, want_strength, want_bias, want_rgb_weight or want_rgb_styles)
     if plain_rgb:
@@ -209,21 +207,26 @@ def backward(
         settings = (act, slope, gain, float(torch.tensor(clamp, dtype=y.dtype)))
         y, core = y.float().contiguous(), core.float().contiguous()
         grad = None if grad is None else grad.float().contiguous()
+    elif v.factor_stands_alone and v.outer is not None:
+        if core.dim() == 4:  # the activation needs its input whole, which fp16 may not hold
+            core = core.float() * v.outer[:, :, None, None]
+        operands = (None, *operands[1:])
     core_grad, found = _epilogue_backward(passes, grad, y, core, operands, factors, grad_rgb, settings, wants)
     grad_scale, grad_noise, grad_strength, grad_bias, grad_factors = found
-    if grad_scale is not None and v.factor is not None and not plain_rgb:
+    if grad_scale is not None and v.factor is not None:
         grad_scale = grad_scale * v.factor  # the gradient to demodulation itself
 
     gx = grad_styles = grad_weight = None
     if plain_rgb and (want_x or want_styles or want_weight):
         # x takes the place of an output whose ToRGB sums were asked for.
         gx, sums = passes.epilogue_backward(
-            None, x, (None,) * 4, _rgb_factors_of(weight, v.style), core_grad,
+            None, x, (None,) * 4, _rgb_factors_of(weight, v.inner), core_grad,
             ("linear", 1.0, 1.0, -1.0), (False, False, False, False, want_styles or want_weight),
         )  # fmt: skip
         if sums[4] is not None:
             grad_styles = (sums[4] * weight.detach()[:, :, 0, 0].float()).sum(1)
-            grad_weight = (sums[4] * v.style[:, None]).sum(0)[:, :, None, None]
+            grad_styles = grad_styles if v.factor is None else grad_styles / v.factor
+            grad_weight = (sums[4] * v.inner[:, None]).sum(0)[:, :, None, None]
     elif want_x or want_styles or want_weight:
         gx, grad_styles, grad_weight = _convolve_backward(
             passes, core_grad, x, weight, v, fir, geometry, fmt, (want_x, want_styles, want_weight)
@@ -281,9 +284,10 @@ def _epilogue_backward(
         grad, found = passes.epilogue_backward(
             grad, y, (None,) * 4, factors, grad_rgb, ("linear", 1.0, 1.0, -1.0), (*(False,) * 4, wanted[4])
         )
+    grad = in_dtype(grad, core.dtype)
     gradients = _ops.noise_bias_act_backward(grad, core, True, *operands, *settings, [True, *wanted[:4]], "auto")
     sums = tuple(g if want else None for g, want in zip(gradients[1:], wanted[:4], strict=True))
-    return gradients[0], (*sums, found[4])
+    return in_dtype(gradients[0], y.dtype), (*sums, found[4])
 
 
 def _convolve_backward(
@@ -299,12 +303,12 @@ def _convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients to x, styles and weight without what passes through the demodulation."""
     want_x, want_styles, want_weight = wanted
-    style = v.inner
+    style, divisor, common = (v.style, None, v.common_factor) if v.factor_stands_alone else (v.inner, v.factor, None)
     w = ready(weight, x.dtype, fmt, geometry.up == 2)
     if geometry.up == 2:
         core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
     # Of the convolution's input only the shape counts, unless the weight's gradient is wanted.
-    source = passes.scale(x, style) if want_weight else x
+    source = passes.scale(x, style if common is None else style / common) if want_weight else x
     if geometry.down == 2 and want_weight:
         source = _filter(source, fir, geometry.fir_pad, 1.0)
     elif geometry.down == 2:
@@ -317,8 +321,9 @@ def _convolve_backward(
             data = _filter(data.contiguous(memory_format=fmt), fir, geometry.fir_pad_back, 1.0, flip=True)
         gx = data.contiguous(memory_format=fmt)
         grad_styles = passes.style_backward(x, gx, style, want_styles)
-        if grad_styles is not None and v.factor is not None:
-            grad_styles = grad_styles / v.factor
-    if want_weight and geometry.up == 2:
-        grad_weight = grad_weight.transpose(0, 1)
-    return gx, grad_styles, grad_weight.to(style.dtype) if want_weight else None
+        if grad_styles is not None and divisor is not None:
+            grad_styles = grad_styles / divisor
+    if not want_weight:
+        return gx, grad_styles, None
+    grad_weight = (grad_weight.transpose(0, 1) if geometry.up == 2 else grad_weight).to(style.dtype)
+    return gx, grad_styles, grad_weight if common is None else grad_weight * common[:, :, None, None]

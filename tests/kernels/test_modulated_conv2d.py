@@ -291,7 +291,7 @@ def test_half_precision_survives_large_and_small_modulation(place: Place) -> Non
 def test_half_precision_survives_large_styles_without_demodulation(
     place: Place, up: int, down: int, o: int, k: int
 ) -> None:
-    """style * x passes 65504; the result does not. The weight is frozen: its own gradient is beyond fp16."""
+    """style * x passes 65504; the result does not. The weight is frozen."""
     x, weight, styles, *_ = inputs(o=o, k=k, rgb=False)
     assert x is not None
     assert weight is not None
@@ -314,6 +314,51 @@ def test_half_precision_survives_large_styles_without_demodulation(
     ):
         assert actual is not None
         assert_close(f"gradient of {name}", actual, wanted, relative_l2=backward)
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["first", "graph"])
+@pytest.mark.parametrize(
+    ("options", "o", "k"),
+    [
+        ({"act": "linear"}, 7, 3),
+        ({"act": "lrelu", "up": 2}, 7, 3),
+        ({"act": "silu", "down": 2}, 7, 3),
+        ({"act": "linear"}, 3, 1),
+        ({"act": "silu"}, 3, 1),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else str(value),
+)
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_gradients_survive_large_styles_without_demodulation(
+    place: Place, options: dict[str, Any], o: int, k: int, create_graph: bool
+) -> None:
+    """gradient * style passes 65504, and so does the gradient of the float32 weight: neither may become infinite."""
+    x, weight, styles, *_ = inputs(o=o, k=k, rgb=False)
+    assert x is not None
+    assert weight is not None
+    assert styles is not None
+    options = {"demodulate": False} | options
+    scale = torch.tensor([[1e3], [10.0]])  # one factor serves both samples' part in the weight's gradient
+    tensors = [x.to(torch.float16).contiguous(memory_format=torch.channels_last), weight * 1e-3, styles * scale]
+    wide = [t.double().requires_grad_() for t in tensors]
+    expected = oracle(**options)(*wide)
+    weights = (draw(*expected.shape, seed=99, low=0.5) * 200).to(torch.float16)
+    wanted = torch.autograd.grad(expected, wide, weights.double())
+    assert 1e3 * weights.double().max() > 65504
+    assert wanted[1].abs().max() > 65504
+
+    def together(*operands: Tensor) -> Tensor:
+        return call(**options)(*operands)
+
+    if create_graph:
+        leaves = [t.to(place.device).requires_grad_() for t in tensors]
+        with kernels.backend(place.backend):
+            found = torch.autograd.grad(together(*leaves), leaves, weights.to(place.device), create_graph=True)
+    else:
+        found = run(place, together, tensors, weights)[1]
+    for name, actual, e in zip(NAMES, found, wanted, strict=False):
+        assert actual is not None
+        assert_close(f"gradient of {name}", actual, e, relative_l2=TOLERANCE[torch.float16][1])
 
 
 @pytest.mark.parametrize("place", PLACES)
