@@ -37,7 +37,8 @@ class Operator:
         self.overload = getattr(torch.ops.faceedit, self.name).default
         _operators.append(self)
         # PyTorch's function knows how to spread a list of tensors out.
-        self._own_autograd = _below_autograd is not None and "Tensor[]" not in schema
+        has_parts = _below_autograd is not None and _after_autograd is not None
+        self._own_autograd = has_parts and "Tensor[]" not in schema
         self._backward: Callable[..., Any] | None = None
         self._setup_context: Callable[..., Any] | None = None
         if self._own_autograd:
@@ -137,10 +138,13 @@ def define_in_place_op(schema: str, implementations: Dispatcher, mutates: Iterab
 def register_onnx_decomposition(op: Any, reference: Callable[..., Any]) -> None:
     """Let torch.onnx.export write `op` as the standard operators of its eager reference.
 
-    Only the ONNX exporter reads that table: compiled graphs and exported programs keep the op.
+    Only the ONNX exporter reads that table: compiled graphs and exported programs keep the op. A PyTorch that has moved
+    the table still exports what `decomposition_table` lowers.
     """
     _decompositions[op] = reference
-    torch._decomp.register_decomposition([op])(reference)
+    register = getattr(getattr(torch, "_decomp", None), "register_decomposition", None)
+    if register is not None:
+        register([op])(reference)
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:

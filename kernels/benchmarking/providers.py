@@ -57,7 +57,7 @@ def function_of(case: Case, provider: str) -> Function:
     if provider in BACKEND:
         return _under(BACKEND[provider], case.ours)
     if provider == "compile":
-        torch._dynamo.reset()  # past the recompile limit later cases would silently time eager code
+        torch.compiler.reset()  # past the recompile limit later cases would silently time eager code
         return torch.compile(case.others.get(case.baseline, case.eager))
     return _under("eager", case.eager)
 

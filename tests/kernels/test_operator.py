@@ -39,11 +39,12 @@ def _define(name: str) -> Any:
     return op
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["own kernel", "PyTorch's"])
-def test_gradients_arrive_with_either_registration(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not own:
-        monkeypatch.setattr(operator, "_below_autograd", None)
-    op = _define(f"test_gradients_{int(own)}")
+@pytest.mark.parametrize("absent", ["", "_below_autograd", "_after_autograd"], ids=lambda name: name or "none absent")
+def test_gradients_arrive_without_what_a_pytorch_may_lack(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if absent:
+        monkeypatch.setattr(operator, absent, None)
+        monkeypatch.setattr(operator, "_opaque", lambda body: body)
+    op = _define(f"test_gradients{absent}")
     x, y = torch.arange(3.0).requires_grad_(), torch.ones(3).requires_grad_()
     first, second = op(x, y, 3.0)
     assert torch.equal(first, x + 3)
@@ -59,6 +60,15 @@ def test_gradients_arrive_with_either_registration(own: bool, monkeypatch: pytes
     with torch.inference_mode():
         assert torch.equal(op(torch.ones(2), None, 1.0)[1], torch.full((2,), 2.0))
     torch.library.opcheck(op.overload, (x, y, 3.0))
+
+
+def test_without_the_exporters_table_the_public_one_still_holds_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = _define("test_decomposition").overload
+    monkeypatch.setattr(operator, "_decompositions", {})
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._decomp, "register_decomposition")
+        operator.register_onnx_decomposition(op, torch.add)
+    assert operator.decomposition_table()[op] is torch.add
 
 
 def test_an_op_without_a_gradient_says_so() -> None:
