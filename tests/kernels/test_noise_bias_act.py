@@ -155,6 +155,18 @@ def test_smooth_activations_over_their_whole_range(isa: str) -> None:
         assert ((y.double() - expected).abs() <= bound).all(), act
 
 
+@pytest.mark.parametrize(("act", "factor"), [("sigmoid", 1), ("tanh", 2)])
+@pytest.mark.parametrize("place", PLACES)
+def test_slopes_of_saturated_activations_keep_their_digits(place: Place, act: str, factor: int) -> None:
+    """s (1 - s) and 1 - t^2 would be 0 where s and t round to 1."""
+    x = torch.tensor([3.0, 9.0, 12.0, 17.0, 25.0, 80.0, -9.0, -40.0]).view(1, 1, 2, 4) / factor
+    e = torch.exp(-factor * x.double().abs())
+    _, (gradient,) = run(place, lambda x: noise_bias_act(x, act=act), [x])
+    assert gradient is not None
+    error = gradient.cpu() * (1 + e) ** 2 / (factor**2 * e) - 1
+    assert error.abs().max() < 1e-6, error
+
+
 def gradcheck_inputs() -> tuple[Tensor, ...]:
     x, *operands = inputs(2, 3, 2, 3, torch.float64, torch.contiguous_format, shared_noise=True)
     x = away_from_kinks(x, list(operands), 1.3, 2.5)
