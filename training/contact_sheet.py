@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from faceedit import pipeline
+from faceedit.attributes import MAGGAN, check_attribute
 from faceedit.editors.base import AttributeEdit, load_editor
 from faceedit.errors import FaceEditError
 from faceedit.parsing import FaceParser, load_parser
 
-EDITS = ("Blond_Hair", "Black_Hair", "Brown_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open")
+EDITS = ("Blond_Hair", "Black_Hair", "Brown_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open")  # each to 1
 _CAPTION_PX = 14
 
 
-def edits_of(photo: Path, editor: pipeline.Editor, parser: FaceParser, names: Sequence[str]) -> list[NDArray[np.uint8]]:
+def edits_of(
+    photo: Path, editor: pipeline.Editor, parser: FaceParser, edits: Mapping[str, float]
+) -> list[NDArray[np.uint8]]:
     """The aligned face 256×256×3 before and after each edit, all through the photo, as a user gets them.
 
     Raises: FaceEditError where a user would get one.
@@ -33,8 +36,8 @@ def edits_of(photo: Path, editor: pipeline.Editor, parser: FaceParser, names: Se
     source = pipeline.read(photo)
     face = pipeline.parse(source, pipeline.find(source, parser), parser)
     tiles = [face.alignment.warp_image(source.pixels)]
-    for name in names:
-        edited = pipeline.apply(face, editor, AttributeEdit({name: 1.0}))
+    for name, value in edits.items():
+        edited = pipeline.apply(face, editor, AttributeEdit({name: value}))
         tiles.append(face.alignment.warp_image(pipeline.composite(source, face, edited).pixels))
     return tiles
 
@@ -58,6 +61,14 @@ def contact_sheet(
     return sheet
 
 
+def _setting(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return check_attribute(name, MAGGAN), float(value)
+    except (FaceEditError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r} ({error})") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: see the module's first lines."""
     parse = argparse.ArgumentParser(prog="contact_sheet", description=__doc__)
@@ -68,7 +79,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parse.add_argument("--tile", type=int, default=96, help="side of a tile in pixels")
     parse.add_argument("--columns", type=int, default=2, help="photos side by side")
     parse.add_argument("--weights", default="starter", help="weights of the maggan editor")
+    parse.add_argument(
+        "--set",
+        action="append",
+        type=_setting,
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="an edit; repeatable (default: the six of the sheet in the documentation)",
+    )
     options = parse.parse_args(arguments)
+    edits = dict(options.settings or dict.fromkeys(EDITS, 1.0))
     files = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     if not files:
         print(f"contact_sheet: folder must hold photos, got none in {options.folder}; name another", file=sys.stderr)
@@ -80,10 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(rows) == options.count:
             break
         try:
-            rows.append(edits_of(path, editor, parser, EDITS))
+            rows.append(edits_of(path, editor, parser, edits))
         except FaceEditError as error:
             print(f"{path.name}: {error}", file=sys.stderr)
-    contact_sheet(rows, EDITS, options.tile, options.columns).save(options.output, quality=88)
+    captions = [name if value == 1 else f"{name} {value:g}" for name, value in edits.items()]
+    contact_sheet(rows, captions, options.tile, options.columns).save(options.output, quality=88)
     print(f"{len(rows)} photos on {options.output}")
     return 0
 
