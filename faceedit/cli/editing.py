@@ -13,7 +13,7 @@ import typer
 
 from faceedit.cli import options
 from faceedit.cli.files import check_folder, write_text
-from faceedit.cli.output import print_json, progress_bar
+from faceedit.cli.output import print_json, print_note, progress_bar
 from faceedit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def edit(
     options.parse_settings(settings)  # refuses what is malformed before anything heavy is imported
 
     from faceedit.editors import load_editor
-    from faceedit.editors.base import check_preset, check_request, editor_spec
+    from faceedit.editors.base import Watchable, check_preset, check_request, editor_spec
     from faceedit.images import check_writable, read_image, write_image
     from faceedit.pipeline import edit as edit_photo
 
@@ -124,6 +124,8 @@ def edit(
             check_folder(path)
     source = read_image(photo)
     loaded = load_editor(editor, weights, device, preset)
+    if isinstance(loaded, Watchable) and (caution := loaded.caution(request)):
+        print_note(caution)
     with watched(loaded, every=10 if save_trajectory is None else 1) as trajectory:
         result = edit_photo(source, request=request, editor=loaded, face=face, seed=seed)
     written = write_outputs(result, output, compare)

@@ -19,6 +19,11 @@ def print_error(message: object) -> None:
     typer.echo(f"error: {' '.join(str(message).split())}", err=True)
 
 
+def print_note(message: str) -> None:
+    """Write `note: <message>` to stderr: what a person should know although nothing is wrong."""
+    typer.echo(f"note: {message}", err=True)
+
+
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write one JSON document to stdout."""
     typer.echo(json.dumps(value, indent=2, sort_keys=False, default=str))

@@ -151,6 +151,9 @@ class Watchable(Protocol):
     ) -> None:
         """From now on report progress every `every` iterations and ask before each one whether to stop."""
 
+    def caution(self, request: EditRequest) -> str:
+        """What a person should know before waiting for this edit; "" for nothing."""
+
 
 @dataclass(frozen=True, slots=True)
 class EditorSpec:

@@ -40,7 +40,8 @@ class MaskFaceGANEditor:
     """Editing by optimisation.
 
     Args: networks, frozen; config, how to optimise; framing, the crop that the generator was trained on; weights, their
-          name for reports; preset, the configuration's; files, what the networks were read from.
+          name for reports; preset, the configuration's; files, what the networks were read from; caution, said before
+          an edit of hair or of the whole face.
     """
 
     name = "maskfacegan"
@@ -54,9 +55,11 @@ class MaskFaceGANEditor:
         weights: str = "custom",
         preset: str = "default",
         files: Sequence[Path] = (),
+        caution: str = "",
     ) -> None:
         self.networks, self.config, self.framing = networks, config or MaskFaceGANConfig(), framing
         self.weights, self.preset, self.files = weights, preset, tuple(files)
+        self._caution = caution
         self.device = networks.device
         self.watch(None)
 
@@ -67,11 +70,16 @@ class MaskFaceGANEditor:
         config = bundle.configuration(preset)
         networks = load_networks(bundle, device)
         listing = [Path(weights)] if str(weights).endswith(".json") else []
-        return cls(networks, config, bundle.framing, str(weights), preset, [*listing, *bundle.files()])
+        return cls(networks, config, bundle.framing, str(weights), preset, [*listing, *bundle.files()], bundle.caution)
 
     def watch(self, observe: Observer | None, every: int = 10, should_stop: Callable[[], bool] | None = None) -> None:
         """Report progress of the edits to come, with pictures, every `every` iterations; ask whether to stop."""
         self._observe, self._every, self._should_stop = observe, every, should_stop
+
+    def caution(self, request: EditRequest) -> str:
+        """What a person should know before waiting for this edit; "" for nothing. Raises as `apply` for the request."""
+        plan = self._plan(request)
+        return self._caution if plan.is_global or "hair" in plan.target else ""
 
     def apply(self, face: FaceRecord, request: EditRequest, seed: int = 0) -> EditedFace:
         """Edit one aligned face.

@@ -43,7 +43,8 @@ class Bundle:
 
     encoder: "" for none.  features: an attribute classifier whose layers a global edit's perceptual term compares, ""
     for none.  framing: what the generator was trained on, FFHQ's square or the portrait crop (1.25 times as wide).
-    config: fields of MaskFaceGANConfig that differ from the preset's.
+    config: fields of MaskFaceGANConfig that differ from the preset's.  caution: what to know before an edit of hair or
+    of the whole face, whose pixels the generator makes alone.
     """
 
     generator: str = "stylegan2-starter"
@@ -53,6 +54,7 @@ class Bundle:
     features: str = "attribute-classifier-starter"
     framing: Framing = "ffhq"
     config: Mapping[str, Any] = field(default_factory=dict)
+    caution: str = ""
 
     def configuration(self, preset_name: str) -> MaskFaceGANConfig:
         """The preset with the bundle's own fields. Raises UnknownNameError, UsageError for a field that is wrong."""
@@ -66,7 +68,12 @@ class Bundle:
         return [find(name).path for name in names if name]
 
 
-STARTER = Bundle(encoder="e4e-starter", config={"blend": "targets"})
+STARTER = Bundle(
+    encoder="e4e-starter",
+    config={"blend": "targets"},
+    caution="the starter generator has seen drawings only: hair and whole faces will look drawn; a bundle with an FFHQ "
+    "generator gives photographic ones (docs/maskfacegan.md), --editor maggan dyes hair with what ships",
+)
 """The networks that ship. Their generator has seen drawings alone, so that the photo's own skin stays."""
 
 

@@ -286,6 +286,16 @@ def test_the_command_edits_reports_and_draws_the_trajectory(
     assert {name: float(value) for name, value in last.items()} == report["details"]["losses"]
 
 
+def test_a_bundle_warns_of_what_its_generator_makes_alone(run: Run, photo: Path, bundle: Path, tmp_path: Path) -> None:
+    """Before edits of hair and of the whole face, on stderr, and nowhere else."""
+    wary = write_bundle(bundle.parent, "wary.json", caution="drawn, not photographed")
+    for options, is_warned in ((("Blond_Hair=1",), True), (("Young=1",), True), (("Smiling=1",), False)):
+        outcome = run("edit", photo, "-o", tmp_path / "out.png", "-e", "maskfacegan", "-w", wary, "--set", *options)
+        assert outcome.code == 0, outcome.err
+        assert (outcome.err.splitlines()[:1] == ["note: drawn, not photographed"]) == is_warned
+    assert "drawings only" in STARTER.caution
+
+
 def test_batches_are_done_again_when_the_bundle_changes(run: Run, photo: Path, bundle: Path, tmp_path: Path) -> None:
     listing = write_bundle(bundle.parent, "batch.json")
     command = ("batch", photo.parent, tmp_path / "out", "-e", "maskfacegan", "-w", listing, "--json")

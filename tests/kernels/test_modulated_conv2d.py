@@ -273,17 +273,21 @@ def test_any_shape_and_stride(shape: tuple[int, ...], k: int, resampling: tuple[
     assert y.is_contiguous(memory_format=memory_format(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("place", PLACES)
-def test_half_precision_survives_large_and_small_modulation(place: Place) -> None:
-    """fp16 ends at 65504: neither the scaled input nor the convolution may meet that limit on the way."""
+def test_half_precision_survives_large_and_small_modulation(place: Place, dtype: torch.dtype) -> None:
+    """fp16 ends at 65504: neither the scaled input nor the convolution may meet that limit on the way.
+
+    bf16 has float32's range and must simply keep its precision.
+    """
     x, weight, styles, *_ = inputs(rgb=False)
     assert x is not None
     assert weight is not None
     assert styles is not None
     for factor in (1e-4, 1e4):
-        tensors = [x, weight.to(torch.float16).float(), styles * factor, None, None, None, None, None]
-        check(place, tensors, torch.float16, torch.channels_last, act="linear")
-    check(place, [x, weight * 4000, styles, *[None] * 5], torch.float16, torch.channels_last, act="linear")
+        tensors = [x, weight.to(dtype).float(), styles * factor, None, None, None, None, None]
+        check(place, tensors, dtype, torch.channels_last, act="linear")
+    check(place, [x, weight * 4000, styles, *[None] * 5], dtype, torch.channels_last, act="linear")
 
 
 @pytest.mark.parametrize(("up", "down", "o", "k"), [(1, 1, 7, 3), (2, 1, 7, 3), (1, 2, 7, 3), (1, 1, 3, 1)])
