@@ -69,6 +69,8 @@ def _copy(gradient: torch.Tensor | None) -> torch.Tensor | None:
 
 def test_every_parameter_gets_a_finite_gradient(photo_recipe: Any) -> None:
     task = build(photo_recipe, MagGANTask)
+    # The last layer of the detail is zero at the start, so what lies before it learns from the second step on.
+    torch.nn.init.normal_(task.context.networks["generator"].detail.layer.weight, std=0.1)
     gradients: dict[str, dict[str, torch.Tensor | None]] = {}
     plain = task.context.minimise
 
@@ -89,12 +91,12 @@ def test_every_parameter_gets_a_finite_gradient(photo_recipe: Any) -> None:
 
 
 def test_generator_overfits_one_batch(cache_dir: Path) -> None:
-    recipe = tiny_maggan(cache_dir, "generator_adam.rate=0.005", "generator_adam.warmup_steps=0")
+    recipe = tiny_maggan(cache_dir, "generator_adam.rate=0.002", "generator_adam.warmup_steps=0")
     task = build(replace(recipe, adversarial=replace(recipe.adversarial, start_step=10**6)), MagGANTask)
     batch = task.batch(0)
     task.context.set_rates(0, 0.0)
     losses = [task.training_step(batch, step)["generator"].item() for step in range(60)]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_critic_runs_on_its_schedule(cache_dir: Path) -> None:
@@ -220,11 +222,11 @@ def test_moved_weighs_what_the_true_edit_changes() -> None:
 
 
 def test_a_run_goes_on_from_exported_weights(cache_dir: Path, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(to_yaml(tiny_maggan(cache_dir)))
+    path, residual = tmp_path / "recipe.yaml", "network.output=residual"
+    path.write_text(to_yaml(tiny_maggan(cache_dir, residual)))
     first = training.run(path, ["trainer.steps=1"], output_dir=tmp_path / "first", report=quiet)
     assert first is not None
-    task = build(tiny_maggan(cache_dir, f"initial_weights={first.weights}"), MagGANTask)
+    task = build(tiny_maggan(cache_dir, residual, f"initial_weights={first.weights}"), MagGANTask)
     exported = load_network(first.weights, kind="maggan").state_dict()
     for key, value in task.context.networks["generator"].state_dict().items():
         assert torch.equal(value, exported[key]), key
