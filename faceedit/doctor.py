@@ -22,7 +22,7 @@ class Extra:
 
 
 EXTRAS: Mapping[str, Extra] = {
-    "train": Extra(("lightning", "torchmetrics", "tensorboard", "kornia"), "faceedit train"),
+    "train": Extra(("lightning", "torchmetrics", "tensorboard"), "faceedit train"),
     "dev": Extra(
         ("pytest", "pytest_benchmark", "hypothesis", "ruff", "mypy", "importlinter", "skimage"),
         "the tests, the benchmarks and the checks of .ci/run",

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_FAINTEST = 0.1  # of an edit, mean over its region
+_FAINTEST = 0.05  # of an edit, mean over its region
+_UNCHANGED = 0.002  # a share of a feature map's mean that is rounding
 _TINY = 1e-6
 
 
@@ -25,7 +26,7 @@ def region_l1(image: Tensor, target: Tensor, region: Tensor, source: Tensor | No
     """|image − target| averaged inside each sample's soft region, then over the samples that have one.
 
     Unlike `masked_l1` a small region (brows) counts as much as a large one (hair). 0 when no sample has a region. With
-    `source` each sample's error is a share of |source − target|, what doing nothing would leave (at least 0.1 of the
+    `source` each sample's error is a share of |source − target|, what doing nothing would leave (at least 0.05 of the
     range [-1, 1]), so that a faint edit (a wrinkle) counts as much as a strong one (another hair colour).
     """
     area = region.sum(dim=(1, 2, 3))
@@ -39,6 +40,22 @@ def region_l1(image: Tensor, target: Tensor, region: Tensor, source: Tensor | No
     # Below one pixel a region is the tail of a blurred boundary, and its average would be noise.
     present = (area >= 1).to(inside.dtype)
     return (inside * present).sum() / present.sum().clamp_min(1)
+
+
+def feature_share(made: Sequence[Tensor], target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:
+    """|φ(made) − φ(target)| as a share of |φ(source) − φ(target)|, each a mean per map and sample: 1 is doing nothing.
+
+    The mean over maps and over the samples whose features the true edit changes at all.
+
+    Args: one N×C×H×W map a layer, of the three pictures.
+    """
+    shares = []
+    for found, after, before in zip(made, target, source, strict=True):
+        change = (before.float() - after.float()).abs().mean(dim=(1, 2, 3))
+        error = (found.float() - after.float()).abs().mean(dim=(1, 2, 3))
+        present = (change > _UNCHANGED * after.float().abs().mean(dim=(1, 2, 3))).float()
+        shares.append((present * error / change.clamp_min(_TINY)).sum() / present.sum().clamp_min(1))
+    return torch.stack(shares).mean()
 
 
 def moved_pixels(source: Tensor, target: Tensor) -> Tensor:

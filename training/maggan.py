@@ -6,7 +6,10 @@ What differs from the paper, and why:
 * Synthetic pairs have a true result, so an L1 term inside the influence region joins the paper's losses
   (`losses.edit`; 0 gives the paper). Outside it the paper's L_mre holds, and L_rec holds for the empty edit.
 * Photos have no true result and no labels. All of them take part in L_rec, and their random edits in L_mre; their edits
-  take part in the adversarial and attribute losses only when a classifier supplies source attributes.
+  take part in the adversarial and attribute losses only when a classifier supplies source attributes. With one,
+  `batch.transplants` adds edits of photos whose result is known (`faceedit.training.transplants`).
+* `losses.features` compares pairs also in the features of `feature_network`, as a perceptual loss does: L1 hardly sees
+  a wrinkle or the edge of a frame. That network must not be the judge of the evaluation.
 * On a small machine the critic may run on every `adversarial.every`-th step and on smaller images than the generator's
   (`critic.input_px`); on the steps between, the generator has the other losses only. `every: 1, critic_steps: 5` and a
   critic of the generator's size are the paper's schedule.
@@ -41,6 +44,7 @@ from faceedit.training.evaluation import classify_with, evaluate_editor
 from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
 from faceedit.training.sheets import image_sheet
 from faceedit.training.task import Report, Task, TrainingContext, start_from
+from faceedit.training.transplants import TransplantConfig, Transplants
 
 _SHEET_EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open", "Eyeglasses")
 _KNOWN = 0.8  # a classifier this sure of a photo's attribute counts as knowing it
@@ -48,16 +52,18 @@ _KNOWN = 0.8  # a classifier this sure of a photo's attribute counts as knowing 
 
 @dataclass(frozen=True, slots=True)
 class BatchConfig:
-    """Images of one step. `copies` of the pairs' sources are reconstructed; of the photos, `photo_edits` are edited
-    and the others reconstructed."""
+    """Images of one step. `transplants` are pairs of photos beside the synthetic `pairs`; `copies` of all sources are
+    reconstructed; of the photos, `photo_edits` are edited and the others reconstructed."""
 
     pairs: int = 8
+    transplants: int = 0
     copies: int = 2
     photos: int = 4
     photo_edits: int = 2
 
     def __post_init__(self) -> None:
         require(self.pairs > 0, "batch.pairs", "positive", self.pairs)
+        require(self.transplants >= 0, "batch.transplants", "0 or more", self.transplants)
         require(0 <= self.copies <= self.pairs, "batch.copies", "at most batch.pairs", self.copies)
         require(0 <= self.photo_edits <= self.photos, "batch.photo_edits", "at most batch.photos", self.photo_edits)
 
@@ -68,7 +74,7 @@ class LossConfig:
     over the influence region, and over those of its pixels that the true edit changes, there as a share of that change:
     bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the region is
     smallest when nothing is done. `opacity` is the price of hiding the input, a mean over the image: without it a
-    layered output would repaint hair that only needs another colour."""
+    layered output would repaint hair that only needs another colour. `features` is `moved` in feature space."""
 
     adversarial: float = 1.0
     reconstruction: float = 100.0
@@ -76,6 +82,7 @@ class LossConfig:
     preserve: float = 100.0
     edit: float = 100.0
     moved: float = 0.0
+    features: float = 0.0
     opacity: float = 0.0
     gradient_penalty: float = 10.0
     critic_attributes: float = 1.0
@@ -97,6 +104,7 @@ class AdversarialConfig:
 @dataclass(frozen=True, slots=True)
 class MagGANRecipe(Recipe):
     """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes;
+    `feature_network` those of an attribute classifier whose features `losses.features` compares (not the judge's);
     `initial_weights` continues from an exported or registered generator (critic and optimisers start anew); one with a
     residual output can be continued with a layered one."""
 
@@ -107,6 +115,8 @@ class MagGANRecipe(Recipe):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     photos: PhotosConfig | None = None
     photo_classifier: str | None = None
+    transplants: TransplantConfig = field(default_factory=TransplantConfig)
+    feature_network: str | None = None
     batch: BatchConfig = field(default_factory=BatchConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -127,6 +137,9 @@ class MagGANRecipe(Recipe):
         require(
             self.synthetic.variants > 0, "synthetic.variants", "positive (pairs need them)", self.synthetic.variants
         )
+        if self.batch.transplants:
+            known = self.photos is not None and self.photo_classifier is not None
+            require(known, "batch.transplants", "0 without photos and photo_classifier", self.batch.transplants)
         require(self.validation_people > 0, "validation_people", "positive", self.validation_people)
 
 
@@ -139,6 +152,12 @@ class MagGANTask(Task[MagGANRecipe]):
         super().__init__(recipe, context)
         self.data, self.validation, self.photos = _load_data(recipe, lambda line: None)
         self.photo_attributes = self._estimate_attributes()
+        self.transplants = None
+        if recipe.batch.transplants and self.photos is not None and self.photo_attributes is not None:
+            self.transplants = Transplants(self.photos, self.data, self.photo_attributes, recipe.transplants)
+        self.features = None
+        if recipe.feature_network is not None and recipe.losses.features:
+            self.features = _load_classifier(recipe.feature_network, context.device).requires_grad_(False).eval()
         self.classify = None
         if recipe.validation_classifier is not None:
             judge = _load_classifier(recipe.validation_classifier, context.device)
@@ -183,6 +202,9 @@ class MagGANTask(Task[MagGANRecipe]):
         recipe = self.recipe
         generator = self.context.generator(stream, step)
         batch = sample_pairs(self.data, recipe.batch.pairs, generator, recipe.pairs, recipe.augment, self.relations)
+        if self.transplants is not None:
+            more = self.transplants.sample(recipe.batch.transplants, generator, recipe.augment, self.relations)
+            batch = {name: torch.cat([values, more[name]]) for name, values in batch.items()}
         if self.photos is not None and recipe.batch.photos:
             photos = self.photos.sample(recipe.batch.photos, generator, recipe.augment)
             batch["photo"], batch["photo_mask"] = photos["image"], photos["mask"]
@@ -223,6 +245,8 @@ class MagGANTask(Task[MagGANRecipe]):
             "moved": losses.region_l1(made[:pairs], batch["target"], moved, batch["source"]),
             "preserve": losses.masked_l1(made[edited], images[edited], preserve),
         }
+        if self.features is not None:
+            parts["features"] = self._feature_distance(batch, made[:pairs])
         if copied.any():
             parts["reconstruction"] = (made[copied] - images[copied]).abs().mean()
         total = sum(getattr(weights, name) * value for name, value in parts.items())
@@ -242,6 +266,17 @@ class MagGANTask(Task[MagGANRecipe]):
             parts["attributes"] = torch.stack(class_terms).mean()
             total = total + weights.adversarial * parts["adversarial"] + weights.attributes * parts["attributes"]
         return cast(Tensor, total), {name: value.detach() for name, value in parts.items()}
+
+    def _feature_distance(self, batch: dict[str, Tensor], made: Tensor) -> Tensor:
+        """What the pairs' edits miss of the true change, in features; see `losses.feature_share`."""
+        assert self.features is not None
+        with self.context.fabric.autocast():
+            found = self.features.feature_maps(_seen_by(self.features, made))
+            with torch.no_grad():
+                before, after = (
+                    self.features.feature_maps(_seen_by(self.features, batch[name])) for name in ("source", "target")
+                )
+        return losses.feature_share(found, after, before)
 
     def _edited_rows(self, batch: dict[str, Tensor], count: int) -> Tensor:
         """Which rows of the generator's batch are edits (the others are copies)."""
@@ -353,6 +388,11 @@ class MagGANTask(Task[MagGANRecipe]):
             attributes=MAGGAN,
             metrics=metrics,
         )
+
+
+def _seen_by(network: Any, image: Tensor) -> Tensor:
+    """The image at the network's size."""
+    return resize_area(image, network.config.size_px)
 
 
 def _critic_of(level: nn.Module) -> Callable[[Tensor], Tensor]:

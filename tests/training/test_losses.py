@@ -49,7 +49,21 @@ def test_region_means_as_a_share_of_the_edit() -> None:
     shares = [
         losses.region_l1(target[i : i + 1] / 2, target[i : i + 1], region[:1], source[:1]).item() for i in range(3)
     ]
-    assert shares == pytest.approx([0.5, 0.5, 0.05])
+    assert shares == pytest.approx([0.5, 0.5, 0.1])
+
+
+def test_feature_share_is_relative_to_the_true_change() -> None:
+    """Half way costs a half in a loud and in a quiet map; a sample that the edit leaves as it was has no say."""
+    target = [torch.ones(3, 2, 4, 4), torch.full((3, 1, 2, 2), 0.01)]
+    source = [2 * target[0], 3 * target[1]]
+    for before, after in zip(source, target, strict=True):
+        before[2] = after[2]
+    half = [(before + after) / 2 for before, after in zip(source, target, strict=True)]
+    half[0][2] += 5
+    assert losses.feature_share(half, target, source).item() == pytest.approx(0.5)
+    assert losses.feature_share(source, target, source).item() == pytest.approx(1)
+    assert losses.feature_share(target, target, source).item() == 0
+    assert losses.feature_share(target, target, target).item() == 0
 
 
 def test_attribute_bce() -> None:

@@ -13,6 +13,7 @@ from support.toy_task import FakeFace
 
 from faceedit import training
 from faceedit.attributes import MAGGAN
+from faceedit.errors import OutOfRangeError
 from faceedit.registry import load_network
 from faceedit.training.checkpoint import load_checkpoint
 from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_at_random
@@ -21,6 +22,7 @@ from faceedit.training.losses import moved_pixels
 from faceedit.training.maggan import MagGANTask, photo_edits
 from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import make_fabric, seed_step
+from faceedit.training.transplants import TransplantConfig
 
 
 def quiet(line: str) -> None:
@@ -138,6 +140,49 @@ def test_maggan_run_resumes_exports_and_loads(photo_recipe: Any, tmp_path: Path)
     image = torch.zeros(1, 3, 32, 32)
     mask = torch.zeros(1, 19, 32, 32).index_fill_(1, torch.tensor(13), 1.0)
     assert network(image, torch.ones(1, 13), mask).shape == (1, 3, 32, 32)
+
+
+def test_transplants_and_features_join_the_step(
+    photo_recipe: Any, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photos with a known result stand behind the synthetic pairs, and every pair is compared in features."""
+    features = training.run(
+        _written(tiny_classifier(cache_dir, "trainer.steps=1"), tmp_path), output_dir=tmp_path / "run", report=quiet
+    )
+    assert features is not None
+    monkeypatch.setattr(MagGANTask, "_estimate_attributes", lambda self: torch.zeros(len(self.photos), 13))
+    recipe = replace(
+        photo_recipe,
+        photo_classifier="unused",
+        batch=replace(photo_recipe.batch, transplants=3),
+        transplants=TransplantConfig(attributes=("Eyeglasses", "Mustache"), removal_share=0.0),
+        synthetic=replace(photo_recipe.synthetic, people=32),
+        feature_network=str(features.weights),
+        losses=replace(photo_recipe.losses, features=10.0),
+    )
+    task = build(recipe, MagGANTask)
+    batch = task.batch(0)
+    assert batch["source"].shape[0] == batch["influence"].shape[0] == 4 + 3
+    added = batch["difference"][4:]
+    assert (added.sum(1) == 1).all()
+    assert added[:, [MAGGAN.index("Eyeglasses"), MAGGAN.index("Mustache")]].sum() == 3
+    scalars = task.training_step(batch, 0)
+    assert all(value.isfinite() for value in scalars.values())
+    assert scalars["features"] > 0.5
+    judge = task.features
+    assert not judge.training
+    assert all(parameter.grad is None for parameter in judge.parameters())
+
+
+def test_transplants_need_photos_of_known_attributes(cache_dir: Path) -> None:
+    with pytest.raises(OutOfRangeError, match=r"batch.transplants must be 0 without photos"):
+        tiny_maggan(cache_dir, "batch.transplants=2")
+
+
+def _written(recipe: Any, folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(to_yaml(recipe))
+    return path
 
 
 def test_photo_edits_flip_one_known_attribute() -> None:
