@@ -34,33 +34,39 @@ from faceedit.training.photos import UnlabelledPhotos
 _FEATURES = (("l_brow",), ("r_brow",), ("l_eye",), ("r_eye",), ("nose",), ("u_lip", "mouth", "l_lip"))
 _SMALLEST = 5e-5  # share of the image below which a feature's centre is noise
 _LACKS, _HAS_HAIR = 0.2, 0.06  # a probability below which a photo lacks a thing; share of the image its hair must fill
+_STRANDS = 0.7  # hair of a beard or a brow is this much darker than the mean of what it takes its colour from
 _SHUT, _OPEN = 0.0012, 0.0025  # share of the image between the lips, at most and at least
-_CANDIDATES = 8  # drawn people of whom the best fitting one lends what it wears
+_CANDIDATES = 32  # drawn people of whom the best fitting one lends what it wears
 _ANCHOR = 3.0  # how much more than the others a thing's own features count in the fit
 
 
 class Look(NamedTuple):
-    """How one thing is carried over: the attribute's value that shows it, `cover` (opaque), `hair` (opaque, in the
-    colour of the photo's hair, above the eyes), `darken` or `shade` (a ratio, which in `darken` never brightens) or
-    `mouth` (from another photo), the parts of the photo that it may change, and the features that must lie best."""
+    """How one thing is carried over.
+
+    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `hair` (opaque, above the eyes), `strands`
+    (as dense as the drawing's are dark), `shade` (the ratio of the drawings) or `mouth` (from another photo).
+    parts: of the photo, what it may change.  anchors: the features that must lie best.  colour: the parts of the photo
+    whose colour hair and strands take; the drawing's own would be a look that nothing in the photo tells.
+    """
 
     shown_as: int
-    how: Literal["cover", "hair", "darken", "shade", "mouth"]
+    how: Literal["cover", "hair", "strands", "shade", "mouth"]
     parts: str
     anchors: str
+    colour: str = "hair"
 
 
 _SKIN = "skin nose u_lip l_lip"
 LOOKS: dict[str, Look] = {
     "Bangs": Look(1, "hair", "skin nose l_brow r_brow eye_g", "l_brow r_brow"),
-    "Bushy_Eyebrows": Look(1, "darken", "skin nose l_brow r_brow eye_g", "l_brow r_brow"),
+    "Bushy_Eyebrows": Look(1, "strands", "skin nose l_brow r_brow eye_g", "l_brow r_brow", "l_brow r_brow"),
     "Eyeglasses": Look(1, "cover", "skin nose l_brow r_brow l_eye r_eye l_ear r_ear hair", "l_eye r_eye"),
     "Mouth_Slightly_Open": Look(1, "mouth", "u_lip mouth l_lip", "mouth"),
-    "Mustache": Look(1, "darken", _SKIN, "nose mouth"),
-    "No_Beard": Look(0, "darken", f"{_SKIN} neck", "nose mouth"),
+    "Mustache": Look(1, "strands", _SKIN, "nose mouth"),
+    "No_Beard": Look(0, "strands", f"{_SKIN} neck", "nose mouth"),
     "Young": Look(0, "shade", _SKIN, "l_brow r_brow nose mouth"),
 }
-_DARK_HAIR = ("Black_Hair", "Brown_Hair")  # whoever lends what only darkens has one of these
+_DARK_HAIR = ("Black_Hair", "Brown_Hair")  # whoever lends strands has one of these: on skin their density is seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +105,7 @@ class Transplants:
             look, column = LOOKS[name], MAGGAN.index(name)
             shows = attributes[:, column] if look.shown_as else 1 - attributes[:, column]
             takes = visible & (shows < _LACKS)
-            if look.how == "hair":
+            if look.how in ("hair", "strands") and look.colour == "hair":
                 takes &= (hair > _HAS_HAIR) & (attributes[:, MAGGAN.index("Bald")] < _LACKS)
             if look.how == "mouth":
                 takes &= mouth < _SHUT
@@ -238,19 +244,23 @@ def transplant(
     parts = [CELEBAMASK_HQ.id(part) for part in look.parts.split()]
     where = mask[:, parts].sum(1, keepdim=True)
     changes = (worn - bare).abs().mean(1, keepdim=True)
-    if look.how in ("darken", "shade"):
-        ratio = ((worn + 0.03) / (bare + 0.03)).clamp(0.1, 1.0 if look.how == "darken" else 3.0)
-        made = light * torch.lerp(torch.ones_like(ratio), ratio, where)
-        return made.clamp(0, 1) * 2 - 1, mask
+    if look.how == "shade":
+        ratio = ((worn + 0.03) / (bare + 0.03)).clamp(0.1, 3.0)
+        return (light * torch.lerp(torch.ones_like(ratio), ratio, where)).clamp(0, 1) * 2 - 1, mask
+    hair = CELEBAMASK_HQ.id("hair")
+    colour = _mean_colour(light, mask[:, [CELEBAMASK_HQ.id(part) for part in look.colour.split()]].sum(1))
+    if look.how == "strands":
+        dark = _mean_colour(worn, worn_mask[:, hair]) * _STRANDS
+        share = (bare - worn).mean(1, keepdim=True) / (bare - dark).mean(1, keepdim=True).clamp_min(0.1)
+        return torch.lerp(light, colour * _STRANDS, where * share.clamp(0, 1)) * 2 - 1, mask
     if look.how == "cover":
         opacity = where * ((changes - 0.03) / 0.1).clamp(0, 1)
     else:
-        hair = CELEBAMASK_HQ.id("hair")
         rows = (torch.arange(light.shape[2]) + 0.5) / light.shape[2] * 2 - 1
         above = (rows < feature_points(mask)[0][0, 2:4, 1].mean()).to(light).view(1, 1, -1, 1)
         # Where the drawing's strands mix with its forehead, the forehead would shine through in hair's new colour.
         opacity = where * above * (2 * worn_mask[:, hair : hair + 1] - 1).clamp_min(0)
-        worn = worn * _mean_colour(light, mask[:, hair]) / _mean_colour(worn, worn_mask[:, hair]).clamp_min(0.02)
+        worn = worn * colour / _mean_colour(worn, worn_mask[:, hair]).clamp_min(0.02)
     made = torch.lerp(light, worn.clamp(0, 1), opacity)
     return made * 2 - 1, torch.lerp(mask, worn_mask, opacity)
 
@@ -336,13 +346,13 @@ def _people_points(data: SyntheticPortraits) -> Tensor:
 
 
 def _lenders(data: SyntheticPortraits, name: str, look: Look) -> tuple[NDArray[Any], ...]:
-    """Person, member without and member with the thing, of every family that has both."""
+    """Person, member without and member with the thing, of every family in which it was put on: what an edit adds has
+    one typical look, and only that can be learned from a face without it."""
     if name not in data.config.attributes:
         return (np.zeros(0, dtype=np.int64),) * 3
     flipped = data.flipped[:, 1:] == data.config.attributes.index(name)
-    if look.how == "darken":
+    if look.how == "strands":
         flipped &= data.attributes[:, 0, [attribute_index(hair) for hair in _DARK_HAIR]].any(1, keepdims=True)
+    flipped &= data.attributes[:, 1:, attribute_index(name)] == look.shown_as
     person, member = np.nonzero(flipped)
-    member = member + 1
-    adds = data.attributes[person, member, attribute_index(name)] == look.shown_as
-    return person, np.where(adds, 0, member), np.where(adds, member, 0)
+    return person, np.zeros_like(person), member + 1

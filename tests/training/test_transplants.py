@@ -118,8 +118,9 @@ def test_features_are_found_where_they_are() -> None:
 def test_a_person_given_their_own_thing_wears_it(families: SyntheticPortraits, name: str) -> None:
     """In place, on the same person, the result is the drawing with the thing, and nothing else changes."""
     look = LOOKS[name]
-    images, masks = pair_of(families, name, dark=look.how == "darken")
-    made, mask = transplant(images[:1], masks[:1], images, masks, IDENTITY, look)
+    images, masks = pair_of(families, name, dark=look.how == "strands")
+    # Brows take their colour from the brows, so that of the same person's hair is the drawing's own.
+    made, mask = transplant(images[:1], masks[:1], images, masks, IDENTITY, look._replace(colour="hair"))
     allowed = masks[:1, [CELEBAMASK_HQ.id(part) for part in look.parts.split()]].sum(1, keepdim=True)
     untouched = (allowed == 0).expand_as(made)
     assert torch.equal(made[untouched], images[:1][untouched])
@@ -131,10 +132,19 @@ def test_a_person_given_their_own_thing_wears_it(families: SyntheticPortraits, n
     assert (mask[:, glasses].sum() > masks[:1, glasses].sum()) == (name == "Eyeglasses")
 
 
-def test_what_darkens_never_brightens(families: SyntheticPortraits) -> None:
-    images, masks = pair_of(families, "Mustache")
-    made, _ = transplant(images[:1], masks[:1], images, masks, IDENTITY, LOOKS["Mustache"])
-    assert (made <= images[:1] + 1e-6).all()
+@pytest.mark.parametrize("name", ["Bangs", "Mustache"])
+def test_hair_takes_the_photos_colour(families: SyntheticPortraits, name: str) -> None:
+    """Where the drawing has it, red hair gives red bangs and a red moustache."""
+    images, masks = pair_of(families, name, dark=True)
+    hair, red = masks[:1, CELEBAMASK_HQ.id("hair")][:, None], torch.tensor([0.6, -0.7, -0.9]).view(1, 3, 1, 1)
+    dyed = torch.lerp(images[:1], red.expand_as(images[:1]), hair)
+    made, made_dyed = (
+        transplant(photo, masks[:1], images, masks, IDENTITY, LOOKS[name])[0] for photo in (images[:1], dyed)
+    )
+    moved = ((made_dyed - dyed).abs().mean(1) > 0.2)[0]
+    assert moved.sum() > 5
+    redder, greener, _ = (made_dyed - made)[0, :, moved].mean(1)
+    assert redder > 0.2 > greener
 
 
 def test_a_mouth_takes_the_colour_of_the_skin_around_it(families: SyntheticPortraits) -> None:
