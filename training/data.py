@@ -29,6 +29,7 @@ from faceedit.training.synthetic.geometry import face_points
 # Seeds of sample_parameters by purpose. Two seeds share nobody, so no test person is ever trained on.
 SPLIT_SEEDS = {"train": 1_000, "validation": 2_000_000, "test": 3_000_000}
 _FAMILIES_A_CHUNK = 16
+_SURE = 0.8  # a probability from which on an attribute counts as known
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,7 @@ class PairConfig:
     not "no longer brown"), because at test time the source attributes may be unknown. Pairs that flip an attribute of
     `emphasis` are drawn `emphasis_weight` times as often as the others. `backwards_share` of the pairs lead back to the
     sampled person; since nothing is put on again that was taken off, a small share means more pairs that add something.
+    `idle_share` ask for what is there already (`ask_for_what_is_there`).
     """
 
     multi_share: float = 0.15
@@ -200,6 +202,7 @@ class PairConfig:
     emphasis: tuple[str, ...] = ()
     emphasis_weight: float = 2.0
     backwards_share: float = 0.5
+    idle_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in self.emphasis:
@@ -257,6 +260,29 @@ def sample_pairs(
         "attributes": attributes,
         "target_attributes": wanted,
         "influence": influence_mask(difference, mask, relations),
+    }
+
+
+def ask_for_what_is_there(
+    batch: dict[str, Tensor], share: float, generator: torch.Generator, relations: Relations | None = None
+) -> dict[str, Tensor]:
+    """Turn a share of pairs into requests that a face meets already (glasses for who wears some); their result is the
+    source. A person cannot know what the network takes for open, or bushy, and must not get a mouth opened twice.
+
+    Args: batch as from `sample_pairs`; its attributes may be probabilities, of which only the sure ones are asked for.
+    """
+    count = len(batch["source"])
+    column = torch.randint(len(MAGGAN), (count,), generator=generator)
+    asked = F.one_hot(column, len(MAGGAN)).float()
+    state = (batch["attributes"] * asked).sum(1)
+    sure = (state - 0.5).abs() > _SURE - 0.5
+    idle = ((torch.rand(count, generator=generator) < share) & sure)[:, None]
+    difference = torch.where(idle, asked * torch.where(state > 0.5, 1.0, -1.0)[:, None], batch["difference"])
+    return batch | {
+        "target": torch.where(idle[..., None, None], batch["source"], batch["target"]),
+        "target_attributes": torch.where(idle, batch["attributes"], batch["target_attributes"]),
+        "difference": difference,
+        "influence": influence_mask(difference, batch["mask"], relations),
     }
 
 

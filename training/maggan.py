@@ -39,7 +39,14 @@ from faceedit.networks.maggan import (
 from faceedit.relations import influence_mask
 from faceedit.training import cache, losses
 from faceedit.training.config import AdamConfig, Recipe, require
-from faceedit.training.data import AugmentConfig, PairConfig, SyntheticConfig, SyntheticPortraits, sample_pairs
+from faceedit.training.data import (
+    AugmentConfig,
+    PairConfig,
+    SyntheticConfig,
+    SyntheticPortraits,
+    ask_for_what_is_there,
+    sample_pairs,
+)
 from faceedit.training.evaluation import classify_with, evaluate_editor
 from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
 from faceedit.training.sheets import image_sheet
@@ -205,6 +212,8 @@ class MagGANTask(Task[MagGANRecipe]):
         if self.transplants is not None:
             more = self.transplants.sample(recipe.batch.transplants, generator, recipe.augment, self.relations)
             batch = {name: torch.cat([values, more[name]]) for name, values in batch.items()}
+        if recipe.pairs.idle_share:
+            batch = ask_for_what_is_there(batch, recipe.pairs.idle_share, generator, self.relations)
         if self.photos is not None and recipe.batch.photos:
             photos = self.photos.sample(recipe.batch.photos, generator, recipe.augment)
             batch["photo"], batch["photo_mask"] = photos["image"], photos["mask"]

@@ -17,7 +17,14 @@ from faceedit.labels import flip_soft
 from faceedit.relations import influence_mask
 from faceedit.training import cache
 from faceedit.training import synthetic as portraits
-from faceedit.training.data import AugmentConfig, PairConfig, SyntheticConfig, SyntheticPortraits, sample_pairs
+from faceedit.training.data import (
+    AugmentConfig,
+    PairConfig,
+    SyntheticConfig,
+    SyntheticPortraits,
+    ask_for_what_is_there,
+    sample_pairs,
+)
 from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
 
 PLAIN = AugmentConfig(flip=False, gain=0, gamma=0, tint=0, noise=0, soften_mask_share=0)
@@ -202,6 +209,22 @@ def test_pairs_are_edits_of_one_person(families: SyntheticPortraits) -> None:
         assert torch.equal(batch["mask"][row], cache.unpack_mask(families.masks[person, source][None])[0])
     assert torch.equal(batch["influence"], influence_mask(batch["difference"], batch["mask"]))
     assert (batch["difference"].abs().sum(1) > 1).any()
+
+
+def test_asking_for_what_is_there_changes_nothing(families: SyntheticPortraits) -> None:
+    plain = sample_pairs(families, 400, torch.Generator().manual_seed(1), PairConfig(), PLAIN)
+    plain["attributes"][:, MAGGAN.index("Male")] = 0.6  # nobody knows
+    batch = ask_for_what_is_there(plain, 0.5, torch.Generator().manual_seed(2))
+    idle = (batch["target"] == batch["source"]).flatten(1).all(1) & (batch["difference"].abs().sum(1) == 1)
+    assert 0.35 < idle.float().mean() < 0.65
+    asked = batch["difference"][idle]
+    assert torch.equal((asked * (2 * batch["attributes"][idle] - 1)).sum(1), torch.ones(len(asked)))
+    assert (asked[:, MAGGAN.index("Male")] == 0).all()
+    assert 0.1 < (asked.sum(1) > 0).float().mean() < 0.9
+    assert torch.equal(batch["target_attributes"][idle], batch["attributes"][idle])
+    assert torch.equal(batch["influence"], influence_mask(batch["difference"], batch["mask"]))
+    for name, values in plain.items():
+        assert torch.equal(batch[name][~idle], values[~idle]), name
 
 
 def test_terse_pairs_name_only_what_was_asked(families: SyntheticPortraits) -> None:
