@@ -155,7 +155,8 @@ def test_transplants_and_features_join_the_step(
         photo_recipe,
         photo_classifier="unused",
         batch=replace(photo_recipe.batch, transplants=3),
-        transplants=TransplantConfig(attributes=("Eyeglasses", "Mustache"), removal_share=0.0),
+        pairs=replace(photo_recipe.pairs, idle_share=0.0),
+        transplants=TransplantConfig(attributes=("Eyeglasses", "Bushy_Eyebrows"), removal_share=0.0),
         synthetic=replace(photo_recipe.synthetic, people=32),
         feature_network=str(features.weights),
         losses=replace(photo_recipe.losses, features=10.0),
@@ -165,7 +166,7 @@ def test_transplants_and_features_join_the_step(
     assert batch["source"].shape[0] == batch["influence"].shape[0] == 4 + 3
     added = batch["difference"][4:]
     assert (added.sum(1) == 1).all()
-    assert added[:, [MAGGAN.index("Eyeglasses"), MAGGAN.index("Mustache")]].sum() == 3
+    assert added[:, [MAGGAN.index("Eyeglasses"), MAGGAN.index("Bushy_Eyebrows")]].sum() == 3
     scalars = task.training_step(batch, 0)
     assert all(value.isfinite() for value in scalars.values())
     assert scalars["features"] > 0.5
