@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faceedit.kernels import native
-from faceedit.kernels.dispatch import dispatcher, requested_backend
+from faceedit.kernels.dispatch import dispatcher, requested_backend, without_autocast
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
     as_float,
@@ -30,15 +30,13 @@ def attribute_maps(attr: Tensor, probs: Tensor, relation: Tensor) -> Tensor:
     Args:     attr (N,A); probs (N,K,H,W) fp64|fp32|fp16|bf16, NCHW or channels_last; relation (A,K) or (N,A,K), the
               weight of part k for attribute a, floating point.
     Returns:  (N,A,H,W) with probs' dtype and memory format; computed in fp32 (fp64 for fp64).
-    Grad:     attr and probs to second order. A relation that requires grad is differentiated too, through the eager
-              composition. 0 * NaN is NaN: a NaN in any part shows in every attribute of its pixel.
+    Grad:     every tensor to second order; relation's is PyTorch's product of matrices on every backend. 0 * NaN is
+              NaN: a NaN in any part shows in every attribute of its pixel.
     Backends: eager (any device), cpu, cuda, triton. Against fp64 eager: fp32 2e-6, fp16 and bf16 1 ulp.
     Raises:   TypeError on a dtype; ValueError on shape or device.
     Source:   MagGAN (Wei et al. 2020), eq. 12. See conv_attribute_maps for a convolution that comes next.
     """
     _check("attribute_maps", attr, probs, relation)
-    if torch.is_grad_enabled() and relation.requires_grad:
-        return reference(probs, attr, relation)
     return torch.ops.faceedit.attribute_maps(probs, attr, relation)
 
 
@@ -58,8 +56,9 @@ def conv_attribute_maps(
     sum over a of weight[o,a] * attr[n,a] * relation[n,a,k], which reads K channels in place of A. It pays where K is at
     most about A, or memory matters; each sample has a weight of its own.
 
-    Args:     as attribute_maps; weight (O,A,kh,kw) and bias (O) of probs' dtype; stride and padding as conv2d's.
-    Returns:  (N,O,H',W') of probs' dtype. Equal to the unfolded form up to rounding.
+    Args:     as attribute_maps; weight (O,A,kh,kw) and bias (O) of any dtype; stride and padding as conv2d's.
+    Returns:  (N,O,H',W') of probs' dtype, which the convolution runs in, inside autocast too; the weight is folded in
+              fp32 (fp64 for fp64). Equal to the unfolded form up to rounding.
     Grad:     every tensor, to any order: it is made of PyTorch operators, on every backend.
     Raises:   TypeError on a dtype; ValueError on shape or device.
     """
@@ -69,31 +68,44 @@ def conv_attribute_maps(
             f"conv_attribute_maps: weight must be of shape (O, {attr.shape[1]}, kh, kw), got {describe(weight)}; "
             "its inputs are the attributes"
         )
-    if weight.dtype != probs.dtype:
-        raise TypeError(f"conv_attribute_maps: weight must be {probs.dtype}, got {describe(weight)}; cast it first")
+    for name, tensor, shape in (("weight", weight, tuple(weight.shape)), ("bias", bias, (weight.shape[0],))):
+        if tensor is not None:
+            check_shape("conv_attribute_maps", name, tensor, probs, shape)
+            _check_floating("conv_attribute_maps", name, tensor)
+    with without_autocast(probs):
+        y = _convolved(attr, probs, relation, weight, stride, padding)
+        return y if bias is None else y + bias.to(y.dtype)[None, :, None, None]
+
+
+def _convolved(attr: Tensor, probs: Tensor, relation: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     n, parts = probs.shape[:2]
     outputs, _, *taps = weight.shape
     if n == 0:
-        return F.conv2d(attribute_maps(attr, probs, relation), weight, bias, stride, padding)
+        return F.conv2d(attribute_maps(attr, probs, relation), weight.to(probs.dtype), None, stride, padding)
     dtype = _compute_dtype(probs)
     scaled = attr.to(dtype)[:, :, None] * relation.to(dtype)  # (N,A,K)
-    folded = torch.einsum("oaij,nak->nokij", weight.to(dtype), scaled).to(probs.dtype)
+    # A convolution over taps: its backward pass keeps fp32 inside autocast, that of a product of matrices does not.
+    folded = F.conv1d(weight.to(dtype).flatten(2), scaled.mT.reshape(n * parts, -1, 1))  # (O, N*K, kh*kw)
+    folded = folded.unflatten(1, (n, parts)).movedim(1, 0).reshape(n * outputs, parts, *taps).to(probs.dtype)
     joined = probs.reshape(1, n * parts, *probs.shape[2:])
-    y = F.conv2d(joined, folded.reshape(n * outputs, parts, *taps), None, stride, padding, groups=n)
-    y = y.unflatten(1, (n, outputs)).squeeze(0)
-    return y if bias is None else y + bias[None, :, None, None]
+    y = F.conv2d(joined, folded, None, stride, padding, groups=n)
+    return y.unflatten(1, (n, outputs)).squeeze(0)
 
 
 def _check(op: str, attr: Tensor, probs: Tensor, relation: Tensor) -> None:
     check_image(op, "probs", probs)
     n, parts = probs.shape[:2]
     for name, tensor in (("attr", attr), ("relation", relation)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {describe(tensor)}; cast it first")
+        _check_floating(op, name, tensor)
     if attr.dim() != 2:
         raise ValueError(f"{op}: attr must be of shape ({n}, A), got {describe(attr)}; one row a sample")
     check_shape(op, "attr", attr, probs, (n, attr.shape[1]))
     check_shape(op, "relation", relation, probs, (attr.shape[1], parts), (n, attr.shape[1], parts))
+
+
+def _check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {describe(tensor)}; cast it first")
 
 
 def _compute_dtype(probs: Tensor) -> torch.dtype:
@@ -176,6 +188,13 @@ def backward_reference(
     return gprobs, gattr
 
 
+def relation_gradient(probs: Tensor, grad: Tensor, attr: Tensor, relation: Tensor) -> Tensor:
+    """Return the gradient to relation, (A,K) or (N,A,K): a product over pixels, differentiable again."""
+    dtype = _compute_dtype(probs)
+    found = attr.to(dtype)[:, :, None] * torch.matmul(grad.to(dtype).flatten(2), probs.to(dtype).flatten(2).mT)
+    return (found.sum(0) if relation.dim() == 2 else found).to(relation.dtype)
+
+
 def _backward_eager(probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     gprobs, gattr = backward_reference(probs, *arguments)
     return gprobs.contiguous(memory_format=memory_format(probs)) if gprobs.dim() == 4 else gprobs, gattr
@@ -243,18 +262,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if ctx.needs_input_grad[2]:
-        raise RuntimeError(
-            "attribute_maps: a relation that requires grad must go through faceedit.kernels.attribute_maps, got a "
-            "direct call of the op; call the function"
-        )
     probs, attr, relation = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:2])
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         gradients = backward_reference(probs, grad, attr, relation, wanted)
     else:
         gradients = torch.ops.faceedit.attribute_maps_backward(probs, grad, attr, relation, wanted, ctx.backend)
-    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None
+    grelation = relation_gradient(probs, grad, attr, relation) if ctx.needs_input_grad[2] else None
+    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), grelation
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

@@ -8,7 +8,7 @@ follows the scope it is called in.
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +58,15 @@ def last_backend(op: str) -> str:
     Raises: KeyError when the op has not run.
     """
     return _last[op]
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a scope in which the convolutions and matrix products of PyTorch keep their operands' dtypes.
+
+    An op states the dtype that it computes in: autocast would round its fp32 on the way.
+    """
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _interpreting() -> bool:
@@ -125,7 +134,8 @@ class Dispatcher:
         x = first if isinstance(first, Tensor) else first[0]
         chosen = self.choose(_requested.get() if asked == "auto" else asked, x)
         _last[self.name] = chosen
-        return self.implementations[chosen](*arguments)
+        with without_autocast(x):
+            return self.implementations[chosen](*arguments)
 
 
 def dispatcher(

@@ -173,8 +173,7 @@ def reference(
 
 def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fmt = memory_format(x)
-    with torch.autocast(x.device.type, enabled=False):
-        y, rgb, demodulation, core = reference(x, *arguments)
+    y, rgb, demodulation, core = reference(x, *arguments)
     core = core.contiguous(memory_format=fmt) if core.dim() == 4 else core
     y = y.contiguous(memory_format=fmt)
     y = y.clone() if y.data_ptr() == core.data_ptr() else y
@@ -184,8 +183,7 @@ def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _native(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from faceedit.kernels import modulated_conv2d_native
 
-    with torch.autocast(x.device.type, enabled=False):
-        return modulated_conv2d_passes.forward(modulated_conv2d_native, x, *arguments)
+    return modulated_conv2d_passes.forward(modulated_conv2d_native, x, *arguments)
 
 
 def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -194,7 +192,7 @@ def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     # "auto" keeps PyTorch's convolution: no measurement says where Triton's is the faster one.
     layer = modulated_conv2d_gemm_triton.layer if requested_backend() == "triton" else None
     # The FIR runs on what is fastest for it.
-    with torch.autocast(x.device.type, enabled=False), backend("auto"):
+    with backend("auto"):
         return modulated_conv2d_passes.forward(modulated_conv2d_triton, x, *arguments, layer=layer)
 
 
@@ -314,8 +312,7 @@ def backward_reference(
 
 
 def _backward_eager(x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(x.device.type, enabled=False):
-        gx, gweight, *others = backward_reference(x, grad, grad_rgb, *arguments)
+    gx, gweight, *others = backward_reference(x, grad, grad_rgb, *arguments)
     formats = (memory_format(x), memory_format(arguments[0]))
     images = (g.contiguous(memory_format=f) if g.dim() == 4 else g for g, f in zip((gx, gweight), formats, strict=True))
     return *images, *(g.contiguous() for g in others)
@@ -324,15 +321,14 @@ def _backward_eager(x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, *ar
 def _backward_native(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from faceedit.kernels import modulated_conv2d_native
 
-    with torch.autocast(x.device.type, enabled=False):
-        return modulated_conv2d_passes.backward(modulated_conv2d_native, x, *arguments)
+    return modulated_conv2d_passes.backward(modulated_conv2d_native, x, *arguments)
 
 
 def _backward_triton(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from faceedit.kernels import modulated_conv2d_triton
 
     # The FIR runs on what is fastest for it.
-    with torch.autocast(x.device.type, enabled=False), backend("auto"):
+    with backend("auto"):
         return modulated_conv2d_passes.backward(modulated_conv2d_triton, x, *arguments)
 
 

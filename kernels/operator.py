@@ -7,12 +7,13 @@ looks for aliases in the tests, and no schema here has a default.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from faceedit.kernels.dispatch import Dispatcher
+from faceedit.kernels.dispatch import Dispatcher, without_autocast
 
 _decompositions: dict[Any, Callable[..., Any]] = {}
 _operators: list["Operator"] = []  # an op's registrations go with its Operator
@@ -53,12 +54,19 @@ class Operator:
         """Give the op a gradient: `backward(ctx, *grads)` returns one for each argument, None where there is none.
 
         ctx is that of torch.autograd.Function; `setup_context(ctx, inputs, output)` fills it. needs_input_grad has one
-        more entry than the op has arguments.
+        more entry than the op has arguments. Like the op, it runs without autocast: with `create_graph=True` it is made
+        of PyTorch's operators.
         """
-        self._backward, self._setup_context = backward, setup_context
+
+        def in_own_dtypes(ctx: Any, *grads: Any) -> Any:
+            given = next((grad for grad in grads if isinstance(grad, Tensor)), None)
+            with nullcontext() if given is None else without_autocast(given):
+                return backward(ctx, *grads)
+
+        self._backward, self._setup_context = in_own_dtypes, setup_context
         if not self._own_autograd:
             torch.library.register_autograd(
-                f"faceedit::{self.name}", backward, setup_context=setup_context, lib=self._library
+                f"faceedit::{self.name}", in_own_dtypes, setup_context=setup_context, lib=self._library
             )
 
     def register_vmap(self, rule: Callable[..., Any]) -> Callable[..., Any]:

@@ -97,12 +97,10 @@ def test_gradient_of_one_operand_only(place: Place) -> None:
 
 def test_gradcheck_and_gradgradcheck() -> None:
     attr, probs, relation = (t.double().requires_grad_() for t in inputs(2, 3, 4, 2, 3, torch.float64))
-    fixed = relation.detach()
-    assert torch.autograd.gradcheck(lambda a, p: attribute_maps(a, p, fixed), (attr, probs))
-    assert torch.autograd.gradgradcheck(lambda a, p: attribute_maps(a, p, fixed), (attr, probs))
-    assert torch.autograd.gradcheck(attribute_maps, (attr, probs, relation))
-    with pytest.raises(RuntimeError, match="a relation that requires grad must go through"):
-        OP(probs, attr, relation).sum().backward()
+    per_sample = draw(2, 3, 4, seed=7).double().requires_grad_()
+    for relates in (relation.detach(), relation, per_sample):
+        assert torch.autograd.gradcheck(attribute_maps, (attr, probs, relates))
+        assert torch.autograd.gradgradcheck(attribute_maps, (attr, probs, relates))
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (4, 2, 1)])
@@ -217,8 +215,10 @@ def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -
         attribute_maps(**arguments)
 
 
-def test_folding_rejects_a_weight_of_other_inputs_or_dtype() -> None:
+def test_folding_rejects_a_weight_of_other_inputs_or_dtype_and_a_bias_of_another_length() -> None:
     with pytest.raises(ValueError, match=r"conv_attribute_maps: weight must be of shape \(O, 3, kh, kw\)"):
         conv_attribute_maps(ATTR, PROBS, RELATION, torch.zeros(6, 4, 1, 1))
-    with pytest.raises(TypeError, match=r"conv_attribute_maps: weight must be torch\.float32"):
-        conv_attribute_maps(ATTR, PROBS, RELATION, torch.zeros(6, 3, 1, 1).double())
+    with pytest.raises(TypeError, match="conv_attribute_maps: weight must be floating point, got int32"):
+        conv_attribute_maps(ATTR, PROBS, RELATION, torch.zeros(6, 3, 1, 1).int())
+    with pytest.raises(ValueError, match=r"conv_attribute_maps: bias must be of shape \(6,\)"):
+        conv_attribute_maps(ATTR, PROBS, RELATION, torch.zeros(6, 3, 1, 1), torch.zeros(3))

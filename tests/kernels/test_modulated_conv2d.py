@@ -586,19 +586,6 @@ def test_a_sample_does_not_depend_on_its_batch() -> None:
     assert_close("sample 1", whole[1:2], alone, relative_l2=1e-6)
 
 
-def test_autocast_keeps_the_activations_dtype() -> None:
-    x, weight, styles, *_ = inputs()
-    assert weight is not None
-    expected = modulated_conv2d(x, weight, styles)
-    weight = weight.requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = modulated_conv2d(x, weight, styles)
-    assert y.dtype == torch.float32
-    assert torch.equal(y, expected)
-    y.sum().backward()
-    assert weight.grad is not None
-
-
 def test_backward_of_an_exotic_backend_scope_runs_there() -> None:
     x, weight, styles, *_ = inputs()
     assert styles is not None

@@ -271,18 +271,6 @@ def test_same_bits_at_any_thread_count_and_batch_size(fmt: torch.memory_format) 
     assert torch.equal(alone[0], first[0][1])
 
 
-def test_autocast_keeps_the_activations_dtype() -> None:
-    conv = torch.nn.Conv2d(3, 8, 3, bias=False)
-    bias = draw(8, seed=1).requires_grad_()
-    x = draw(2, 3, 9, 9, seed=2).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = noise_bias_act(conv(x), bias=bias)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert bias.grad is not None
-    assert bias.grad.dtype == torch.float32
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -363,18 +363,6 @@ def test_same_bits_at_any_thread_count_and_batch_size(
         assert a is None or (b is not None and torch.equal(a[0], b[-1]))
 
 
-def test_autocast_keeps_the_activations_dtype() -> None:
-    conv = torch.nn.Conv2d(3, 8, 3, bias=False)
-    weight = draw(8, seed=1).requires_grad_()
-    x = draw(2, 3, 9, 9, seed=2).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = instance_norm_act(conv(x), weight)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
-
-
 @needs_cpp
 def test_core_repeats_the_checks() -> None:
     module, target = native.module(), (-1, 1, 0)
