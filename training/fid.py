@@ -79,7 +79,8 @@ class FID:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         self.network = network
-        self._metric = FrechetInceptionDistance(feature=network, reset_real_features=False)
+        # One process measures: the others of a run on several devices have nothing to add, and would be waited for.
+        self._metric = FrechetInceptionDistance(feature=network, reset_real_features=False, sync_on_compute=False)
         self._references = self._add(reference, real=True)
 
     def of(self, images: Iterable[Tensor]) -> FIDResult:
