@@ -265,10 +265,16 @@ class _Spread(torch.autograd.Function):
         return _Sample.apply(gradients[0], ctx.saved_tensors[0]), None, None
 
 
+def count_signs(logits: Tensor) -> Tensor:
+    """The sum of the signs of logits, and their number: two values on the logits' device."""
+    signs = logits.detach().float().sign()
+    return torch.stack([signs.sum(), torch.ones_like(signs).sum()])
+
+
 class AdaptiveProbability(nn.Module):
     """p, and the signs of the critic's logits of real images since p last moved. Part of a checkpoint.
 
-    The state is no buffer: data-parallel training would overwrite one device's counts by another's.
+    Given the counts of all devices together, p is the same on each.
     """
 
     def __init__(self, config: AugmentationConfig) -> None:
@@ -277,22 +283,14 @@ class AdaptiveProbability(nn.Module):
         self.value = config.start
         self._signs = torch.zeros(2)  # their sum, and how many
 
-    def observe(self, logits: Tensor) -> None:
-        """Count the logits of one batch of real images; they stay on their device."""
-        signs = logits.detach().float().sign()
-        self._signs = self._signs.to(signs.device) + torch.stack([signs.sum(), torch.ones_like(signs).sum()])
+    def observe(self, signs: Tensor) -> None:
+        """Add the `count_signs` of one batch of real images, of all devices; they stay on their device."""
+        self._signs = self._signs.to(signs.device) + signs
 
-    def take_signs(self) -> Tensor:
-        """Sum and number of the signs observed since the last call, on this device."""
-        signs, self._signs = self._signs, torch.zeros_like(self._signs)
-        return signs
-
-    def move(self, signs: Tensor, images: int) -> float:
-        """Move p by what `images` seen since the last time allow. Returns r_t, the mean sign.
-
-        Args: signs, sum and number, of all devices together.
-        """
-        total, count = signs.tolist()
+    def move(self, images: int) -> float:
+        """Move p by what `images` seen since the last time allow. Returns r_t, the mean sign since then."""
+        total, count = self._signs.tolist()
+        self._signs = torch.zeros_like(self._signs)
         mean = total / max(count, 1)
         step = images / (self.config.kimg * 1000)
         self.value = min(1.0, max(0.0, self.value + math.copysign(step, mean - self.config.target)))

@@ -31,6 +31,7 @@ from faceedit.training.adaptive_augmentation import (
     AdaptiveProbability,
     Augmentation,
     AugmentationConfig,
+    count_signs,
     draw_augmentation,
 )
 from faceedit.training.aligned import AlignedConfig, AlignedFaces
@@ -244,6 +245,10 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
         device = self.context.device
         return Unrounded(z.to(device), other.to(device), torch.where(is_mixed, point, layers).to(device))
 
+    def _directions(self, step: int, count: int) -> Tensor:
+        side = self.recipe.generator.size_px
+        return torch.randn(count, 3, side, side, generator=self.context.generator("path", step))
+
     def _augment(self, stream: str, step: int) -> Augmentation:
         recipe = self.recipe
         generator = self.context.generator(stream, step)
@@ -264,11 +269,9 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
     def _regularise_generator(self, step: int) -> dict[str, Tensor]:
         config = self.recipe.path_length
         count = max(1, int(self.recipe.batch_size * config.batch_share))
-        side = self.recipe.generator.size_px
-        direction = torch.randn(count, 3, side, side, generator=self.context.generator("path", step))
-        latents = self._latents("path latents", step, count)
-        lengths = self.generator(latents, Unrounded(direction.to(self.context.device)))
-        mean = self._mean_of_all(lengths.detach().mean())
+        latents, directions = self._latents("path latents", step, count), self._directions(step, count)
+        lengths = self.generator(latents, Unrounded(directions.to(self.context.device)))
+        mean = self.context.mean_over_devices(lengths.mean())
         length = torch.lerp(self.bare_generator.mean_length, mean, config.decay)
         penalty = (lengths - length).square().mean()
         self.context.minimise("generator", config.weight * config.every * penalty)
@@ -283,7 +286,7 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
         of_real, of_made = self.critic(Unrounded(real, made))
         loss = losses.logistic_critic_loss(of_real, of_made)
         self.context.minimise("critic", loss)
-        self.bare_critic.probability.observe(of_real)
+        self.bare_critic.probability.observe(self.context.sum_over_devices(count_signs(of_real)))
         scalars = {"critic": loss, "logit_real": of_real.mean(), "logit_made": of_made.mean()}
         return {name: value.detach() for name, value in scalars.items()}
 
@@ -301,12 +304,8 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
         adaptive, every = self.bare_critic.probability, self.recipe.augmentation.every
         scalars = {"augmentation": torch.tensor(adaptive.value)}
         if (step + 1) % every == 0:
-            signs = cast(Tensor, self.context.fabric.all_reduce(adaptive.take_signs(), reduce_op="sum"))
-            scalars["sign_real"] = torch.tensor(adaptive.move(signs, self.batch_images * every))
+            scalars["sign_real"] = torch.tensor(adaptive.move(self.batch_images * every))
         return scalars
-
-    def _mean_of_all(self, value: Tensor) -> Tensor:
-        return cast(Tensor, self.context.fabric.all_reduce(value, reduce_op="mean"))
 
     def _best(self) -> StyleGAN2Generator:
         """The averaged generator, with the mean of its own mapping network as its average w."""

@@ -7,15 +7,22 @@ import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from faceedit.errors import UnknownNameError, UsageError, suggestion
 from faceedit.training.config import AdamConfig, Recipe, TrainerConfig
 from faceedit.training.ema import ExponentialMovingAverage, HalfLife
+
+PATIENCE = timedelta(hours=4)
+"""How long the other processes wait for rank 0, which scores, draws and exports alone."""
 
 Report = Callable[[str], Any]
 """Receives one line of progress at a time."""
@@ -39,6 +46,7 @@ TASKS: dict[str, str] = {
 
 
 R = TypeVar("R", bound=Recipe)
+T = TypeVar("T")
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -74,6 +82,10 @@ class TrainingContext:
         self.fabric = fabric
         self.config = config
         self.device: torch.device = fabric.device
+        # What is said over this group is on the CPU; over the networks' own, each message would wait for the GPU.
+        self._speech: Any = None
+        if fabric.world_size > 1:
+            self._speech = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         self.networks: dict[str, nn.Module] = {}
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
         self.averages: dict[str, ExponentialMovingAverage] = {}
@@ -96,6 +108,10 @@ class TrainingContext:
         )
         network.to(self.device)
         wrapped, prepared = self.fabric.setup(network, optimizer)
+        for module in wrapped.modules():
+            if isinstance(module, DistributedDataParallel):
+                # Not at each pass: buffers stay equal by themselves, or (batch norm's) are averaged after each step.
+                module.broadcast_buffers = False
         if average:
             decay = average if isinstance(average, HalfLife) else self.config.ema_decay
             self.averages[name] = ExponentialMovingAverage(network, decay)
@@ -130,7 +146,48 @@ class TrainingContext:
             for group in self.optimizers[name].param_groups:
                 group["lr"] = adam.rate_at(step, progress)
 
+    def agree(self, value: T) -> T:
+        """Rank 0's `value`, in every process. All of them have to call this."""
+        if self._speech is None:
+            return value
+        said = [value]
+        torch.distributed.broadcast_object_list(said, 0, group=self._speech)
+        return said[0]
+
+    def mean_of_scalars(self, scalars: dict[str, float]) -> dict[str, float]:
+        """The means over all processes, which must name the same scalars."""
+        if self._speech is None:
+            return scalars
+        values = torch.tensor([scalars[name] for name in sorted(scalars)], dtype=torch.float64)
+        torch.distributed.all_reduce(values, group=self._speech)
+        means = dict(zip(sorted(scalars), (values / self.fabric.world_size).tolist(), strict=True))
+        return {name: means[name] for name in scalars}
+
+    def sum_over_devices(self, value: Tensor) -> Tensor:
+        """The sum of every device's `value`, the same bits on all of them; no gradient."""
+        total = value.detach().clone()
+        if self.fabric.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def mean_over_devices(self, value: Tensor) -> Tensor:
+        """As `sum_over_devices`, divided by the number of devices."""
+        return self.sum_over_devices(value) / self.fabric.world_size
+
+    def _share_statistics(self) -> None:
+        """Batch norm saw each device's own batch; its running statistics become the mean of all devices'."""
+        for network in self.networks.values():
+            layers = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+            own = [value for layer in layers for value in (layer.running_mean, layer.running_var) if value is not None]
+            if own:
+                means = self.mean_over_devices(torch.cat(own)).split([len(value) for value in own])
+                for value, mean in zip(own, means, strict=True):
+                    value.copy_(mean)
+
     def update_averages(self) -> None:
+        """Once a step, after its last update: move every average."""
+        if self.fabric.world_size > 1:
+            self._share_statistics()
         for name, average in self.averages.items():
             average.update(self.networks[name])
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 import math
 import random
 import signal
+import subprocess
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Literal
@@ -21,8 +23,9 @@ from faceedit.errors import DeviceError, FaceEditError, MissingExtraError, Usage
 from faceedit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from faceedit.training.config import Recipe, TrainerConfig, to_yaml
 from faceedit.training.run_directory import RunDirectory, describe_environment
-from faceedit.training.task import Report, Task, TrainingContext, derive_seed
+from faceedit.training.task import PATIENCE, Report, Task, TrainingContext, derive_seed
 
+_GRACE_S = 10.0  # for a process that failed to leave, so that its exit code can be read
 StopReason = Literal["finished", "time limit", "interrupted"]
 
 
@@ -30,9 +33,14 @@ class TrainingDivergedError(FaceEditError):
     """A logged scalar stopped being finite; the checkpoints before it are intact."""
 
 
+class ProcessFailedError(FaceEditError):
+    """A process of another device ended early and has said why; the checkpoints before it are intact."""
+
+
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended. `weights` is None after an interruption, when only the checkpoint is written."""
+    """How a run ended, the same in every process but for its `rank`. `weights` is None after an interruption, when only
+    the checkpoint is written."""
 
     reason: StopReason
     step: int
@@ -41,6 +49,7 @@ class TrainingResult:
     checkpoint: Path
     weights: Path | None
     metrics: dict[str, float]
+    rank: int = 0
 
 
 class _StopSignals:
@@ -90,14 +99,16 @@ def make_fabric(config: TrainerConfig) -> Any:
     """A Fabric for `config`. Raises MissingExtraError without the `train` extra, DeviceError for an absent device."""
     try:
         from lightning.fabric import Fabric
+        from lightning.fabric.strategies import DDPStrategy
+        from lightning.fabric.utilities.exceptions import MisconfigurationException
     except ImportError as error:
         raise MissingExtraError("train: lightning must be installed; run pip install 'faceedit[train]'") from error
-    strategy = "auto" if config.devices == 1 else "ddp"
+    strategy = "auto" if config.devices == 1 else DDPStrategy(timeout=PATIENCE)
     try:
         return Fabric(
             accelerator=config.accelerator, devices=config.devices, precision=config.precision, strategy=strategy
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
         reason = " ".join(str(error).split())
         raise DeviceError(
             f"train: trainer.accelerator and devices must exist here, got {config.accelerator} x {config.devices} "
@@ -126,7 +137,7 @@ def train(
     Args:    directory is created; resume is a run directory or a checkpoint file of the same task.
     Returns: TrainingResult; the run directory holds everything it refers to.
     Raises:  UsageError on a checkpoint of another recipe or a used directory; TrainingDivergedError on a
-             non-finite scalar; whatever the task raises.
+             non-finite scalar; ProcessFailedError when another device's process ended; whatever the task raises.
     """
     config = recipe.trainer
     threads = torch.get_num_threads()
@@ -147,9 +158,54 @@ def _train(
         raise UsageError(f"train: checkpoint must be of task {recipe.task}, got {state['task']}; resume another run")
     task_type.prepare(recipe, report=report)
     fabric = make_fabric(config)
-    fabric.launch()
+    try:
+        fabric.launch()
+        return _train_here(task_type, recipe, directory, state, fabric, report)
+    except BaseException as error:
+        code = _end_others(fabric, failed_here=not isinstance(error, RuntimeError))
+        if code is None:
+            raise
+        raise ProcessFailedError(
+            f"train: every process must finish, got one of {config.devices} that ended with code {code}; "
+            f"see its own message, then resume from {directory}"
+        ) from error
+
+
+def _end_others(fabric: Any, *, failed_here: bool) -> int | None:
+    """End the processes that this one started, since they would wait for it.
+
+    Returns: the exit code of one that had failed by itself. Unless `failed_here`, which says that none had, they are
+             given time to leave: what is seen first of a process that fails is its lost connection.
+    """
+    launched: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+    processes = launched.copy()
+    launched.clear()  # Fabric watches this list, and would answer the end of one of them by killing this process
+    deadline = time.monotonic() + (0 if failed_here else _GRACE_S)
+    failed = None
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            failed = process.wait(max(0.0, deadline - time.monotonic())) or failed
+    for process in processes:
+        process.kill()  # a process that waits for another one hears no milder signal; only this one holds files
+        process.wait()
+    return failed
+
+
+def _train_here(
+    task_type: type[Task[Any]],
+    recipe: Recipe,
+    directory: Path,
+    state: dict[str, Any] | None,
+    fabric: Any,
+    report: Report,
+) -> TrainingResult:
+    """The part of a run that every process has."""
+    config = recipe.trainer
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)  # launching shares the cores out between the processes
     seed_step(config, -1, 0)  # the same initial weights on every rank
     context = TrainingContext(fabric, config)
+    directory = context.agree(directory)  # a folder named by the clock
     task = task_type(recipe, context)
     step, elapsed = 0, 0.0
     if state is not None:
@@ -196,7 +252,8 @@ class _Loop:
         with _StopSignals() as signals:
             while step < config.steps:
                 elapsed = time.monotonic() - started
-                stop = self._stop_reason(signals.received, elapsed >= limit_s)
+                # Rank 0 says for all when to stop, or some would wait for ever, and what time it is, or rates differ.
+                stop, elapsed = context.agree((_stop_reason(signals.received, elapsed >= limit_s), elapsed))
                 if stop is not None:
                     reason = stop
                     break
@@ -210,7 +267,7 @@ class _Loop:
                 step += 1
                 elapsed = time.monotonic() - started
                 if step == config.steps or _due(step, config.log_every):
-                    scalars = averager.flush()
+                    scalars = context.mean_of_scalars(averager.flush())
                     scalars["steps_per_s"] = (step - logged_step) / max(elapsed - logged_s, 1e-9)
                     scalars["minutes"] = elapsed / 60
                     logged_step, logged_s = step, elapsed
@@ -227,7 +284,7 @@ class _Loop:
         metrics: dict[str, float] = {}
         if reason != "interrupted":
             self._look(step)
-            metrics = self._validate(step)
+            metrics = self._validate(step)  # empty but on rank 0
             weights = self.directory / "weights.safetensors"
             if self.files is not None:
                 self.task.export(weights, metrics)
@@ -236,13 +293,7 @@ class _Loop:
             summary = {"reason": reason, "step": step, "minutes": round(elapsed / 60, 3), "metrics": metrics}
             self.files.write_json("summary.json", summary)
         self.report(f"{reason} at step {step} after {elapsed / 60:.1f} min: {self.directory}")
-        context.fabric.barrier()
-        return result
-
-    def _stop_reason(self, interrupted: bool, timed_out: bool) -> StopReason | None:
-        """Rank 0 decides for all: ranks that disagree on when to stop would wait for each other for ever."""
-        reason: StopReason | None = "interrupted" if interrupted else "time limit" if timed_out else None
-        return self.context.fabric.broadcast(reason) if self.context.fabric.world_size > 1 else reason
+        return replace(context.agree(result), rank=context.fabric.global_rank)
 
     def _log(self, step: int, split: str, scalars: dict[str, float]) -> None:
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]
@@ -284,6 +335,10 @@ class _Loop:
             save_checkpoint(self.files.checkpoints, state, self.config.keep_checkpoints)
         self.context.fabric.barrier()
         return self._path(step)
+
+
+def _stop_reason(interrupted: bool, timed_out: bool) -> StopReason | None:
+    return "interrupted" if interrupted else "time limit" if timed_out else None
 
 
 def _due(step: int, every: int) -> bool:

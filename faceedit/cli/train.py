@@ -41,5 +41,6 @@ def train(
         typer.echo(str(line), err=json and not dry_run)
 
     result = run(recipe, overrides or [], dry_run=dry_run, output_dir=output_dir, resume=resume, report=report)
-    if json and result is not None:
+    # On several devices every process comes to this point.
+    if json and result is not None and result.rank == 0:
         print_json(result.__dict__ if hasattr(result, "__dict__") else {})

@@ -46,11 +46,11 @@ def read(path: Path) -> np.ndarray:
         return np.asarray(image)
 
 
-def subprocess_run(*arguments: str, cwd: Path) -> Outcome:
+def subprocess_run(*arguments: str, cwd: Path, timeout_s: float = 120) -> Outcome:
     environment = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "faceedit", *arguments],
-        cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
     return Outcome(done.returncode, done.stdout, done.stderr)
 

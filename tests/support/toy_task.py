@@ -19,6 +19,7 @@ class ToyRecipe(Recipe):
     width: int = 8
     adam: AdamConfig = field(default_factory=lambda: AdamConfig(rate=0.01))
     explode_at: int = -1
+    is_plain: bool = False  # without batch norm and dropout: a batch of two halves is then the mean of both
 
 
 class ToyTask(Task[ToyRecipe]):
@@ -29,7 +30,8 @@ class ToyTask(Task[ToyRecipe]):
     def __init__(self, recipe: ToyRecipe, context: TrainingContext) -> None:
         super().__init__(recipe, context)
         width = recipe.width
-        layers = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.Dropout(0.1), nn.Conv2d(width, 3, 1)]
+        between = [nn.Tanh()] if recipe.is_plain else [nn.BatchNorm2d(width), nn.Dropout(0.1)]
+        layers = [nn.Conv2d(3, width, 3, padding=1), *between, nn.Conv2d(width, 3, 1)]
         self.generator = context.add_network("generator", nn.Sequential(*layers), recipe.adam, average=True)
         critic = nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, 1, 1))
         self.critic = context.add_network("critic", critic, recipe.adam)
@@ -42,8 +44,9 @@ class ToyTask(Task[ToyRecipe]):
         x = batch["x"]
         target = 0.5 * x.flip(1) - 0.2
         made = self.generator(x)
-        critic_loss = self.critic(made.detach()).mean() - self.critic(target).mean()
-        self.context.minimise("critic", critic_loss + 0.1 * critic_loss**2)
+        of_target = self.critic(target)
+        critic_loss = self.critic(made.detach()).mean() - of_target.mean()
+        self.context.minimise("critic", critic_loss + 0.1 * of_target.square().mean())
         fit = (made - target).square().mean()
         loss = fit - 0.001 * self.critic(made).mean()
         self.context.minimise("generator", loss, clip_norm=1.0)

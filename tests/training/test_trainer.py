@@ -225,6 +225,10 @@ def test_a_metrics_line_torn_by_a_crash_does_not_keep_a_run_from_resuming(toy_re
 def test_absent_devices_and_unusable_folders_are_typed_errors(toy_recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="accelerator=auto"):
         training.run(toy_recipe, ["trainer.accelerator=abacus"], output_dir=tmp_path / "run", report=quiet)
+    with pytest.raises(DeviceError, match="must exist here, got cuda x 1000"):
+        training.run(
+            toy_recipe, ["trainer.accelerator=cuda", "trainer.devices=1000"], output_dir=tmp_path / "run", report=quiet
+        )
     with pytest.raises(UsageError, match="must be creatable"):
         training.run(toy_recipe, output_dir=toy_recipe / "run", report=quiet)
 
