@@ -128,6 +128,8 @@ def edit(
         print_note(caution)
     with watched(loaded, every=10 if save_trajectory is None else 1) as trajectory:
         result = edit_photo(source, request=request, editor=loaded, face=face, seed=seed)
+    for name in result.report.get("details", {}).get("already_there", ()):
+        print_note(f"{name} is there already, as the mask shows; nothing was changed for it")
     written = write_outputs(result, output, compare)
     if save_trajectory is not None and trajectory is not None:
         write_image(save_trajectory, trajectory.strip())

@@ -25,6 +25,7 @@ from faceedit.relations import Relations, influence_mask, mask_guided_conditioni
 # `natural` adds the parts that people expect to change along (nose, ears and neck with the skin tone); the paper's own
 # matrices remain what training losses and the MRE metric use.
 PRESET = "natural"
+_OPEN_MOUTH = 0.3  # of the lips and what lies between them: the gap of a mouth that is open
 
 
 def attribute_difference(
@@ -53,6 +54,15 @@ def attribute_difference(
         if change:
             difference[name] = change
     return difference
+
+
+def shown_by_mask(requested: Mapping[str, float], mask: Tensor) -> tuple[str, ...]:
+    """Attributes requested in full that the mask 1×19×H×W shows to be there: an open mouth. To open it again would
+    draw a second one."""
+    lips = mask[0, [CELEBAMASK_HQ.id(part) for part in ("u_lip", "l_lip")]].sum()
+    gap = mask[0, CELEBAMASK_HQ.id("mouth")].sum()
+    asked = requested.get("Mouth_Slightly_Open") == 1.0
+    return ("Mouth_Slightly_Open",) if asked and gap > 0 and gap >= _OPEN_MOUTH * (gap + lips) else ()
 
 
 class MagGANEditor:
@@ -97,11 +107,16 @@ class MagGANEditor:
 
     @torch.no_grad()
     def apply(self, face: FaceRecord, request: EditRequest, seed: int = 0) -> EditedFace:
-        """Set the requested attributes of one aligned face. Deterministic: the seed changes nothing here."""
+        """Set the requested attributes of one aligned face. Deterministic: the seed changes nothing here.
+
+        What the mask shows to be there already is left as it is; `details["already_there"]` names it.
+        """
         check_request(EDITORS[self.name], request)
         assert isinstance(request, AttributeEdit)
         present = attribute_probabilities(self.classifier, face.crop) if self.classifier is not None else {}
+        shown = shown_by_mask(request.values, face.mask)
         change = attribute_difference(request.values, present, request.keep)
+        change = {name: value for name, value in change.items() if name not in shown}
         difference = torch.tensor([[change.get(name, 0.0) for name in MAGGAN]])
         side = (self.generator.config.size_px, self.generator.config.size_px)
         before = F.interpolate(face.crop, size=side, mode="bilinear", antialias=True, align_corners=False)
@@ -116,6 +131,7 @@ class MagGANEditor:
             region,
             _touched_parts(change, request.values),
             change,
+            details={"already_there": list(shown)} if shown else {},
             opacity=opacity.cpu() if self.generator.config.output == "layered" else None,
         )
 

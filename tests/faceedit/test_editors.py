@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,13 +123,32 @@ def test_intensity_scales_the_condition(editor: MagGANEditor, face: FaceRecord) 
 
 
 def test_same_request_gives_the_same_bytes(editor: MagGANEditor, face: FaceRecord) -> None:
-    request = AttributeEdit({"Mouth_Slightly_Open": 1.0})
+    request = AttributeEdit({"Mouth_Slightly_Open": 0.0})
     assert torch.equal(editor.apply(face, request, seed=1).after, editor.apply(face, request, seed=1).after)
+
+
+def test_an_open_mouth_is_not_opened_again(editor: MagGANEditor, face: FaceRecord) -> None:
+    """Lips of four rows with a gap of two (a third) or of one (a fifth) between them."""
+    gap, lips = CELEBAMASK_HQ.id("mouth"), CELEBAMASK_HQ.id("u_lip")
+    for rows, is_open in ((2, True), (1, False)):
+        mask = face.mask.clone()
+        mask[:, [gap, lips, CELEBAMASK_HQ.id("l_lip")]] = 0
+        mask[:, lips, 100:104, 60:80] = 1
+        mask[:, gap, 104 : 104 + rows, 60:80] = 1
+        seen = replace(face, mask=mask)
+        wanted = {"Mouth_Slightly_Open": 1.0, "Pale_Skin": 1.0}
+        edited = editor.apply(seen, AttributeEdit(wanted))
+        assert set(edited.requested) == set(wanted) - ({"Mouth_Slightly_Open"} if is_open else set())
+        assert edited.details == ({"already_there": ["Mouth_Slightly_Open"]} if is_open else {})
+        for other in ({"Mouth_Slightly_Open": 0.0}, {"Mouth_Slightly_Open": 0.5}):
+            assert editor.apply(seen, AttributeEdit(other)).requested.keys() == other.keys()
+        alone = editor.apply(seen, AttributeEdit({"Mouth_Slightly_Open": 1.0}))
+        assert (alone.region.max() == 0) == is_open
 
 
 @pytest.mark.parametrize("attribute", MAGGAN)
 def test_every_attribute_has_a_region_both_ways(attribute: str, editor: MagGANEditor, face: FaceRecord) -> None:
-    for value in (0.0, 1.0):
+    for value in (0.0, 0.9):  # in full, the drawn face's open mouth would be left as it is
         edited = editor.apply(face, AttributeEdit({attribute: value}))
         assert edited.parts
         assert edited.region.amin() >= 0
