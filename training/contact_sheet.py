@@ -22,7 +22,7 @@ from faceedit.editors.base import AttributeEdit, load_editor
 from faceedit.errors import FaceEditError
 from faceedit.parsing import FaceParser, load_parser
 
-EDITS = ("Blond_Hair", "Black_Hair", "Brown_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open")  # each to 1
+EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Eyeglasses", "Bangs")  # each to 1
 _CAPTION_PX = 14
 
 
