@@ -72,21 +72,28 @@ def conv_attribute_maps(
         if tensor is not None:
             check_shape("conv_attribute_maps", name, tensor, probs, shape)
             _check_floating("conv_attribute_maps", name, tensor)
+    inside = torch.is_autocast_enabled(probs.device.type)
     with without_autocast(probs):
-        y = _convolved(attr, probs, relation, weight, stride, padding)
+        y = _convolved(attr, probs, relation, weight, stride, padding, inside)
         return y if bias is None else y + bias.to(y.dtype)[None, :, None, None]
 
 
-def _convolved(attr: Tensor, probs: Tensor, relation: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def _convolved(
+    attr: Tensor, probs: Tensor, relation: Tensor, weight: Tensor, stride: int, padding: int, autocast: bool
+) -> Tensor:
     n, parts = probs.shape[:2]
     outputs, _, *taps = weight.shape
     if n == 0:
         return F.conv2d(attribute_maps(attr, probs, relation), weight.to(probs.dtype), None, stride, padding)
     dtype = _compute_dtype(probs)
     scaled = attr.to(dtype)[:, :, None] * relation.to(dtype)  # (N,A,K)
-    # A convolution over taps: its backward pass keeps fp32 inside autocast, that of a product of matrices does not.
-    folded = F.conv1d(weight.to(dtype).flatten(2), scaled.mT.reshape(n * parts, -1, 1))  # (O, N*K, kh*kw)
-    folded = folded.unflatten(1, (n, parts)).movedim(1, 0).reshape(n * outputs, parts, *taps).to(probs.dtype)
+    if autocast:
+        # A convolution over taps: its backward pass keeps fp32 inside autocast, that of a product of matrices does not.
+        folded = F.conv1d(weight.to(dtype).flatten(2), scaled.mT.reshape(n * parts, -1, 1))  # (O, N*K, kh*kw)
+        folded = folded.unflatten(1, (n, parts)).movedim(1, 0)
+    else:
+        folded = torch.einsum("oaij,nak->nokij", weight.to(dtype), scaled)
+    folded = folded.reshape(n * outputs, parts, *taps).to(probs.dtype)
     joined = probs.reshape(1, n * parts, *probs.shape[2:])
     y = F.conv2d(joined, folded, None, stride, padding, groups=n)
     return y.unflatten(1, (n, outputs)).squeeze(0)

@@ -299,7 +299,10 @@ def test_fp32_is_not_rounded(place: Place, case: Case) -> None:
             results.append([y, *once, *_gradients(case, y, inputs, create_graph=True)])
     for outside, inside in zip(*results, strict=True):
         assert inside.dtype == outside.dtype
-        assert torch.equal(inside, outside)
+        if case.operation == "conv_attribute_maps":  # inside, its fp32 sums have another order; bf16 would be 4e-3 off
+            assert_close("inside", inside, outside.double(), relative_l2=1e-6)
+        else:
+            assert torch.equal(inside, outside)
 
 
 @pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)

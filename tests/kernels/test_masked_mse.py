@@ -268,7 +268,7 @@ def test_exports_to_standard_operators(relax: str, normalize: str) -> None:
     check_export(with_settings(masked_mse, relax, normalize), OP, inputs(2), inputs(5), per_sample={0, 1, 2, 4})
 
 
-@pytest.mark.parametrize(("dtype", "fmt"), zip((torch.float32, torch.bfloat16), FORMATS, strict=True), ids=str)
+@pytest.mark.parametrize(("dtype", "fmt"), list(zip((torch.float32, torch.bfloat16), FORMATS, strict=True)), ids=str)
 @pytest.mark.parametrize("place", PLACES)
 def test_large_gradients(place: Place, dtype: torch.dtype, fmt: torch.memory_format) -> None:
     """On the CPU these bypass the caches; their rows start and end inside cache lines."""
