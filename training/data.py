@@ -29,7 +29,7 @@ from faceedit.training.synthetic.geometry import face_points
 # Seeds of sample_parameters by purpose. Two seeds share nobody, so no test person is ever trained on.
 SPLIT_SEEDS = {"train": 1_000, "validation": 2_000_000, "test": 3_000_000}
 _FAMILIES_A_CHUNK = 16
-_SURE = 0.8  # a probability from which on an attribute counts as known
+_SURE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +263,11 @@ def sample_pairs(
     }
 
 
+def is_sure(probability: Tensor) -> Tensor:
+    """Where a classifier's estimate of an attribute counts as knowing it, booleans of the same shape."""
+    return (probability > _SURE) | (probability < 1 - _SURE)
+
+
 def ask_for_what_is_there(
     batch: dict[str, Tensor], share: float, generator: torch.Generator, relations: Relations | None = None
 ) -> dict[str, Tensor]:
@@ -275,8 +280,7 @@ def ask_for_what_is_there(
     column = torch.randint(len(MAGGAN), (count,), generator=generator)
     asked = F.one_hot(column, len(MAGGAN)).float()
     state = (batch["attributes"] * asked).sum(1)
-    sure = (state - 0.5).abs() > _SURE - 0.5
-    idle = ((torch.rand(count, generator=generator) < share) & sure)[:, None]
+    idle = ((torch.rand(count, generator=generator) < share) & is_sure(state))[:, None]
     difference = torch.where(idle, asked * torch.where(state > 0.5, 1.0, -1.0)[:, None], batch["difference"])
     return batch | {
         "target": torch.where(idle[..., None, None], batch["source"], batch["target"]),

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN, resolve_conflicts
+from faceedit.maskfacegan.perceptual import StageFeatures
 from faceedit.networks.maggan import (
     EditLayers,
     MagGANConfig,
@@ -45,6 +46,7 @@ from faceedit.training.data import (
     SyntheticConfig,
     SyntheticPortraits,
     ask_for_what_is_there,
+    is_sure,
     sample_pairs,
 )
 from faceedit.training.evaluation import classify_with, evaluate_editor
@@ -54,7 +56,6 @@ from faceedit.training.task import Report, Task, TrainingContext, start_from
 from faceedit.training.transplants import TransplantConfig, Transplants
 
 _SHEET_EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Mouth_Slightly_Open", "Eyeglasses")
-_KNOWN = 0.8  # a classifier this sure of a photo's attribute counts as knowing it
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +165,16 @@ class MagGANTask(Task[MagGANRecipe]):
             self.transplants = Transplants(self.photos, self.data, self.photo_attributes, recipe.transplants)
         self.features = None
         if recipe.feature_network is not None and recipe.losses.features:
-            self.features = _load_classifier(recipe.feature_network, context.device).requires_grad_(False).eval()
+            network = _load_classifier(recipe.feature_network, context.device)
+            self.features = StageFeatures(network.features, network.config.size_px)
         self.classify = None
         if recipe.validation_classifier is not None:
             judge = _load_classifier(recipe.validation_classifier, context.device)
             self.classify = classify_with(judge, judge.config.attributes, judge.config.size_px)
-        network = MagGANGenerator(recipe.network)
-        start_from(network, recipe.initial_weights, may_lack="detail")
-        self.generator = context.add_network("generator", network, recipe.generator_adam, average=True)
-        self.relations = network.relations
+        generator = MagGANGenerator(recipe.network)
+        start_from(generator, recipe.initial_weights, may_lack="detail")
+        self.generator = context.add_network("generator", generator, recipe.generator_adam, average=True)
+        self.relations = generator.relations
         self.critic = context.add_network("critic", MagGANDiscriminator(recipe.critic), recipe.critic_adam)
         self.bare_critic = cast(MagGANDiscriminator, context.networks["critic"])
 
@@ -280,11 +282,9 @@ class MagGANTask(Task[MagGANRecipe]):
         """What the pairs' edits miss of the true change, in features; see `losses.feature_share`."""
         assert self.features is not None
         with self.context.fabric.autocast():
-            found = self.features.feature_maps(_seen_by(self.features, made))
+            found = self.features(made)
             with torch.no_grad():
-                before, after = (
-                    self.features.feature_maps(_seen_by(self.features, batch[name])) for name in ("source", "target")
-                )
+                before, after = (self.features(batch[name]) for name in ("source", "target"))
         return losses.feature_share(found, after, before)
 
     def _edited_rows(self, batch: dict[str, Tensor], count: int) -> Tensor:
@@ -399,11 +399,6 @@ class MagGANTask(Task[MagGANRecipe]):
         )
 
 
-def _seen_by(network: Any, image: Tensor) -> Tensor:
-    """The image at the network's size."""
-    return resize_area(image, network.config.size_px)
-
-
 def _critic_of(level: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: level(x).critic
 
@@ -425,7 +420,7 @@ def photo_edits(count: int, attributes: Tensor | None, generator: torch.Generato
     for row in range(count):
         if target[row, column[row]] > 0.5:
             target[row] = resolve_conflicts(target[row], MAGGAN[int(column[row])])
-    sure = ((attributes > _KNOWN) | (attributes < 1 - _KNOWN)).float()
+    sure = is_sure(attributes).float()
     return {
         "photo_difference": target - present,
         "photo_attributes": attributes,

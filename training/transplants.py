@@ -217,7 +217,7 @@ class Transplants:
             found = (float(misfits[nearest]), position, int(candidates[nearest]), transforms[nearest : nearest + 1])
             if best is None or found[0] < best[0]:
                 best = found
-            if best[0] <= 2 * self.config.misfit:
+            if best[0] <= 2 * self.config.misfit:  # coordinates run over two, from -1 to 1
                 break
         assert best is not None
         return best[1:]
@@ -232,35 +232,29 @@ def transplant(
              with the thing; transform 1×2×3, the photo's coordinates in [-1, 1] to the drawings'.
     Returns: image 1×3×S×S, mask 1×19×S×S.
     """
-    grid = F.affine_grid(transform, list(photo.shape), align_corners=False)
-
-    def moved(x: Tensor) -> Tensor:
-        both = grid.expand(len(x), -1, -1, -1)
-        return F.grid_sample(x, both, mode="bilinear", padding_mode="border", align_corners=False)
-
-    bare, worn = ((moved(images) + 1) / 2).clamp(0, 1).split(1)
-    worn_mask = moved(masks[1:])
+    bare, worn = ((_moved(images, transform, photo) + 1) / 2).clamp(0, 1).split(1)
+    worn_mask = _moved(masks[1:], transform, photo)
     light = ((photo + 1) / 2).clamp(0, 1)
     parts = [CELEBAMASK_HQ.id(part) for part in look.parts.split()]
     where = mask[:, parts].sum(1, keepdim=True)
-    changes = (worn - bare).abs().mean(1, keepdim=True)
     if look.how == "shade":
         ratio = ((worn + 0.03) / (bare + 0.03)).clamp(0.1, 3.0)
         return (light * torch.lerp(torch.ones_like(ratio), ratio, where)).clamp(0, 1) * 2 - 1, mask
+    if look.how == "cover":
+        changes = (worn - bare).abs().mean(1, keepdim=True)
+        opacity = where * ((changes - 0.03) / 0.1).clamp(0, 1)
+        return torch.lerp(light, worn, opacity) * 2 - 1, torch.lerp(mask, worn_mask, opacity)
     hair = CELEBAMASK_HQ.id("hair")
     colour = _mean_colour(light, mask[:, [CELEBAMASK_HQ.id(part) for part in look.colour.split()]].sum(1))
     if look.how == "strands":
         dark = _mean_colour(worn, worn_mask[:, hair]) * _STRANDS
         share = (bare - worn).mean(1, keepdim=True) / (bare - dark).mean(1, keepdim=True).clamp_min(0.1)
         return torch.lerp(light, colour * _STRANDS, where * share.clamp(0, 1)) * 2 - 1, mask
-    if look.how == "cover":
-        opacity = where * ((changes - 0.03) / 0.1).clamp(0, 1)
-    else:
-        rows = (torch.arange(light.shape[2]) + 0.5) / light.shape[2] * 2 - 1
-        above = (rows < feature_points(mask)[0][0, 2:4, 1].mean()).to(light).view(1, 1, -1, 1)
-        # Where the drawing's strands mix with its forehead, the forehead would shine through in hair's new colour.
-        opacity = where * above * (2 * worn_mask[:, hair : hair + 1] - 1).clamp_min(0)
-        worn = worn * colour / _mean_colour(worn, worn_mask[:, hair]).clamp_min(0.02)
+    rows = (torch.arange(light.shape[2]) + 0.5) / light.shape[2] * 2 - 1
+    above = (rows < feature_points(mask)[0][0, 2:4, 1].mean()).to(light).view(1, 1, -1, 1)
+    # Where the drawing's strands mix with its forehead, the forehead would shine through in hair's new colour.
+    opacity = where * above * (2 * worn_mask[:, hair : hair + 1] - 1).clamp_min(0)
+    worn = worn * colour / _mean_colour(worn, worn_mask[:, hair]).clamp_min(0.02)
     made = torch.lerp(light, worn.clamp(0, 1), opacity)
     return made * 2 - 1, torch.lerp(mask, worn_mask, opacity)
 
@@ -273,11 +267,7 @@ def transplant_mouth(
     Args:    photo, lender 1×3×S×S in [-1, 1] with masks 1×19×S×S; transform 1×2×3, the photo's coordinates to the
              lender's.   Returns: image 1×3×S×S, mask 1×19×S×S.
     """
-    grid = F.affine_grid(transform, list(photo.shape), align_corners=False)
-    lent, lent_mask = (
-        F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-        for x in (lender, lender_mask)
-    )
+    lent, lent_mask = (_moved(x, transform, photo) for x in (lender, lender_mask))
     either = torch.maximum(mask, lent_mask)[:, [CELEBAMASK_HQ.id(part) for part in ("u_lip", "mouth", "l_lip")]]
     # In pixels of a crop of 128: two around the lips change, three more lend the skin's colour; a soft rim.
     inside = either.sum(1, keepdim=True)
@@ -288,6 +278,12 @@ def transplant_mouth(
     ratio = _mean_colour(light, ring) / _mean_colour(other, ring).clamp_min(0.05)
     made = torch.lerp(light, (other * ratio.clamp(0.4, 2.5)).clamp(0, 1), opacity)
     return made * 2 - 1, torch.lerp(mask, lent_mask, opacity)
+
+
+def _moved(x: Tensor, transform: Tensor, photo: Tensor) -> Tensor:
+    """M×C×R×R resampled over the photo's pixels, M×C×S×S; edges repeat."""
+    grid = F.affine_grid(transform.expand(len(x), -1, -1), [len(x), *photo.shape[1:]], align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _mean_colour(image: Tensor, weight: Tensor) -> Tensor:

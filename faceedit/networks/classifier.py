@@ -72,16 +72,6 @@ class AttributeClassifier(nn.Module):
             )
         return self.logits(self.embedding(image))
 
-    def feature_maps(self, image: Tensor) -> list[Tensor]:
-        """What each pair of convolutions sees, before pooling: (N, base_width·2^i, S/2^i, S/2^i) for i in 0..stages−1.
-        Differentiable, of an image of the network's own size."""
-        maps = []
-        for layer in self.features:
-            if isinstance(layer, nn.MaxPool2d):
-                maps.append(image)
-            image = layer(image)
-        return maps
-
     def embedding(self, image: Tensor) -> Tensor:
         """The units before the outputs (N, hidden_width), of an image of the network's own size."""
         return F.relu(self.hidden(self.features(image).flatten(1)))

@@ -170,9 +170,8 @@ def test_transplants_and_features_join_the_step(
     scalars = task.training_step(batch, 0)
     assert all(value.isfinite() for value in scalars.values())
     assert scalars["features"] > 0.5
-    judge = task.features
-    assert not judge.training
-    assert all(parameter.grad is None for parameter in judge.parameters())
+    assert not task.features.layers.training
+    assert all(parameter.grad is None for parameter in task.features.layers.parameters())
 
 
 def test_transplants_need_photos_of_known_attributes(cache_dir: Path) -> None:
