@@ -96,7 +96,7 @@ class AttributeTask(Task[A], Generic[A]):
         attributes = torch.from_numpy(self.data.attributes[person, member][:, self.columns]).float()
         tinted = torch.from_numpy(self.data.tinted[person]).float()
         weight = self.attribute_weight(attributes) * (1 - tinted * (1 - self.readable_when_tinted))
-        return self.context.to_device({"image": image, "attributes": attributes, "weight": weight})
+        return {"image": image, "attributes": attributes, "weight": weight}
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         logits = self.network(batch["image"]).float()

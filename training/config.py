@@ -28,7 +28,8 @@ class TrainerConfig:
 
     `progress_by` decides what drives learning-rate schedules: "steps" (reproducible) or "time" (the larger of the
     shares of `steps` and of `max_minutes` that are used up, so that a time-limited run still finishes its decay).
-    `every` fields count steps; 0 switches that action off until the end of the run.
+    `every` fields count steps; 0 switches that action off until the end of the run. `workers` processes make batches
+    ahead of the loop, the same ones as without; worth it beside a GPU, which otherwise waits for them.
     """
 
     steps: int
@@ -40,6 +41,7 @@ class TrainerConfig:
     precision: Precision = "32-true"
     channels_last: bool = False
     cpu_threads: int | None = None
+    workers: int = 0
     ema_decay: float = 0.999
     log_every: int = 50
     sample_every: int = 500
@@ -54,6 +56,7 @@ class TrainerConfig:
         require(self.keep_checkpoints > 0, "trainer.keep_checkpoints", "positive", self.keep_checkpoints)
         require(self.devices > 0, "trainer.devices", "positive", self.devices)
         require(self.cpu_threads is None or self.cpu_threads > 0, "trainer.cpu_threads", "positive", self.cpu_threads)
+        require(self.workers >= 0, "trainer.workers", "0 or more", self.workers)
         require(
             self.progress_by == "steps" or self.max_minutes is not None,
             "trainer.progress_by",

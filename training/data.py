@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from faceedit.attributes import CELEBA, MAGGAN, attribute_index
+from faceedit.devices import resolve_device
 from faceedit.errors import UsageError
 from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
@@ -109,18 +110,19 @@ class SyntheticPortraits:
         variants, order = _flipped_variants(people, self.config, generator)
         family = [people, *variants]
         tinted = torch.rand(stop - start, generator=generator) < self.config.tinted_share
-        size = self.config.size_px
+        size, place = self.config.size_px, resolve_device("auto")
         images, masks, attributes = [], [], []
-        for member in family:
+        for member in (one.to(place) for one in family):
             batch = portraits.render(member, size)
             image = batch.image
             if tinted.any():
                 # The same tint for the whole family: the seed is the person's.
                 image = image.clone()
-                image[tinted] = portraits.render(member.select(tinted), size, tint_seed=self.seed).image
+                chosen = tinted.to(place)
+                image[chosen] = portraits.render(member.select(chosen), size, tint_seed=self.seed).image
             images.append(cache.pack_image(image))
             masks.append(cache.pack_mask(batch.mask))
-            attributes.append(batch.attributes.to(torch.uint8).numpy())
+            attributes.append(batch.attributes.to(torch.uint8).cpu().numpy())
         stacked = {"images": images, "masks": masks, "attributes": attributes}
         joined = {name: np.stack(values, axis=1) for name, values in stacked.items()}
         flipped = torch.cat([torch.full((stop - start, 1), -1), order], dim=1).numpy()

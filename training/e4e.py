@@ -118,7 +118,7 @@ class E4ETask(Task[E4ERecipe]):
         batch = {"z": z}
         if sizes.faces:
             batch["face"] = self.faces.sample(sizes.faces, self.context.generator("faces", step))
-        return self.context.to_device(batch)
+        return batch
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         weights, made = self.recipe.losses, len(batch["z"])

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from faceedit.devices import resolve_device
 from faceedit.training import cache
 from faceedit.training import synthetic as portraits
 from faceedit.training.data import SPLIT_SEEDS
@@ -54,11 +55,12 @@ def labelled_portraits(
     seed = _PEOPLE_SEED if split == "train" else SPLIT_SEEDS[split]
     renderer = list(Path(portraits.__file__ or "").parent.glob("*.py"))
     values = {"split": split, "size": size_px, "people": people, "seed": seed, "version": 1}
-    everyone = portraits.sample_parameters(people, seed)
+    everyone, place = portraits.sample_parameters(people, seed), resolve_device("auto")
 
     def fill(start: int, stop: int) -> dict[str, np.ndarray]:
         tinted = split == "train" and (start // _CHUNK // 2) % 3 == 0
-        batch = portraits.render(everyone.select(slice(start, stop)), size_px, tint_seed=1 if tinted else None)
+        drawn = everyone.select(slice(start, stop)).to(place)
+        batch = portraits.render(drawn, size_px, tint_seed=1 if tinted else None)
         return {"images": cache.pack_image(batch.image), "labels": batch.labels.to(torch.uint8).cpu().numpy()}
 
     shapes = {"images": ((people, size_px, size_px, 3), "uint8"), "labels": ((people, size_px, size_px), "uint8")}

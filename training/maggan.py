@@ -191,7 +191,7 @@ class MagGANTask(Task[MagGANRecipe]):
         scalars: dict[str, Tensor] = {}
         if adversarial:
             for extra in range(schedule.critic_steps - 1):
-                fresh = self._draw(f"critic {extra}", step)
+                fresh = self.context.to_device(self._draw(f"critic {extra}", step))
                 with torch.no_grad():
                     made = self._generate(fresh).image
                 self._train_critic(fresh, made, step, extra)
@@ -222,7 +222,7 @@ class MagGANTask(Task[MagGANRecipe]):
             count = recipe.batch.photo_edits
             known = None if self.photo_attributes is None else self.photo_attributes[photos["position"][:count]]
             batch |= photo_edits(count, known, generator)
-        return self.context.to_device(batch)
+        return batch
 
     def _generate(self, batch: dict[str, Tensor]) -> EditLayers:
         """One pass over everything: pair edits, pair copies, photo edits, photo copies."""

@@ -122,7 +122,7 @@ class RegionParserTask(Task[P], Generic[P]):
         image, labels = flip_some(warp_image(image, grid), generator, warp_labels(labels, grid))
         image, labels = occlude(image, labels, generator)
         labels = convert_labels(labels, CELEBAMASK_HQ, self.scheme)
-        return self.context.to_device({"image": photograph(image, generator) * 2 - 1, "labels": labels})
+        return {"image": photograph(image, generator) * 2 - 1, "labels": labels}
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         self.net.train()

@@ -134,7 +134,7 @@ class ParserTask(Task[ParserRecipe]):
             batch |= {"photo": photo, "grid": grid, "student": student, "drawn": warp_labels(drawn, grid)}
             if soft:
                 batch["soft"] = soft[0]
-        return self.context.to_device(batch)
+        return batch
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         self.net.train()

@@ -222,7 +222,7 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
 
     def batch(self, step: int) -> dict[str, Tensor]:
         generator = self.context.generator("images", step)
-        return self.context.to_device({"image": self.faces.sample(self.recipe.batch_size, generator)})
+        return {"image": self.faces.sample(self.recipe.batch_size, generator)}
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         recipe = self.recipe

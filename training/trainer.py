@@ -9,7 +9,8 @@ import signal
 import subprocess
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from faceedit.errors import DeviceError, FaceEditError, MissingExtraError, UsageError
+from faceedit.training.batches import batches
 from faceedit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from faceedit.training.config import Recipe, TrainerConfig, to_yaml
 from faceedit.training.run_directory import RunDirectory, describe_environment
@@ -249,7 +251,8 @@ class _Loop:
         logged_step, logged_s = step, elapsed
         saved_step = -1
         reason: StopReason = "finished"
-        with _StopSignals() as signals:
+        source = self._batches(step)
+        with closing(source), _StopSignals() as signals:
             while step < config.steps:
                 elapsed = time.monotonic() - started
                 # Rank 0 says for all when to stop, or some would wait for ever, and what time it is, or rates differ.
@@ -260,9 +263,10 @@ class _Loop:
                 progress = step / config.steps
                 if config.progress_by == "time":
                     progress = max(progress, elapsed / limit_s)
-                seed_step(config, step, context.fabric.global_rank)
                 context.set_rates(step, progress)
-                averager.add(self.task.training_step(self.task.batch(step), step))
+                batch = context.to_device(next(source))
+                seed_step(config, step, context.fabric.global_rank)
+                averager.add(self.task.training_step(batch, step))
                 context.update_averages()
                 step += 1
                 elapsed = time.monotonic() - started
@@ -294,6 +298,16 @@ class _Loop:
             self.files.write_json("summary.json", summary)
         self.report(f"{reason} at step {step} after {elapsed / 60:.1f} min: {self.directory}")
         return replace(context.agree(result), rank=context.fabric.global_rank)
+
+    def _batches(self, start: int) -> Generator[dict[str, Tensor], None, None]:
+        config, rank = self.config, self.context.fabric.global_rank
+        return batches(
+            self.task.batch,
+            range(start, config.steps),
+            workers=config.workers,
+            seed=lambda step: seed_step(config, step, rank),
+            pinned=self.context.device.type == "cuda",
+        )
 
     def _log(self, step: int, split: str, scalars: dict[str, float]) -> None:
         bad = [name for name, value in scalars.items() if not math.isfinite(value)]

@@ -38,7 +38,7 @@ class ToyTask(Task[ToyRecipe]):
 
     def batch(self, step: int) -> dict[str, Tensor]:
         generator = self.context.generator("data", step)
-        return self.context.to_device({"x": torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1})
+        return {"x": torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1}
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         x = batch["x"]

@@ -46,6 +46,25 @@ def assert_same(one: Any, other: Any) -> None:
         assert one == other
 
 
+def test_batches_made_ahead_are_the_same(toy_recipe: Path, tmp_path: Path) -> None:
+    ends = []
+    for workers in (0, 2):
+        changes = [f"trainer.workers={workers}", "trainer.log_every=1"]
+        result = training.run(toy_recipe, changes, output_dir=tmp_path / str(workers), report=quiet)
+        assert result is not None
+        ends.append(load_checkpoint(result.checkpoint)["context"])
+    assert_same(*ends)
+
+
+def test_a_worker_says_what_was_wrong(toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ToyTask, step: int) -> dict[str, torch.Tensor]:
+        raise UsageError(f"no data for step {step}")
+
+    monkeypatch.setattr(ToyTask, "batch", fail)
+    with pytest.raises(UsageError, match="no data for step 0"):
+        training.run(toy_recipe, ["trainer.workers=1"], output_dir=tmp_path / "run", report=quiet)
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_resume_equals_the_uninterrupted_run(toy_recipe: Path, tmp_path: Path, precision: str) -> None:
     common = [f"trainer.precision={precision}", "trainer.channels_last=true", "trainer.log_every=1"]
