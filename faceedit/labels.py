@@ -194,11 +194,13 @@ def convert_soft(mask: Tensor, src: LabelScheme, dst: LabelScheme) -> Tensor:
     """
     _check_channels("convert_soft", mask, src)
     table = conversion_table(src, dst)
-    if sorted(table) == list(range(src.num_classes)) and src.num_classes == dst.num_classes:
-        return mask[..., _inverse(table), :, :]
-    index = torch.tensor(table, device=mask.device)
-    out = mask.new_zeros(*mask.shape[:-3], dst.num_classes, *mask.shape[-2:])
-    return out.index_add(-3, index, mask)
+    # Views and sums: an index would be copied to the device at every call, which a CUDA graph cannot capture.
+    channels = mask.unbind(-3)
+    joined: list[list[Tensor]] = [[] for _ in range(dst.num_classes)]
+    for channel, target in zip(channels, table, strict=True):
+        joined[target].append(channel)
+    nothing = torch.zeros_like(channels[0])
+    return torch.stack([sum(parts[1:], parts[0]) if parts else nothing for parts in joined], -3)
 
 
 def flip_labels(labels: LabelMap, scheme: LabelScheme = CELEBAMASK_HQ) -> LabelMap:
@@ -222,13 +224,6 @@ def _class_of_part(part: str, dst: LabelScheme) -> str:
             return "skin"
         return next((label for label, same in _HELEN_PARTS.items() if same == part), "background")
     return part
-
-
-def _inverse(table: tuple[int, ...]) -> list[int]:
-    order = [0] * len(table)
-    for source, target in enumerate(table):
-        order[target] = source
-    return order
 
 
 def _map_ids(function: str, labels: LabelMap, src: LabelScheme, table: tuple[int, ...]) -> LabelMap:

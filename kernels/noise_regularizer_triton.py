@@ -102,7 +102,8 @@ def gradient_kernel(
         inside = (row < half)[:, None] & (column < half)[None, :]
         found = tl.load(next_ptr + sample * half * half + row[:, None] * half + column[None, :], mask=inside, other=0.0)
     for level in tl.static_range(LEVELS - 1, -1, -1):
-        area = (side >> level).to(tl.float32) * (side >> level).to(tl.float32)
+        width = 1.0 * (side >> level)  # a side of 1 arrives as a constant
+        area = width * width
         moment_ptr = moments_ptr + (sample * all_levels + first_level + level) * 2
         along_x = 2.0 * grad * tl.load(moment_ptr) / area
         along_y = 2.0 * grad * tl.load(moment_ptr + 1) / area
@@ -185,8 +186,9 @@ def forward(noises: list[Tensor], stop: int) -> tuple[Tensor, Tensor]:
         x = noise.contiguous()
         for _, side, levels, follows in _steps(noise.shape[2], stop):
             sums, x = _sums(x, side, levels, follows, True)
-            areas = torch.tensor([(side >> level) ** 2 for level in range(levels)], dtype=torch.float64)
-            moments.append((sums.sum(1, dtype=torch.float64) / areas.to(sums.device)[:, None]).float())
+            totals = sums.sum(1, dtype=torch.float64)
+            means = [totals[:, level] / (side >> level) ** 2 for level in range(levels)]  # a list would be copied over
+            moments.append(torch.stack(means, 1).float())
     found = torch.cat(moments, 1)
     return found.double().square().sum((1, 2)).float(), found
 

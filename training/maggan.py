@@ -173,8 +173,8 @@ class MagGANTask(Task[MagGANRecipe]):
             self.classify = classify_with(judge, judge.config.attributes, judge.config.size_px)
         generator = MagGANGenerator(recipe.network)
         start_from(generator, recipe.initial_weights, may_lack="detail")
+        self.relations = generator.relations  # on the CPU, where batches are made, maybe by forked processes
         self.generator = context.add_network("generator", generator, recipe.generator_adam, average=True)
-        self.relations = generator.relations
         self.critic = context.add_network("critic", MagGANDiscriminator(recipe.critic), recipe.critic_adam)
         self.bare_critic = cast(MagGANDiscriminator, context.networks["critic"])
 

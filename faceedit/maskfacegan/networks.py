@@ -101,7 +101,9 @@ class AttributeJudge:
     def __call__(self, image: Tensor) -> Tensor:
         """(N,3,S,S) in [-1, 1] to logits (N, len(names)), fp32; differentiable in the image."""
         logits = _run(self.network, image if self.size_px is None else resize(image, self.size_px), self.is_half)
-        return logits if self._columns == list(range(len(self.known))) else logits[:, self._columns]
+        if self._columns == list(range(len(self.known))):
+            return logits
+        return torch.stack([logits[:, column] for column in self._columns], 1)  # no index is copied to the device
 
 
 @dataclass(frozen=True)

@@ -100,4 +100,5 @@ class AttributeColumns(AttributeNetwork):
         self.train(network.training)
 
     def logits(self, x: Tensor) -> Tensor:
-        return self.network.logits(x)[:, self.columns]
+        logits = self.network.logits(x)
+        return torch.stack([logits[:, column] for column in self.columns], 1)  # no index is copied to the device

@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from faceedit.kernels.benchmarking.case import draw
 from faceedit.kernels.fir_epilogue import fir_epilogue
 from faceedit.kernels.modulated_conv2d import modulated_conv2d
-from faceedit.kernels.upfirdn2d import setup_filter
+from faceedit.kernels.modulated_conv2d_parts import fir_taps
 
 GAIN = math.sqrt(2)
-FIR = (1.0, 3.0, 3.0, 1.0)
 WIDTH = 512  # the most channels, and the numbers in a style
 CHANNEL_BASES = {256: 16384, 1024: 32768}  # of the published networks of that many px
 
@@ -128,9 +127,8 @@ def moved_bytes(network: Network, batch: int, element: int) -> int:
 
 
 def _taps(like: Tensor) -> Tensor:
-    taps = torch.tensor(FIR, device=like.device, dtype=like.dtype)
-    taps = taps[:, None] * taps[None, :]
-    return taps * (4 / taps.sum())  # 4: the gain of upsampling by 2 along both axes
+    taps = fir_taps(None, like).to(like.dtype)
+    return 4 * taps[:, None] * taps[None, :]  # 4: the gain of upsampling by 2 along both axes
 
 
 def _filter(x: Tensor, pad: Sequence[int]) -> Tensor:
@@ -196,7 +194,7 @@ def our_form(network: Network, ws: Tensor, noises: Sequence[Tensor]) -> Tensor:
     """Return the same image; activations have the dtype of the network's weights, images and sums fp32."""
     dtype = network.layers[0].weight.dtype
     x = network.constant.to(dtype).expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
-    fir, maps = setup_filter(FIR, device=ws.device), iter(noises)
+    fir, maps = fir_taps(None, x), iter(noises)
     image: Tensor | None = None
     styles = [layer.style(w) for layer, w in zip(network.layers, ws.unbind(1), strict=True)]
     for index, layer in enumerate(network.layers):

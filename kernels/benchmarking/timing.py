@@ -80,8 +80,13 @@ def graph_of(call: Call) -> Call:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = call()
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            kept = call()
+    except BaseException:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+        raise
 
     def replay() -> object:
         graph.replay()
