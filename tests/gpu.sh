@@ -3,9 +3,10 @@
 # Every check that needs a GPU, and the GPU benchmarks, into one JSON file.
 #
 #   tests/gpu.sh                       everything
-#   tests/gpu.sh tests memcheck        only these of: tests memcheck racecheck benchmark
+#   tests/gpu.sh tests memcheck        only these of: tests memcheck racecheck benchmark edit
 #   tests/gpu.sh benchmark -- --op masked_mse --provider eager --provider cuda
-#                                      what follows -- goes to `faceedit bench kernels`
+#                                      what follows -- goes to `faceedit bench kernels`,
+#   tests/gpu.sh edit -- --batch 1     or, with this stage, to `faceedit bench maskfacegan`
 #
 # The file is docs/benchmarks/<gpu>-<commit>.json (FACEEDIT_GPU_JSON=FILE: that one); a later run adds its stages to it.
 # Needs faceedit's requirements, pytest and hypothesis; the CUDA rows also need the native module with CUDA
@@ -20,7 +21,11 @@ stages=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do stages+=("$1"); shift; done
 if [ $# -gt 0 ]; then shift; fi
 options=("$@")
-if [ ${#stages[@]} -eq 0 ]; then stages=(tests memcheck racecheck benchmark); fi
+if [ ${#stages[@]} -eq 0 ]; then stages=(tests memcheck racecheck benchmark edit); fi
+if [ ${#options[@]} -gt 0 ] && [[ " ${stages[*]} " == *" benchmark "* && " ${stages[*]} " == *" edit "* ]]; then
+  echo "tests/gpu.sh: options after -- must belong to one stage, got benchmark and edit; run them one by one" >&2
+  exit 2
+fi
 
 if ! gpu=$("$python" -c 'import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name(0))' 2> /dev/null); then
   echo "tests/gpu.sh: no CUDA device was found by $python; run it on a machine with a GPU and PyTorch" >&2
@@ -66,7 +71,8 @@ for name in "${stages[@]}"; do
       ;;
     memcheck | racecheck) sanitize "$name" ;;
     benchmark) stage benchmark "$python" -m faceedit bench kernels --device cuda --json "$work/benchmark.json" "${options[@]}" ;;
-    *) echo "tests/gpu.sh: a stage must be tests, memcheck, racecheck or benchmark, got '$name'" >&2; exit 2 ;;
+    edit) stage edit "$python" -m faceedit bench maskfacegan --device cuda --json "$work/edit.json" "${options[@]}" ;;
+    *) echo "tests/gpu.sh: a stage must be tests, memcheck, racecheck, benchmark or edit, got '$name'" >&2; exit 2 ;;
   esac
 done
 
@@ -88,8 +94,9 @@ for path in sorted(work.glob("*.stage")):
         lines = log.read_text(errors="replace").splitlines()
         entry["output"] = lines[-1:] if entry["result"] == "passed" else lines[-40:]
     record["checks"][path.stem] = entry
-if (work / "benchmark.json").exists():
-    record.setdefault("benchmarks", []).append(json.loads((work / "benchmark.json").read_text()))
+for stage, kept in (("benchmark", "benchmarks"), ("edit", "edits")):
+    if (work / f"{stage}.json").exists():
+        record.setdefault(kept, []).append(json.loads((work / f"{stage}.json").read_text()))
 target.write_text(json.dumps(record, indent=1) + "\n")
 print(f"wrote {target}")
 PY

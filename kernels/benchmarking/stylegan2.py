@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from faceedit.kernels.benchmarking.case import draw
 from faceedit.kernels.fir_epilogue import fir_epilogue
 from faceedit.kernels.modulated_conv2d import modulated_conv2d
-from faceedit.kernels.modulated_conv2d_parts import fir_taps
+from faceedit.kernels.upfirdn2d import setup_filter
 
 GAIN = math.sqrt(2)
+FIR = (1.0, 3.0, 3.0, 1.0)
 WIDTH = 512  # the most channels, and the numbers in a style
 CHANNEL_BASES = {256: 16384, 1024: 32768}  # of the published networks of that many px
 
@@ -52,10 +53,16 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """constant: the learned input (1,C,4,4). layers in order: every resolution ends with its ToRGB."""
+    """constant: the learned input (1,C,4,4). layers in order: every resolution ends with its ToRGB.
+
+    taps (4,4), fir (4): the filter of `nvlabs_form` and of `our_form`. Made of Python's numbers in every pass, it would
+    be a copy that a GPU waits for and that no CUDA graph can hold.
+    """
 
     constant: Tensor
     layers: tuple[Layer, ...]
+    taps: Tensor
+    fir: Tensor
 
     def convolutions(self) -> Iterator[Layer]:
         return (layer for layer in self.layers if not layer.rgb)
@@ -72,7 +79,7 @@ class Network:
             )
             for layer in self.layers
         )
-        return Network(self.constant.to(device), tuple(moved))
+        return Network(self.constant.to(device), tuple(moved), self.taps.to(device), self.fir.to(device))
 
 
 def build(side: int, base: int, width: int) -> Network:
@@ -97,7 +104,14 @@ def build(side: int, base: int, width: int) -> Network:
             add(resolution, channels(resolution // 2), c, 3, up=2)
         add(resolution, c, c, 3)
         add(resolution, c, 3, 1, rgb=True)
-    return Network(draw(1, channels(4), 4, 4, seed=1), tuple(layers))
+    return Network(draw(1, channels(4), 4, 4, seed=1), tuple(layers), upsampling_taps(), setup_filter(FIR))
+
+
+def upsampling_taps(device: torch.device | None = None) -> Tensor:
+    """Return the FIR filter (4,4) fp32 with the gain of upsampling by 2 along both axes."""
+    taps = torch.tensor(FIR, device=device)
+    taps = taps[:, None] * taps[None, :]
+    return taps * (4 / taps.sum())
 
 
 def inputs(network: Network, batch: int) -> tuple[Tensor, ...]:
@@ -126,31 +140,26 @@ def moved_bytes(network: Network, batch: int, element: int) -> int:
 # NVlabs' formulation
 
 
-def _taps(like: Tensor) -> Tensor:
-    taps = fir_taps(None, like).to(like.dtype)
-    return 4 * taps[:, None] * taps[None, :]  # 4: the gain of upsampling by 2 along both axes
-
-
-def _filter(x: Tensor, pad: Sequence[int]) -> Tensor:
+def _filter(x: Tensor, taps: Tensor, pad: Sequence[int]) -> Tensor:
     c = x.shape[1]
-    return F.conv2d(F.pad(x, list(pad)), _taps(x)[None, None].expand(c, 1, 4, 4), groups=c)
+    return F.conv2d(F.pad(x, list(pad)), taps.to(x.dtype)[None, None].expand(c, 1, 4, 4), groups=c)
 
 
-def _upsample(image: Tensor) -> Tensor:
+def _upsample(image: Tensor, taps: Tensor) -> Tensor:
     n, c, h, w = image.shape
     stuffed = F.pad(image.reshape(n, c, h, 1, w, 1), [0, 1, 0, 0, 0, 1]).reshape(n, c, 2 * h, 2 * w)
-    return _filter(stuffed, (2, 1, 2, 1))
+    return _filter(stuffed, taps, (2, 1, 2, 1))
 
 
-def _convolve(x: Tensor, weight: Tensor, up: int, groups: int) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, taps: Tensor, up: int, groups: int) -> Tensor:
     """Convolve with a weight (groups * O, I, k, k)."""
     if up == 1:
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=groups)
     per_sample = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-    return _filter(F.conv_transpose2d(x, per_sample, stride=2, groups=groups), (1, 1, 1, 1))
+    return _filter(F.conv_transpose2d(x, per_sample, stride=2, groups=groups), taps, (1, 1, 1, 1))
 
 
-def _modulated(x: Tensor, layer: Layer, style: Tensor, fused: bool) -> Tensor:
+def _modulated(x: Tensor, layer: Layer, style: Tensor, taps: Tensor, fused: bool) -> Tensor:
     n, inputs, weight = x.shape[0], x.shape[1], layer.weight
     if layer.rgb:
         style = style / math.sqrt(inputs)
@@ -162,9 +171,9 @@ def _modulated(x: Tensor, layer: Layer, style: Tensor, fused: bool) -> Tensor:
         if demodulation is not None:
             modulated = modulated * demodulation[:, :, None, None, None]
         grouped = modulated.to(x.dtype).flatten(0, 1)
-        y = _convolve(x.reshape(1, n * inputs, *x.shape[2:]), grouped, layer.up, n)
+        y = _convolve(x.reshape(1, n * inputs, *x.shape[2:]), grouped, taps, layer.up, n)
         return y.reshape(n, -1, *y.shape[2:])
-    y = _convolve(x * style.to(x.dtype)[:, :, None, None], weight.to(x.dtype), layer.up, 1)
+    y = _convolve(x * style.to(x.dtype)[:, :, None, None], weight.to(x.dtype), taps, layer.up, 1)
     return y if demodulation is None else y * demodulation.to(x.dtype)[:, :, None, None]
 
 
@@ -175,11 +184,11 @@ def nvlabs_form(
     x = network.constant.to(dtype).expand(ws.shape[0], -1, -1, -1)
     maps, image = iter(noises), None
     for layer, w in zip(network.layers, ws.unbind(1), strict=True):
-        y = _modulated(x, layer, layer.style(w), fused)
+        y = _modulated(x, layer, layer.style(w), network.taps, fused)
         bias = layer.bias.to(dtype)[None, :, None, None]
         if layer.rgb:
             rgb = (y + bias).float()
-            image = rgb if image is None else _upsample(image).add_(rgb)
+            image = rgb if image is None else _upsample(image, network.taps).add_(rgb)
             continue
         y = y.add_((next(maps) * layer.strength).to(dtype))
         x = F.leaky_relu(y + bias, 0.2) * GAIN
@@ -194,7 +203,7 @@ def our_form(network: Network, ws: Tensor, noises: Sequence[Tensor]) -> Tensor:
     """Return the same image; activations have the dtype of the network's weights, images and sums fp32."""
     dtype = network.layers[0].weight.dtype
     x = network.constant.to(dtype).expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=torch.channels_last)
-    fir, maps = fir_taps(None, x), iter(noises)
+    maps = iter(noises)
     image: Tensor | None = None
     styles = [layer.style(w) for layer, w in zip(network.layers, ws.unbind(1), strict=True)]
     for index, layer in enumerate(network.layers):
@@ -222,7 +231,7 @@ def our_form(network: Network, ws: Tensor, noises: Sequence[Tensor]) -> Tensor:
             image = rgb + to_rgb.bias[None, :, None, None]
         else:
             image = fir_epilogue(
-                image, fir, up=2, pad=(2, 1, 2, 1), fir_gain=4.0, bias=to_rgb.bias, act="linear", add=rgb
+                image, network.fir, up=2, pad=(2, 1, 2, 1), fir_gain=4.0, bias=to_rgb.bias, act="linear", add=rgb
             )
     assert image is not None
     return image

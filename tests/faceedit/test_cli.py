@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,8 @@ from PIL import Image
 from support.command_line import BAD_FILES, PACKAGE_ROOT, SET, Outcome, Run, read, subprocess_run
 from support.drawn_faces import DrawnFace
 
+from faceedit.cli import bench
+from faceedit.kernels.benchmarking import machine
 from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
 
 COMMANDS = (
@@ -30,6 +33,7 @@ COMMANDS = (
     "weights list",
     "weights show",
     "bench kernels",
+    "bench maskfacegan",
     "doctor",
 )
 
@@ -304,3 +308,25 @@ def test_bench_compares_every_provider_and_says_what_is_missing(run: Run) -> Non
 def test_bench_refuses_unknown_names_and_files_it_could_not_write(run: Run, tmp_path: Path) -> None:
     run("bench", "kernels", "--check", "--op", "masked_msee").refused(2, "--op", "did you mean masked_mse")
     run("bench", "kernels", "--check", "--json", str(tmp_path / "no" / "file")).refused(1, "writable folder")
+
+
+def test_bench_writes_its_file_after_every_layer(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[dict] = []
+    write_text = bench.write_text
+
+    def watched(path: Path, text: str) -> None:
+        write_text(path, text)
+        written.append(json.loads(path.read_text()))
+
+    monkeypatch.setattr(bench, "write_text", watched)
+    monkeypatch.setattr(machine, "measure_rates", partial(machine.measure_rates, small=True))
+    outcome = run(
+        "bench", "kernels", "--op", "bernoulli_kl", "--layer", "1x40", "--provider", "eager", "--provider", "cpp",
+        "--rounds", 1, "--seconds", 0, "--device", "cpu", "--json", tmp_path / "rows.json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert [document["complete"] for document in written] == [False, False, True]  # a layer in two dtypes, then the end
+    assert 0 < len(written[0]["rows"]) < len(written[1]["rows"]) == len(written[2]["rows"])
+    assert {line["dtype"] for line in written[0]["summary"]} == {"float32"}
+    assert {line["dtype"] for line in written[2]["summary"]} == {"float32", "bfloat16"}
+    assert written[2]["settings"]["seconds"] == 0

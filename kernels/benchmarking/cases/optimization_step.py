@@ -81,8 +81,9 @@ def _public_terms(image: Tensor, source: Tensor, mask: Tensor) -> Tensor:
 
 def _public_kl(logits: Tensor) -> Tensor:
     p = torch.sigmoid(logits[:, 0])
-    target = torch.full_like(p, TARGET_PROBABILITY)
-    predicted, wanted = torch.stack([p, 1 - p], 1), torch.stack([target, 1 - target], 1)
+    predicted = torch.stack([p, 1 - p], 1)
+    asked = torch.full_like(p, TARGET_PROBABILITY)
+    wanted = torch.stack([asked, 1 - asked], 1)
     return (wanted * (wanted / predicted).log()).sum(1)
 
 
