@@ -60,9 +60,13 @@ def alpha_blend(fg: Tensor, bg: Tensor, mask: Tensor, *, feather: int = 0, quant
 def soften(mask: Tensor, radius: int) -> Tensor:
     """Average a mask over squares of side 2 * radius + 1, rows and columns in turn. Means of ones are exactly 1."""
     m = mask.to(torch.float64 if mask.dtype == torch.float64 else torch.float32)
-    m = F.pad(m, (radius, radius, radius, radius), mode="replicate")
     side = 2 * radius + 1
-    return F.avg_pool2d(F.avg_pool2d(m, (1, side), stride=1), (side, 1), stride=1)
+    for axis, window in ((3, (1, side)), (2, (side, 1))):
+        # Not F.pad's "replicate", whose gradient on a GPU is summed in an order of chance.
+        first, last = m.narrow(axis, 0, 1), m.narrow(axis, m.shape[axis] - 1, 1)
+        m = torch.cat([*[first] * radius, m, *[last] * radius], axis)
+        m = F.avg_pool2d(m, window, stride=1)
+    return m
 
 
 def _compute_dtype(*images: Tensor) -> torch.dtype:

@@ -108,12 +108,16 @@ def resampled_backward(
 
 @dataclass(slots=True)
 class _Made:
-    """What was made from one weight tensor, while that tensor lives and is not written to."""
+    """What was made from one weight tensor, while that tensor lives and is not written to.
+
+    captured: what CUDA graphs read. They know addresses only, so it lives as long as the weight, whatever is written.
+    """
 
     weight: weakref.ref[Tensor]
     version: int
     address: int
     tensors: dict[Any, Tensor] = field(default_factory=dict)
+    captured: list[Tensor] = field(default_factory=list)
 
 
 _made: dict[int, _Made] = {}
@@ -123,6 +127,7 @@ def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> 
     """Return make(weight), remembered for a weight that nothing trains.
 
     A write that autograd's version counter sees, and a new storage, make it anew. Inference tensors have no counter.
+    What is made while a CUDA graph is captured has no values until the graph is replayed, and is not remembered.
     """
     if weight.requires_grad or weight.is_inference():
         return make(weight.detach())
@@ -131,8 +136,13 @@ def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> 
     stale = known is None or known.weight() is not weight or known.version != weight._version
     if stale or known is None or known.address != weight.data_ptr():
         reference = weakref.ref(weight, lambda _: _made.pop(identity, None))
-        known = _made[identity] = _Made(reference, weight._version, weight.data_ptr())
-    if key not in known.tensors:
+        captured = [] if known is None or known.weight() is not weight else known.captured
+        known = _made[identity] = _Made(reference, weight._version, weight.data_ptr(), captured=captured)
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        if key not in known.tensors:
+            return make(weight.detach())
+        known.captured.append(known.tensors[key])
+    elif key not in known.tensors:
         known.tensors[key] = make(weight.detach())
     return known.tensors[key]
 

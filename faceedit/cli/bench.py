@@ -144,7 +144,9 @@ def maskfacegan(
     ] = None,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", min=4, help="Cut the schedule down to so many steps of both stages; 1501, all, without it."),
+        typer.Option(
+            "--steps", min=4, help="Cut the schedule down to so many steps of both stages; 1501, all, without it."
+        ),
     ] = None,
     public_steps: Annotated[
         int, typer.Option("--public-steps", min=4, help="The same for the public formulation, which is slow.")

@@ -25,7 +25,7 @@ class Case:
     bounds the op. wanted: positions of the inputs that get a gradient; None: all floating point ones; (): forward only.
     others: more formulations, by name. baseline: the provider that ratios and results are compared with, and that
     torch.compile compiles. tolerance: relative L2 of outputs and of gradients against it; None: by dtype. passes: those
-    worth a row.
+    worth a row. frozen: positions of the inputs that are weights which nothing trains: what is made from them is kept.
     """
 
     inputs: Sequence[Tensor]
@@ -38,6 +38,7 @@ class Case:
     baseline: str = "eager"
     tolerance: tuple[float, float] | None = None
     passes: tuple[str, ...] = PASSES
+    frozen: tuple[int, ...] = ()
 
     def differentiable(self) -> tuple[int, ...]:
         """Return the positions of the inputs that get a gradient."""

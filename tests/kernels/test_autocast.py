@@ -30,7 +30,7 @@ class Case:
     activations are shapes of what a convolution or linear layer produced, in autocast's dtype; parameters of what stays
     fp32 and is trained; constants of what stays fp32 and is not, in [0, 1]. `op` takes them in that order. result: the
     output's dtype, None for that of the activations. convolves: in the activations' dtype, so that their rounding shows
-    in a result of fp32 too.
+    in a result of fp32 too. resizes: a mask that has a gradient, bilinearly.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Case:
     constants: tuple[tuple[int, ...], ...] = ()
     result: torch.dtype | None = None
     convolves: bool = False
+    resizes: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -140,6 +141,7 @@ CASES = [
         ((N, 1, SIDE // 2, SIDE // 2),),
         (IMAGE, MASK, (1, 1, SIDE, SIDE)),
         torch.float32,
+        resizes=True,
     ),
     Case("bernoulli_kl", kernels.bernoulli_kl, ((N, A),), (), ((N, A), (A,)), torch.float32),
     Case(
@@ -299,7 +301,9 @@ def test_fp32_is_not_rounded(place: Place, case: Case) -> None:
             results.append([y, *once, *_gradients(case, y, inputs, create_graph=True)])
     for outside, inside in zip(*results, strict=True):
         assert inside.dtype == outside.dtype
-        if case.operation == "conv_attribute_maps":  # inside, its fp32 sums have another order; bf16 would be 4e-3 off
+        # Inside, the fp32 sums of conv_attribute_maps have another order, and those of resizing one of chance on a GPU.
+        # bf16 would be off by 4e-3.
+        if case.operation == "conv_attribute_maps" or (case.resizes and place.device == "cuda"):
             assert_close("inside", inside, outside.double(), relative_l2=1e-6)
         else:
             assert torch.equal(inside, outside)
@@ -319,7 +323,10 @@ def test_backward_inside_equals_backward_outside(place: Place, case: Case) -> No
                 results.append([*once, *_gradients(case, y, inputs, create_graph=True)])
     for outside, inside in zip(*results, strict=True):
         assert inside.dtype == outside.dtype
-        assert torch.equal(inside, outside)
+        if case.resizes and place.device == "cuda":  # PyTorch sums that gradient in an order of chance there
+            assert_close("inside", inside, outside.double(), relative_l2=1e-6)
+        else:
+            assert torch.equal(inside, outside)
 
 
 MIXED = [

@@ -29,6 +29,7 @@ def vectors(c: int) -> list[Tensor]:
 
 
 def gru(h: Tensor, z: Tensor, c: Tensor, affine: list[Tensor | None]) -> Tensor:
+    affine = [None if t is None else t.to(h.device) for t in affine]
     return gru_gate(h, z, c, z_scale=affine[0], z_shift=affine[1], c_scale=affine[2], c_shift=affine[3])
 
 
@@ -47,7 +48,7 @@ def test_matches_reference(place: Place, dtype: torch.dtype, fmt: torch.memory_f
     scale, shift = vectors(19)[:2]
     check_against_oracle(
         place,
-        lambda h, r: reset_gate(h, r, scale=scale, shift=shift),
+        lambda h, r: reset_gate(h, r, scale=scale.to(h.device), shift=shift.to(h.device)),
         lambda h, r: reference(h, r, None, scale.double(), shift.double(), None, None),
         tensors[:2],
         ("h", "r_pre"),
