@@ -379,7 +379,11 @@ def on_cuda(networks: Networks) -> Networks:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_replays_what_it_captured() -> None:
     total = torch.zeros((), device="cuda")
-    iterate = GraphedIteration(lambda: total.add_(1) and None, total.device)
+
+    def count() -> None:
+        total.add_(1)
+
+    iterate = GraphedIteration(count, total.device)
     for _ in range(WARM_UP + 4):
         iterate()
     assert total.item() == WARM_UP + 4
