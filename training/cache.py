@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from faceedit.atomic import write_text
+from faceedit.devices import resolve_device
 from faceedit.labels import CELEBAMASK_HQ
 
 Arrays = dict[str, NDArray[Any]]
@@ -51,6 +52,11 @@ def open_cache(folder: Path) -> Arrays:
     """The arrays of a finished cache, memory-mapped read-only."""
     names = json.loads((folder / "complete.json").read_text())["arrays"]
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+
+
+def rendered_at_once(chunk: int) -> int:
+    """How many samples one call of a renderer makes: a CPU's caches hold few, a GPU is idle with few."""
+    return max(chunk, 32) if resolve_device("auto").type == "cuda" else chunk
 
 
 def build_cache(

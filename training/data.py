@@ -7,7 +7,7 @@ whose true result is known: source image, attribute difference, target image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,12 @@ class SyntheticPortraits:
             "tinted": ((config.people, 1), "bool"),
         }
         arrays = cache.build_cache(
-            folder, shapes, _FAMILIES_A_CHUNK, self._render, report, workers=torch.get_num_threads()
+            folder,
+            shapes,
+            cache.rendered_at_once(_FAMILIES_A_CHUNK),
+            self._render,
+            report,
+            workers=torch.get_num_threads(),
         )
         self.images, self.masks = arrays["images"], arrays["masks"]
         self.attributes = np.array(arrays["attributes"])
@@ -103,13 +108,19 @@ class SyntheticPortraits:
         """Each chunk is its own sample_parameters seed, so a cache can resume anywhere."""
         return portraits.sample_parameters(stop - start, self.seed + start // _FAMILIES_A_CHUNK)
 
-    def _render(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
-        """Families start…stop, a chunk."""
+    def _draw(self, start: int, stop: int) -> tuple[list[portraits.PortraitParameters], Tensor, Tensor]:
+        """A chunk of families: members' parameters, what each flips (N, variants), and which are tinted (N)."""
         generator = torch.Generator().manual_seed(self.seed * 1_000 + start // _FAMILIES_A_CHUNK)
         people = self._people(start, stop)
         variants, order = _flipped_variants(people, self.config, generator)
-        family = [people, *variants]
-        tinted = torch.rand(stop - start, generator=generator) < self.config.tinted_share
+        return [people, *variants], order, torch.rand(stop - start, generator=generator) < self.config.tinted_share
+
+    def _render(self, start: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Families start…stop, whole chunks."""
+        starts = range(start, stop, _FAMILIES_A_CHUNK)
+        chunks = [self._draw(first, min(first + _FAMILIES_A_CHUNK, stop)) for first in starts]
+        family = [_joined(members) for members in zip(*(c[0] for c in chunks), strict=True)]
+        order, tinted = torch.cat([chunk[1] for chunk in chunks]), torch.cat([chunk[2] for chunk in chunks])
         size, place = self.config.size_px, resolve_device("auto")
         images, masks, attributes = [], [], []
         for member in (one.to(place) for one in family):
@@ -163,9 +174,12 @@ def _flipped_variants(
                     parts.append(portraits.with_attribute(people.select(chosen), name, value))
                     places.append(chosen.nonzero()[:, 0])
         back = torch.cat(places).argsort()
-        joined = {key: torch.cat([part[key] for part in parts])[back] for key in people.values}
-        variants.append(portraits.PortraitParameters(joined))
+        variants.append(_joined(parts).select(back))
     return variants, order[:, : config.variants]
+
+
+def _joined(parts: Sequence[portraits.PortraitParameters]) -> portraits.PortraitParameters:
+    return portraits.PortraitParameters({name: torch.cat([part[name] for part in parts]) for name in parts[0].values})
 
 
 @dataclass(frozen=True, slots=True)

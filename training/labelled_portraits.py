@@ -58,13 +58,20 @@ def labelled_portraits(
     everyone, place = portraits.sample_parameters(people, seed), resolve_device("auto")
 
     def fill(start: int, stop: int) -> dict[str, np.ndarray]:
-        tinted = split == "train" and (start // _CHUNK // 2) % 3 == 0
-        drawn = everyone.select(slice(start, stop)).to(place)
-        batch = portraits.render(drawn, size_px, tint_seed=1 if tinted else None)
-        return {"images": cache.pack_image(batch.image), "labels": batch.labels.to(torch.uint8).cpu().numpy()}
+        rows = torch.arange(start, stop)
+        tinted = (rows // _CHUNK // 2 % 3 == 0) & (split == "train")
+        images = np.empty((stop - start, size_px, size_px, 3), dtype=np.uint8)
+        labels = np.empty((stop - start, size_px, size_px), dtype=np.uint8)
+        for chosen, seed in ((tinted, 1), (~tinted, None)):
+            if chosen.any():
+                batch = portraits.render(everyone.select(rows[chosen]).to(place), size_px, tint_seed=seed)
+                images[chosen.numpy()] = cache.pack_image(batch.image)
+                labels[chosen.numpy()] = batch.labels.to(torch.uint8).cpu().numpy()
+        return {"images": images, "labels": labels}
 
     shapes = {"images": ((people, size_px, size_px, 3), "uint8"), "labels": ((people, size_px, size_px), "uint8")}
     name = f"parser-{split}-{size_px}px-{cache.fingerprint(values, renderer)}"
     folder = (cache_dir or cache.default_cache_dir()) / name
-    arrays = cache.build_cache(folder, shapes, _CHUNK, fill, report, workers=torch.get_num_threads())
+    at_once = cache.rendered_at_once(_CHUNK)
+    arrays = cache.build_cache(folder, shapes, at_once, fill, report, workers=torch.get_num_threads())
     return LabelledPortraits(everyone, arrays["images"], arrays["labels"])
