@@ -9,7 +9,7 @@
 #   tests/gpu.sh edit -- --batch 1     or, with this stage, to `faceedit bench maskfacegan`
 #
 # The file is docs/benchmarks/<gpu>-<commit>.json (FACEEDIT_GPU_JSON=FILE: that one); a later run adds its stages to it.
-# Needs faceedit's requirements, pytest and hypothesis; the CUDA rows also need the native module with CUDA
+# Needs faceedit's requirements, pytest, pytest-xdist and hypothesis; the CUDA rows also need the native module with CUDA
 # (`python setup.py build_ext --inplace`), the sanitizer stages compute-sanitizer. Exit code 1 if a stage failed.
 set -euo pipefail
 
@@ -66,8 +66,9 @@ sanitize() {
 for name in "${stages[@]}"; do
   case $name in
     tests)
-      stage tests "$python" -m pytest -p no:cacheprovider tests/kernels tests/benchmarks \
-        tests/faceedit/test_maskfacegan_optimizer.py -m 'gpu or not slow'
+      # Compiling for Triton is most of it, on one core each.
+      stage tests "$python" -m pytest -q -n auto -p no:cacheprovider tests/kernels \
+        tests/faceedit/test_maskfacegan_optimizer.py -m gpu
       ;;
     memcheck | racecheck) sanitize "$name" ;;
     benchmark) stage benchmark "$python" -m faceedit bench kernels --device cuda --json "$work/benchmark.json" "${options[@]}" ;;

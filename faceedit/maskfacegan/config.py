@@ -35,7 +35,7 @@ class MaskFaceGANConfig:
       hair that was there (the released code); force_global, True: every attribute is edited as one of the whole face;
       min_region_share, least share of the crop that the region of an edit must cover.
     Computation: precision, "bfloat16": convolutions of all three networks in bfloat16, statistics, losses, latent code,
-      maps and Adam in float32; cuda_graph, True: each phase's iteration is captured once and replayed (CUDA only).
+      maps and Adam in float32; cuda_graph: on a GPU, each phase's iteration is captured once and replayed; False: run.
 
     Raises: OutOfRangeError.
     """
@@ -70,7 +70,7 @@ class MaskFaceGANConfig:
     min_region_share: float = 2e-4
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    cuda_graph: bool = False
+    cuda_graph: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -11,13 +11,16 @@ from collections.abc import Callable
 
 import torch
 
+from faceedit.maskfacegan.outcome import OptimizationError
+
 WARM_UP = 3  # iterations before capturing, in which libraries choose algorithms and Adam makes its moments
 
 
 class GraphedIteration:
     """An iteration that is captured after `WARM_UP` calls and replayed from then on.
 
-    Args: iterate works in place on tensors of a CUDA device and synchronises nowhere.
+    Args:   iterate works in place on tensors of a CUDA device and synchronises nowhere.
+    Raises: OptimizationError where it cannot be captured, as a network of one's own that reads a value back.
     """
 
     def __init__(self, iterate: Callable[[], None], device: torch.device) -> None:
@@ -35,7 +38,20 @@ class GraphedIteration:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             return
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=self._stream):
-                self._iterate()
+            self._graph = self._captured()
         self._graph.replay()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._iterate()
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            reason = str(cause).splitlines()[0]
+            raise OptimizationError(
+                f"maskfacegan: an iteration must be capturable in a CUDA graph, got {reason}; use networks that read "
+                "nothing back from the device, or cuda_graph=False"
+            ) from error
+        return graph

@@ -387,3 +387,16 @@ def test_a_graph_replays_what_it_captured() -> None:
     for _ in range(WARM_UP + 4):
         iterate()
     assert total.item() == WARM_UP + 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_what_reads_back_cannot_be_captured() -> None:
+    total = torch.zeros((), device="cuda")
+    iterate = GraphedIteration(lambda: total.add_(1).item(), total.device)
+    for _ in range(WARM_UP):
+        iterate()
+    with pytest.raises(OptimizationError, match="cuda_graph=False"):
+        iterate()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert (total + 1).item() == WARM_UP + 1
