@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "isa.h"
-#include "upfirdn2d_tile.h"
+#include "upfirdn2d_strip.h"
 
 namespace py = pybind11;
 
@@ -199,6 +199,18 @@ void run_fir_blocks(const fe::UpFirDnParams& p, const fe::FirTile& tile) {
   }
 }
 
+template <class T, int V>
+void run_fir_strips(const fe::UpFirDnParams& p) {
+  using namespace fe::FE_ISA;
+  if (!fir_strip_packs_fit<T, V>(p)) throw std::invalid_argument("packs do not fit");
+  const fe::FirStrips plan = plan_fir_strips(p, V);
+  visit_fir_strip<T, V>(p, [&](auto* strip) {
+    using Strip = std::remove_pointer_t<decltype(strip)>;
+    for (int64_t thread = 0; thread < plan.threads(p.out_width); ++thread)
+      Strip(p, plan, static_cast<uint32_t>(thread)).walk();
+  });
+}
+
 #if !defined(FE_WITH_CUDA)
 template <class Params>
 fe::Error without_cuda(const Params&, int, void*) {
@@ -273,6 +285,19 @@ PYBIND11_MODULE(_C, m) {
     const fe::FirTile tile = fe::FE_ISA::plan_fir_tile(params);
     packs ? run_fir_blocks<4>(params, tile) : run_fir_blocks<1>(params, tile);
     return py::make_tuple(tile.blocks(), fe::FE_ISA::fir_tile_floats(params, tile));
+  });
+  // The same for the kernel of four separable taps. Returns whether it has this filter; where not, nothing is written.
+  m.def("upfirdn2d_strips", [](bool packs, const py::kwargs& values) {
+    const auto params = read_params<fe::UpFirDnParams>("upfirdn2d_strips", values);
+    if (fe::Error error = fe::check_upfirdn2d_fwd(params)) throw std::runtime_error(error);
+    if (!fe::FE_ISA::fir_strips_fit(params)) return false;
+    if (params.dtype == fe::kFloat32)
+      packs ? run_fir_strips<float, 4>(params) : run_fir_strips<float, 1>(params);
+    else if (params.dtype == fe::kBFloat16)
+      packs ? run_fir_strips<fe::FE_ISA::BFloat16, 4>(params) : run_fir_strips<fe::FE_ISA::BFloat16, 1>(params);
+    else
+      packs ? run_fir_strips<fe::FE_ISA::Float16, 4>(params) : run_fir_strips<fe::FE_ISA::Float16, 1>(params);
+    return true;
   });
 
   if (PyModule_AddFunctions(m.ptr(), methods) < 0) throw py::error_already_set();

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda_common.cuh"
-#include "upfirdn2d_tile.h"
+#include "upfirdn2d_strip.h"
 
 namespace fe {
 namespace FE_ISA {
@@ -20,9 +20,37 @@ __global__ void __launch_bounds__(kThreads, 4) tile_kernel(const UpFirDnParams p
   block.filter_along(warp, kWarps, thread, kWarp);
 }
 
+constexpr int kStripThreads = 128;
+
+template <class T, int V, int UP, int DOWN, bool EPILOGUE>
+__global__ void __launch_bounds__(kStripThreads, 8)
+    strip_kernel(const UpFirDnParams p, const FirStrips plan, const uint32_t threads) {
+  const uint32_t thread = blockIdx.x * kStripThreads + threadIdx.x;
+  if (thread >= threads) return;
+  FirStrip<T, V, UP, DOWN, EPILOGUE> strip(p, plan, thread);
+  strip.walk();
+}
+
+template <class T, int V, int UP, int DOWN, bool EPILOGUE>
+void launch(const UpFirDnParams& p, const FirStrip<T, V, UP, DOWN, EPILOGUE>*, cudaStream_t stream) {
+  const FirStrips plan = plan_fir_strips(p, V);
+  const uint32_t threads = static_cast<uint32_t>(plan.threads(p.out_width));
+  const uint32_t blocks = (threads + kStripThreads - 1) / kStripThreads;
+  strip_kernel<T, V, UP, DOWN, EPILOGUE><<<blocks, kStripThreads, 0, stream>>>(p, plan, threads);
+}
+
+template <class T, int V>
+void run_strips(const UpFirDnParams& p, cudaStream_t stream) {
+  visit_fir_strip<T, V>(p, [&](auto* strip) { launch(p, strip, stream); });
+}
+
 template <class T>
 Error run(const UpFirDnParams& p, cudaStream_t stream) {
   constexpr int V = 4;  // 16 bytes of float; eight lanes of a half type spill registers
+  if (fir_strips_fit(p)) {
+    fir_strip_packs_fit<T, V>(p) ? run_strips<T, V>(p, stream) : run_strips<T, 1>(p, stream);
+    return launch_error();
+  }
   const FirTile tile = plan_fir_tile(p);
   const int64_t blocks = tile.blocks();
   if (blocks >= (int64_t{1} << 31)) return "y is too large for one launch";

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one thread of the CUDA kernel of upfirdn2d does, in three steps with a barrier between them. The host can run
-// them too, block by block and thread by thread: so the index maths are tested where there is no GPU.
+// What one thread of the CUDA kernel of upfirdn2d for any filter does, in three steps with a barrier between them. The
+// host can run them too, block by block and thread by thread: so the index maths are tested where there is no GPU.
 #pragma once
 
 #include "elementwise.h"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from faceedit import kernels
 from faceedit.kernels import downsample2d, filter2d, native, noise_bias_act, setup_filter, upfirdn2d, upsample2d
+from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import memory_format
 from faceedit.kernels.upfirdn2d import native_geometry, output_shape, reference
 
@@ -312,6 +313,76 @@ def check_blocks(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], las
         assert floats <= 48 * 1024 // 4
         bound = 2e-6 * max(float(expected.abs().max()), float(fir.abs().sum()), 1e-3)
         assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+@needs_cpp
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 75), st.integers(1, 40)), pads,
+    st.sampled_from([(1, 1), (2, 1), (1, 2)]), st.sampled_from(DTYPES), st.booleans(), st.booleans(),
+    st.sampled_from(["none", "lrelu", "linear"]),
+)  # fmt: skip
+def test_strips_of_the_cuda_kernel(
+    shape: tuple[int, int, int, int], pad: list[int], rates: tuple[int, int], dtype: torch.dtype, last: bool,
+    flip: bool, act: str,
+) -> None:  # fmt: skip
+    """Its threads, run one after another on the host, write every output once and nothing else, at any edge."""
+    up, down = rates
+    _, _, h, w = shape
+    assume(h * up + pad[2] + pad[3] >= 4 and w * up + pad[0] + pad[1] >= 4)
+    check_strips(draw(*shape, seed=1).to(dtype), (up, down, pad, 1.5, flip), last, act)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rates", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("act", ["none", "lrelu"])
+def test_strips_of_the_cuda_kernel_read_packs(act: str, rates: tuple[int, int], dtype: torch.dtype) -> None:
+    for channels in (4, 8, 20):
+        check_strips(draw(2, channels, 37, 9, seed=1).to(dtype), (*rates, [2, 1, 1, 2], 4.0, False), True, act)
+
+
+def check_strips(x: Tensor, setting: tuple[Any, ...], last: bool, act: str) -> None:
+    fmt = FORMATS[last]
+    x, fir = x.contiguous(memory_format=fmt), draw(4, seed=2)
+    n, c = x.shape[:2]
+    expected = reference(x.double(), fir.double(), *setting)
+    size, margin = expected.numel(), 64
+    buffer = x.new_empty(size + 2 * margin)
+    y = buffer[margin:-margin].as_strided(
+        expected.shape, torch.empty(expected.shape, device="meta").contiguous(memory_format=fmt).stride(), margin
+    )
+    fields = native_geometry(x, fir, *setting, y) | {"channels_last": last}
+    scale, noise, bias = draw(n, c, seed=3), draw(n, 1, *y.shape[2:], seed=4), draw(c, seed=5)
+    strength, add = torch.tensor(0.3), draw(*y.shape, seed=6).to(x.dtype).contiguous(memory_format=fmt)
+    if act != "none":
+        operands = {"scale": scale, "noise": noise, "bias": bias, "strength": strength, "add": add}
+        fields |= {name: tensor.data_ptr() for name, tensor in operands.items()}
+        fields |= {"epilogue": True, "act": ACTIVATIONS.index(act), "slope": 0.2, "gain": 1.4, "clamp": 3.0}
+        fields["noise_stride"] = noise[0].numel()
+        expected = noise_bias_act(expected, scale, noise, strength, bias, act=act, gain=1.4, clamp=3.0) + add
+    bound = TOLERANCE[x.dtype][0] * max(float(expected.abs().max()), float(fir.abs().sum()), 1e-3) * 2
+    for packs in (False, True) if last and c % 4 == 0 else (False,):
+        buffer.fill_(float("nan"))
+        assert native.module().upfirdn2d_strips(packs, **fields)
+        assert bool(((y.double() - expected).abs() <= bound).all())
+        assert bool(buffer[:margin].isnan().all() and buffer[-margin:].isnan().all())
+
+
+@needs_cpp
+def test_strips_leave_other_filters_to_the_blocks() -> None:
+    x = draw(1, 4, 8, 8, seed=1)
+    others: list[tuple[Tensor, int, int, dict[str, Any]]] = [
+        (draw(3, seed=2), 1, 1, {}),
+        (draw(4, 4, seed=2), 1, 1, {}),
+        (draw(4, seed=2), 2, 2, {}),
+        (draw(4, seed=2), 1, 1, {"epilogue": True, "act": ACTIVATIONS.index("silu")}),
+    ]
+    for fir, up, down, fields in others:
+        y = torch.full(output_shape(x, fir, up, down, [2] * 4), float("nan"))
+        call = native_geometry(x, fir, up, down, [2] * 4, 1.0, False, y) | fields
+        assert not native.module().upfirdn2d_strips(False, **call)
+        assert bool(y.isnan().all())
 
 
 def test_filters_are_made_as_documented() -> None:
