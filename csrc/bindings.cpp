@@ -200,10 +200,10 @@ void run_fir_blocks(const fe::UpFirDnParams& p, const fe::FirTile& tile) {
 }
 
 template <class T, int V>
-void run_fir_strips(const fe::UpFirDnParams& p) {
+void run_fir_strips(const fe::UpFirDnParams& p, int32_t rows) {
   using namespace fe::FE_ISA;
   if (!fir_strip_packs_fit<T, V>(p)) throw std::invalid_argument("packs do not fit");
-  const fe::FirStrips plan = plan_fir_strips(p, V);
+  const fe::FirStrips plan = cut_fir_strips(p, V, rows);
   visit_fir_strip<T, V>(p, [&](auto* strip) {
     using Strip = std::remove_pointer_t<decltype(strip)>;
     for (int64_t thread = 0; thread < plan.threads(p.out_width); ++thread)
@@ -286,17 +286,17 @@ PYBIND11_MODULE(_C, m) {
     packs ? run_fir_blocks<4>(params, tile) : run_fir_blocks<1>(params, tile);
     return py::make_tuple(tile.blocks(), fe::FE_ISA::fir_tile_floats(params, tile));
   });
-  // The same for the kernel of four separable taps. Returns whether it has this filter; where not, nothing is written.
-  m.def("upfirdn2d_strips", [](bool packs, const py::kwargs& values) {
+  // The same for the kernel of four separable taps, in strips of `rows`. Returns whether it has this filter; where not, nothing is written.
+  m.def("upfirdn2d_strips", [](bool packs, int32_t rows, const py::kwargs& values) {
     const auto params = read_params<fe::UpFirDnParams>("upfirdn2d_strips", values);
     if (fe::Error error = fe::check_upfirdn2d_fwd(params)) throw std::runtime_error(error);
     if (!fe::FE_ISA::fir_strips_fit(params)) return false;
     if (params.dtype == fe::kFloat32)
-      packs ? run_fir_strips<float, 4>(params) : run_fir_strips<float, 1>(params);
+      packs ? run_fir_strips<float, 4>(params, rows) : run_fir_strips<float, 1>(params, rows);
     else if (params.dtype == fe::kBFloat16)
-      packs ? run_fir_strips<fe::FE_ISA::BFloat16, 4>(params) : run_fir_strips<fe::FE_ISA::BFloat16, 1>(params);
+      packs ? run_fir_strips<fe::FE_ISA::BFloat16, 4>(params, rows) : run_fir_strips<fe::FE_ISA::BFloat16, 1>(params, rows);
     else
-      packs ? run_fir_strips<fe::FE_ISA::Float16, 4>(params) : run_fir_strips<fe::FE_ISA::Float16, 1>(params);
+      packs ? run_fir_strips<fe::FE_ISA::Float16, 4>(params, rows) : run_fir_strips<fe::FE_ISA::Float16, 1>(params, rows);
     return true;
   });
 

@@ -33,19 +33,24 @@ struct FirStrips {
 
 namespace FE_ISA {
 
-inline FirStrips plan_fir_strips(const UpFirDnParams& p, int32_t lanes) {
-  constexpr int64_t kEnough = int64_t{1} << 19;  // threads that fill the largest GPU several times
+inline FirStrips cut_fir_strips(const UpFirDnParams& p, int32_t lanes, int32_t rows) {
   FirStrips s{};
-  s.images = p.channels_last ? p.batch : p.batch * p.channels;
+  s.rows = rows;
   s.channels = static_cast<int32_t>(p.channels_last ? p.channels : 1);
   s.source_pitch = static_cast<int32_t>(p.in_width * s.channels);
   s.target_pitch = static_cast<int32_t>(p.out_width * s.channels);
+  s.images = p.channels_last ? p.batch : p.batch * p.channels;
   s.packs = s.channels / lanes;
-  // A strip reads three rows more than it has: long ones, unless they leave the GPU idle.
-  for (s.rows = 32;; s.rows /= 2) {
-    s.strips = (p.out_height + s.rows - 1) / s.rows;
-    if (s.rows == 4 || s.threads(p.out_width) >= kEnough) return s;
-  }
+  s.strips = (p.out_height + rows - 1) / rows;
+  return s;
+}
+
+// A strip reads three rows more than it has: long ones, unless they leave the GPU idle.
+inline FirStrips plan_fir_strips(const UpFirDnParams& p, int32_t lanes) {
+  constexpr int64_t kEnough = int64_t{1} << 19;  // threads that fill the largest GPU several times
+  int32_t rows = 32;
+  while (rows > 4 && cut_fir_strips(p, lanes, rows).threads(p.out_width) < kEnough) rows /= 2;
+  return cut_fir_strips(p, lanes, rows);
 }
 
 // Whether the strip kernel has this filter and activation, and 32 bits count its threads and the positions on an axis.

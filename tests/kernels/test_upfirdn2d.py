@@ -153,6 +153,24 @@ def test_images_of_many_tiles(
     assert_close("output", y, reference(x.double(), fir.double(), *setting), relative_l2=2e-6)
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("setting", SETTINGS[:3], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_channels_in_packs_of_four(
+    place: Place, setting: tuple[Any, ...], dtype: torch.dtype, fmt: torch.memory_format
+) -> None:
+    x = draw(2, 12, 38, 13, seed=1, low=0.1).to(dtype).to(memory_format=fmt)
+    check_against_oracle(
+        place,
+        lambda x: upfirdn2d(x, FIRS["one axis"].to(x.device), *setting),
+        lambda x: reference(x, FIRS["one axis"], *setting),
+        [x],
+        ("x",),
+        dtype,
+    )
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
 def test_keeps_memory_format(place: Place, fmt: torch.memory_format) -> None:
@@ -320,17 +338,17 @@ def check_blocks(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], las
 @given(
     st.tuples(st.integers(1, 3), st.integers(1, 12), st.integers(1, 75), st.integers(1, 40)), pads,
     st.sampled_from([(1, 1), (2, 1), (1, 2)]), st.sampled_from(DTYPES), st.booleans(), st.booleans(),
-    st.sampled_from(["none", "lrelu", "linear"]),
+    st.sampled_from(["none", "lrelu", "linear"]), st.sampled_from([1, 4, 7, 32]),
 )  # fmt: skip
 def test_strips_of_the_cuda_kernel(
     shape: tuple[int, int, int, int], pad: list[int], rates: tuple[int, int], dtype: torch.dtype, last: bool,
-    flip: bool, act: str,
+    flip: bool, act: str, rows: int,
 ) -> None:  # fmt: skip
-    """Its threads, run one after another on the host, write every output once and nothing else, at any edge."""
+    """Its threads, run one after another on the host, write every output and nothing else, at any edge."""
     up, down = rates
     _, _, h, w = shape
     assume(h * up + pad[2] + pad[3] >= 4 and w * up + pad[0] + pad[1] >= 4)
-    check_strips(draw(*shape, seed=1).to(dtype), (up, down, pad, 1.5, flip), last, act)
+    check_strips(draw(*shape, seed=1).to(dtype), (up, down, pad, 1.5, flip), last, act, rows)
 
 
 @needs_cpp
@@ -339,10 +357,10 @@ def test_strips_of_the_cuda_kernel(
 @pytest.mark.parametrize("act", ["none", "lrelu"])
 def test_strips_of_the_cuda_kernel_read_packs(act: str, rates: tuple[int, int], dtype: torch.dtype) -> None:
     for channels in (4, 8, 20):
-        check_strips(draw(2, channels, 37, 9, seed=1).to(dtype), (*rates, [2, 1, 1, 2], 4.0, False), True, act)
+        check_strips(draw(2, channels, 37, 9, seed=1).to(dtype), (*rates, [2, 1, 1, 2], 4.0, False), True, act, 8)
 
 
-def check_strips(x: Tensor, setting: tuple[Any, ...], last: bool, act: str) -> None:
+def check_strips(x: Tensor, setting: tuple[Any, ...], last: bool, act: str, rows: int) -> None:
     fmt = FORMATS[last]
     x, fir = x.contiguous(memory_format=fmt), draw(4, seed=2)
     n, c = x.shape[:2]
@@ -364,7 +382,7 @@ def check_strips(x: Tensor, setting: tuple[Any, ...], last: bool, act: str) -> N
     bound = TOLERANCE[x.dtype][0] * max(float(expected.abs().max()), float(fir.abs().sum()), 1e-3) * 2
     for packs in (False, True) if last and c % 4 == 0 else (False,):
         buffer.fill_(float("nan"))
-        assert native.module().upfirdn2d_strips(packs, **fields)
+        assert native.module().upfirdn2d_strips(packs, rows, **fields)
         assert bool(((y.double() - expected).abs() <= bound).all())
         assert bool(buffer[:margin].isnan().all() and buffer[-margin:].isnan().all())
 
@@ -381,7 +399,7 @@ def test_strips_leave_other_filters_to_the_blocks() -> None:
     for fir, up, down, fields in others:
         y = torch.full(output_shape(x, fir, up, down, [2] * 4), float("nan"))
         call = native_geometry(x, fir, up, down, [2] * 4, 1.0, False, y) | fields
-        assert not native.module().upfirdn2d_strips(False, **call)
+        assert not native.module().upfirdn2d_strips(False, 4, **call)
         assert bool(y.isnan().all())
 
 
