@@ -142,10 +142,11 @@ struct FirStrip {
   uint32_t bottom;       // the end of those of them inside the image, or 0
   const T* from;         // the first sample under the filter in row `next`; outside the image it is not read
   T* to;                 // the output to write next
-  const float* noise;    // of that output
+  int64_t pixel;         // in the noise, of that output
+  float noise;           // of that output, read while the one before it was made
   int32_t left;          // its column
   float taps[kStripTaps], along[kReach];  // as a correlation: all of them, and those that meet the samples of a row
-  float scale[V], bias[V];                // scale: with the filter's gain
+  float scale[V], bias[V], strength;      // scale: with the filter's gain
 
   FE_HD FirStrip(const UpFirDnParams& params, const FirStrips& strips, uint32_t thread) : p(params), plan(strips) {
     const uint32_t packs = static_cast<uint32_t>(plan.packs), columns = static_cast<uint32_t>(p.out_width);
@@ -178,7 +179,9 @@ struct FirStrip {
     if constexpr (EPILOGUE) {
       const int64_t sample = p.channels_last ? image : image / static_cast<uint32_t>(p.channels);
       const int64_t channel = p.channels_last ? lane : image % static_cast<uint32_t>(p.channels);
-      noise = p.noise ? p.noise + (sample * p.noise_stride + top * p.out_width + column) : nullptr;
+      strength = p.strength ? *p.strength : 1.0f;
+      pixel = sample * p.noise_stride + top * p.out_width + column;
+      noise = p.noise && top == row ? p.noise[pixel] : 0.0f;
       for (int32_t v = 0; v < V; ++v) {
         if (p.scale) scale[v] *= p.scale[sample * p.channels + channel + v];
         bias[v] = p.bias ? p.bias[channel + v] : 0.0f;
@@ -224,9 +227,9 @@ struct FirStrip {
       for (int32_t y = top; y < end; y += 2) {
         advance(h);
         for (int32_t v = 0; v < V; ++v) z[v] = a[v] + taps[3] * h[v], a[v] = taps[1] * h[v];
-        write(y >= row, z);
+        write(y >= row, y + 1 < end, z);
         for (int32_t v = 0; v < V; ++v) z[v] = b[v] + taps[2] * h[v], b[v] = taps[0] * h[v];
-        write(y + 1 < end, z);
+        write(y + 1 < end, y + 2 < end, z);
       }
     } else {
       load_operands();
@@ -240,21 +243,21 @@ struct FirStrip {
         }
         if (next < due) continue;
         due += DOWN;
-        write(true, z);
+        write(true, next < stop, z);
       }
     }
   }
 
-  // The next output, where it lies in the strip.
-  FE_HD void write(bool wanted, float* z) {
+  // The next output, where it lies in the strip; `more`: so does the one below.
+  FE_HD void write(bool wanted, bool more, float* z) {
     T* const out = to;
     to += plan.target_pitch;
     for (int32_t v = 0; v < V; ++v) z[v] *= scale[v];
     if constexpr (EPILOGUE) {
-      const float* const at = noise;
-      if (noise) noise += p.out_width;
+      const float shift = noise * strength;
+      pixel += p.out_width;
+      if (more && p.noise) noise = p.noise[pixel];
       if (!wanted) return;
-      const float shift = at ? *at * (p.strength ? *p.strength : 1.0f) : 0.0f;
       for (int32_t v = 0; v < V; ++v) z[v] = z[v] + shift + bias[v];
       const float slope = p.act == kLinear ? 1.0f : p.slope;
       for (int32_t v = 0; v < V; ++v) z[v] = finish<kLeakyRelu>(z[v], slope, p.gain, p.clamp);
