@@ -86,8 +86,26 @@ inline int64_t norm_partials(const NormModulateParams& p) {
   return plan.partial ? p.batch * p.channels * plan.blocks : 0;
 }
 
-inline int64_t norm_modulate_fwd_workspace(const NormModulateParams& p, bool) {
-  return p.norm == kInstanceNorm ? 2 * norm_partials(p) : 0;
+// How the CUDA kernels cut planes up for their sums: by the shape alone, so that a sample's bits do not depend on its batch.
+struct NormChunks {
+  int64_t chunks;  // of one plane
+  int32_t pixels_per_chunk;
+};
+
+constexpr int64_t kChunkElements = 4096;
+constexpr int64_t kChunkChannels = 32;  // channels_last: of the tile that a block of threads works on
+constexpr int64_t kManyChunks = 2048;   // of one sample: enough for every multiprocessor, chunks grow beyond it
+
+inline NormChunks plan_norm_chunks(const NormModulateParams& p) {
+  const int64_t grown = p.pixels * p.channels / (kChunkElements * kManyChunks);
+  const int64_t size = (p.channels_last ? kChunkElements / kChunkChannels : kChunkElements) *
+                       (grown < 1 ? 1 : (grown > 64 ? 64 : grown));
+  return {(p.pixels + size - 1) / size, static_cast<int32_t>(size)};
+}
+
+inline int64_t norm_modulate_fwd_workspace(const NormModulateParams& p, bool cuda) {
+  if (p.norm != kInstanceNorm) return 0;
+  return 2 * (cuda ? p.batch * p.channels * plan_norm_chunks(p).chunks : norm_partials(p));
 }
 
 inline bool norm_backward_needs_sums(const NormModulateParams& p) {
@@ -95,8 +113,10 @@ inline bool norm_backward_needs_sums(const NormModulateParams& p) {
          (p.grad_gamma && p.gamma_kind == kPerChannel) || (p.grad_beta && p.beta_kind == kPerChannel);
 }
 
-inline int64_t norm_modulate_bwd_workspace(const NormModulateParams& p, bool) {
-  return norm_backward_needs_sums(p) ? 3 * (norm_partials(p) + p.batch * p.channels) : 0;
+inline int64_t norm_modulate_bwd_workspace(const NormModulateParams& p, bool cuda) {
+  if (!norm_backward_needs_sums(p)) return 0;
+  const int64_t planes = p.batch * p.channels;
+  return 3 * ((cuda ? planes * plan_norm_chunks(p).chunks : norm_partials(p)) + planes);
 }
 
 inline Error check_norm_modulate(const NormModulateParams& p) {

@@ -111,6 +111,19 @@ def test_blocks(place: Place, fmt: torch.memory_format, shape: tuple[int, int, i
     )
 
 
+# Pixels and channels that vector accesses divide: planes of one step and of several, a tile that ends inside its width.
+@pytest.mark.parametrize("shape", [(1, 3, 72, 64), (2, 40, 12, 16), (2, 40, 4, 8)], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_aligned_shapes(
+    place: Place, dtype: torch.dtype, fmt: torch.memory_format, shape: tuple[int, int, int, int]
+) -> None:
+    for gamma, beta, norm in (("element", "pixel", "instance"), ("nc", "c", "given")):
+        tensors = inputs(shape, dtype, fmt, gamma, beta, norm)
+        check_against_oracle(place, ours(norm, act="silu"), oracle(norm, act="silu"), tensors, NAMES, dtype)
+
+
 def test_oracle_agrees_with_other_formulas() -> None:
     x, gamma, beta = draw(2, 3, 5, 4, seed=1).double(), draw(2, 3, seed=2).double(), draw(2, 3, 5, 4, seed=3).double()
     values = x.numpy()
