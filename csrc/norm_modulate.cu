@@ -86,25 +86,38 @@ struct Word<16> {
 };
 
 template <class L>
-__device__ __forceinline__ void load_pack(const void* data, int64_t index, float (&values)[L::V]) {
-  using T = typename L::T;
-  using Bits = typename Word<sizeof(T) * L::V>::type;
-  union {
-    Bits bits;
-    Pack<T, L::V> pack;
-  };
-  bits = __ldg(reinterpret_cast<const Bits*>(static_cast<const T*>(data) + index));
+using Bits = typename Word<sizeof(typename L::T) * L::V>::type;
+
+template <class L>
+union Elements {
+  Bits<L> bits;
+  Pack<typename L::T, L::V> pack;
+};
+
+template <class L>
+__device__ __forceinline__ Bits<L> load_bits(const void* data, int64_t index) {
+  return __ldg(reinterpret_cast<const Bits<L>*>(static_cast<const typename L::T*>(data) + index));
+}
+
+template <class L>
+__device__ __forceinline__ void unpack(Bits<L> bits, float (&values)[L::V]) {
+  Elements<L> elements;
+  elements.bits = bits;
 #pragma unroll
-  for (int v = 0; v < L::V; ++v) values[v] = load(pack.lane[v]);
+  for (int v = 0; v < L::V; ++v) values[v] = load(elements.pack.lane[v]);
+}
+
+template <class L>
+__device__ __forceinline__ void load_pack(const void* data, int64_t index, float (&values)[L::V]) {
+  unpack<L>(load_bits<L>(data, index), values);
 }
 
 template <class L>
 __device__ __forceinline__ void store_pack(const float (&values)[L::V], void* data, int64_t index) {
-  using T = typename L::T;
-  Pack<T, L::V> pack;
+  Elements<L> elements;
 #pragma unroll
-  for (int v = 0; v < L::V; ++v) store(values[v], &pack.lane[v]);
-  *reinterpret_cast<Pack<T, L::V>*>(static_cast<T*>(data) + index) = pack;
+  for (int v = 0; v < L::V; ++v) store(values[v], &elements.pack.lane[v]);
+  *reinterpret_cast<Bits<L>*>(static_cast<typename L::T*>(data) + index) = elements.bits;
 }
 
 // totals[i, channel] = the sum of values[i] over the threads that share the channel, in a fixed order, for all to read.
