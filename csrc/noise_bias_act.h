@@ -62,9 +62,25 @@ inline NoiseBiasActOffsets noise_bias_act_offsets(const NoiseBiasActParams& p, c
   return w;
 }
 
+// channels_last: a block of threads holds whole pixels, enough of them to pay for its row of sums, and not more than a
+// thousand blocks where that can be. Planar: it holds up to what a warp reads at once of every channel.
+inline BlockPlan plan_noise_bias_act_cuda(const NoiseBiasActParams& p) {
+  const int64_t pixels = p.batch * p.pixels;
+  int64_t size = 0;
+  if (p.channels_last) {
+    const int64_t worth = 4096 / p.channels, few = (pixels + 1023) / 1024;
+    size = worth > few ? worth : few;
+    size = size < 8 ? 8 : (size > kMaxBlockPixels ? kMaxBlockPixels : (size + 7) / 8 * 8);
+  } else {
+    size = 128;
+    while (size > 32 && pixels < 264 * size) size /= 2;
+  }
+  return {(p.pixels + size - 1) / size, static_cast<int32_t>(size)};
+}
+
 // Floats of workspace that the backward pass needs for the gradients asked for.
 inline int64_t noise_bias_act_bwd_workspace(const NoiseBiasActParams& p, bool cuda) {
-  return noise_bias_act_offsets(p, plan_blocks(cuda, p.pixels, p.channels)).total;
+  return noise_bias_act_offsets(p, cuda ? plan_noise_bias_act_cuda(p) : plan_cpu_blocks(p.pixels, p.channels)).total;
 }
 
 inline Error check_noise_bias_act(const NoiseBiasActParams& p) {
