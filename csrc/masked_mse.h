@@ -55,9 +55,16 @@ FE_HD HalfTap half_tap(int64_t i, int64_t size) {
 
 FE_HD float mix(float low, float high, float weight) { return (1.0f - weight) * low + weight * high; }
 
+// Blocks of threads a sample: some thousand together fill the largest GPU, and one block adds up a sample's sums.
+inline int64_t masked_mse_cuda_blocks(const MaskedMseParams& p) {
+  const int64_t wanted = (p.pixels + 1023) / 1024, most = p.batch < 66 ? 1056 / p.batch : 16;
+  return wanted < most ? wanted : most;
+}
+
 // Doubles of workspace: two sums a block.
 inline int64_t masked_mse_fwd_workspace(const MaskedMseParams& p, bool cuda) {
-  return 2 * p.batch * plan_blocks(cuda, p.pixels, p.channels).blocks_per_sample;
+  const int64_t blocks = cuda ? masked_mse_cuda_blocks(p) : plan_cpu_blocks(p.pixels, p.channels).blocks_per_sample;
+  return 2 * p.batch * blocks;
 }
 
 inline Error check_masked_mse(const MaskedMseParams& p) {
