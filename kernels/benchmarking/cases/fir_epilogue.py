@@ -7,6 +7,9 @@ from faceedit.kernels.benchmarking.case import Benchmark, Case, draw, size_of
 from faceedit.kernels.fir_epilogue import fir_epilogue, reference
 from faceedit.kernels.upfirdn2d import setup_filter
 
+# A few elements within rounding of the leaky ReLU's kink take the other slope; see noise_bias_act.
+TOLERANCE = {torch.float32: (1e-5, 1e-3)}
+
 
 def _ours(x: Tensor, fir: Tensor, scale: Tensor, noise: Tensor, strength: Tensor, bias: Tensor) -> Tensor:
     return fir_epilogue(
@@ -40,7 +43,8 @@ def _build(channels: int, side: int, channels_last: bool, dtype: torch.dtype) ->
     # Forward reads x and writes y. Backward reads the gradient and y, and writes the gradient to x; the demodulation's
     # belongs to the layer that made it.
     moved = (2 * size_of(x), 5 * size_of(x))
-    return Case((x, fir, *operands, draw(channels, seed=3)), _ours, _eager, moved, wanted=(0, 3, 4, 5))
+    inputs = (x, fir, *operands, draw(channels, seed=3))
+    return Case(inputs, _ours, _eager, moved, wanted=(0, 3, 4, 5), tolerance=TOLERANCE.get(dtype))
 
 
 # What follows every transposed convolution of a 256 and of a 1024 px StyleGAN2, and the skip connection of its last
