@@ -7,46 +7,54 @@ namespace fe {
 namespace FE_ISA {
 namespace {
 
-constexpr int kPixels = 256;  // plan_cuda_blocks never makes a larger block
+constexpr int kPixels = 256;  // plan_modulated_cuda never makes a larger block
 
-// One element of the epilogue: its output, stored, or x itself where only ToRGB's sums are wanted.
-template <class T, bool WRITE>
-struct ForwardElement {
-  const ModulatedEpilogueParams& p;
-  float strength;
-
-  __device__ __forceinline__ float operator()(int64_t index, int64_t sample, int64_t c, int64_t q) const {
-    const float x = load(static_cast<const T*>(p.x)[index]);
-    if (!WRITE) return x;
-    float z = x * p.scale[sample * p.channels + c];
-    if (p.noise) z += p.noise[sample * p.noise_stride + q] * strength;
-    const float y = finish(p.act, z + p.bias[c], p.slope, p.gain, p.clamp);
-    store(y, static_cast<T*>(p.y) + index);
-    return y;
-  }
-};
-
-// channels_last: a warp a pixel, its lanes neighbouring channels. Planar: a thread a pixel.
-template <class T, bool WRITE>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const ModulatedEpilogueParams p) {
-  const ForwardElement<T, WRITE> element{p, p.strength ? *p.strength : 1.0f};
-  const int lane = p.channels_last ? threadIdx.x % kWarp : 0, width = p.channels_last ? kWarp : 1;
+// channels_last: `width` lanes a pixel, a pack of V neighbouring channels each. Planar (V is 1): a thread a pixel.
+// WRITE: the epilogue's output is stored; otherwise only ToRGB's sums are wanted, of x itself.
+template <class T, int V, bool WRITE>
+__global__ void __launch_bounds__(kThreads, 4) forward_kernel(const ModulatedEpilogueParams p, const int width) {
+  const float strength = p.strength ? __ldg(p.strength) : 1.0f;
+  const int place = threadIdx.x % width;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads / width;
-  const int64_t total = p.batch * p.pixels;
-  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / width; i < total; i += stride) {
-    const int64_t sample = i / p.pixels, q = i - sample * p.pixels;
+  const int64_t own = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / width, total = p.batch * p.pixels;
+  const int64_t step = p.channels_last ? 1 : p.pixels;
+  // All lanes of a warp go round together: its first pixel decides.
+  const int64_t ahead = (threadIdx.x % kWarp) / width;
+  for (int64_t i = own; i - ahead < total; i += stride) {
+    const bool active = i < total;
+    const int64_t sample = (active ? i : 0) / p.pixels, q = (active ? i : 0) - sample * p.pixels;
+    const int64_t first = p.channels_last ? (sample * p.pixels + q) * p.channels : sample * p.channels * p.pixels + q;
     const float* factors = p.rgb_factors + sample * 3 * p.channels;
+    const float offset = WRITE && p.noise ? __ldg(p.noise + sample * p.noise_stride + q) * strength : 0.0f;
     float red = 0.0f, green = 0.0f, blue = 0.0f;
-    for (int64_t c = lane; c < p.channels; c += width) {
-      const int64_t index = p.channels_last ? i * p.channels + c : (sample * p.channels + c) * p.pixels + q;
-      const float value = element(index, sample, c, q);
-      red += value * factors[c];
-      green += value * factors[p.channels + c];
-      blue += value * factors[2 * p.channels + c];
+    for (int64_t c = place * V; active && c < p.channels; c += width * V) {
+      Fragment<T, V> pack;
+      float value[V], row[V];
+      pack.read(static_cast<const T*>(p.x) + first + c * step, 0);
+      pack.unpack(value);
+      if constexpr (WRITE) {
+        float bias[V];
+        read_floats(p.scale + sample * p.channels + c, row);
+        read_floats(p.bias + c, bias);
+#pragma unroll
+        for (int v = 0; v < V; ++v)
+          value[v] = finish(p.act, value[v] * row[v] + offset + bias[v], p.slope, p.gain, p.clamp);
+        pack.pack(value);
+        pack.write(static_cast<T*>(p.y) + first + c * step, 0);
+      }
+      read_floats(factors + c, row);
+#pragma unroll
+      for (int v = 0; v < V; ++v) red += value[v] * row[v];
+      read_floats(factors + p.channels + c, row);
+#pragma unroll
+      for (int v = 0; v < V; ++v) green += value[v] * row[v];
+      read_floats(factors + 2 * p.channels + c, row);
+#pragma unroll
+      for (int v = 0; v < V; ++v) blue += value[v] * row[v];
     }
-    if (p.channels_last) red = warp_sum(red), green = warp_sum(green), blue = warp_sum(blue);
+    red = group_sum(red, width), green = group_sum(green, width), blue = group_sum(blue, width);
     float* rgb = p.rgb + sample * 3 * p.pixels + q;
-    if (lane == 0) rgb[0] = red, rgb[p.pixels] = green, rgb[2 * p.pixels] = blue;
+    if (active && place == 0) rgb[0] = red, rgb[p.pixels] = green, rgb[2 * p.pixels] = blue;
   }
 }
 
@@ -91,59 +99,121 @@ struct BackwardElement {
 };
 
 // One block of threads per block of pixels of one sample; its sums go to its own rows of the workspace.
-template <class T, bool RGB, bool LAST>
+// channels_last: `width` lanes a pixel, a pack of V neighbouring channels each. Planar: V is 1.
+template <class T, bool RGB, bool LAST, int V>
 __global__ void __launch_bounds__(kThreads, 4)
     backward_kernel(const ModulatedEpilogueParams p, const BlockPlan plan, const ModulatedOffsets offsets,
-                    const InverseOfOutput inverse) {
+                    const InverseOfOutput inverse, const int width) {
   constexpr int kKinds = RGB ? 5 : 2;
-  __shared__ float rows[kWarps][kPixels];        // per warp: sum over channels of each pixel
-  __shared__ float sums[kKinds][kWarps][kWarp];  // channels_last: sums of 32 channels
+  constexpr int kCopies = LAST ? 1 : kWarps;
+  __shared__ float rows[kCopies][kPixels];           // sum over channels of each pixel; planar: per warp
+  __shared__ float sums[kKinds][kWarps][kWarp * V];  // channels_last: sums of as many channels as a warp sees at once
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t sample = blockIdx.x / plan.blocks_per_sample;
   const int64_t first = (blockIdx.x % plan.blocks_per_sample) * plan.pixels_per_block;
   const int64_t left = p.pixels - first;
   const int count = static_cast<int>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
-  const BackwardElement<T, RGB> element{p, inverse, p.strength ? *p.strength : 1.0f};
-  const int64_t area = static_cast<int64_t>(gridDim.x) * p.channels;
+  const float strength = p.strength ? __ldg(p.strength) : 1.0f;
+  const int64_t block = blockIdx.x % plan.blocks_per_sample;
   const bool wants_rows = p.grad_noise || p.grad_strength;
   // Where the row of sums of one kind begins; null when nobody wants it.
   auto row_of = [&](int kind) -> float* {
     float* row = p.workspace + blockIdx.x * p.channels;
     if (kind == 0) return p.grad_bias ? row + offsets.bias : nullptr;
     if (kind == 1) return p.grad_scale ? row + offsets.scale : nullptr;
-    return p.grad_factors ? row + offsets.factors + (kind - 2) * area : nullptr;
+    const int64_t factors = ((sample * 3 + kind - 2) * plan.blocks_per_sample + block) * p.channels;
+    return p.grad_factors ? p.workspace + offsets.factors + factors : nullptr;
   };
-  for (int q = lane; q < count; q += kWarp) rows[warp][q] = 0.0f;
-  __syncwarp();
-
   if constexpr (LAST) {
-    // A warp owns every eighth pixel; its lanes are 32 neighbouring channels.
-    for (int64_t tile = 0; tile < p.channels; tile += kWarp) {
-      const int64_t c = tile + lane;
-      Terms sum{};
-      for (int q = warp; q < count; q += kWarps) {
-        Terms terms{};
-        if (c < p.channels)
-          terms = element((sample * p.pixels + first + q) * p.channels + c, sample, c, first + q);
+    constexpr int U = 2;  // pixels in flight
+    const int place = lane % width, group = lane / width, groups = kWarp / width;
+    const float* noise = p.noise ? p.noise + sample * p.noise_stride + first : nullptr;
+    for (int64_t start = 0; start < p.channels; start += width * V) {
+      const int64_t c = start + place * V;
+      const bool inside = c < p.channels;
+      float scale[V], bias[V], factors[3][V], sum[kKinds][V];
 #pragma unroll
-        for (int k = 0; k < kKinds; ++k) sum.value[k] += terms.value[k];
-        if (wants_rows) {
-          const float row = warp_sum(terms.value[0]);
-          if (lane == 0) rows[warp][q] += row;
+      for (int v = 0; v < V; ++v) {
+        scale[v] = p.scale && inside ? __ldg(p.scale + sample * p.channels + c + v) : 1.0f;
+        bias[v] = p.bias && inside ? __ldg(p.bias + c + v) : 0.0f;
+#pragma unroll
+        for (int k = 0; k < 3; ++k)
+          factors[k][v] = RGB && inside ? __ldg(p.rgb_factors + (sample * 3 + k) * p.channels + c + v) : 0.0f;
+#pragma unroll
+        for (int k = 0; k < kKinds; ++k) sum[k][v] = 0.0f;
+      }
+      for (int at = warp * groups; at < count; at += U * kWarps * groups) {
+        Fragment<T, V> y_pack[U], grad_pack[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const int q = at + u * kWarps * groups + group;
+          if (q >= count || !inside) continue;
+          const int64_t index = (sample * p.pixels + first + q) * p.channels + c;
+          y_pack[u].read(static_cast<const T*>(p.saved) + index, 0);
+          if (p.grad) grad_pack[u].read(static_cast<const T*>(p.grad) + index, 0);
+        }
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const int q = at + u * kWarps * groups + group;
+          const bool active = q < count && inside;
+          float row = 0.0f;
+          if (active) {  // a lane beyond the end adds nothing to the sums
+            float y[V], grad[V] = {};
+            y_pack[u].unpack(y);
+            if (p.grad) grad_pack[u].unpack(grad);
+            if constexpr (RGB) {
+#pragma unroll
+              for (int k = 0; k < 3; ++k) {
+                const float g = __ldg(p.grad_rgb + (sample * 3 + k) * p.pixels + first + q);
+#pragma unroll
+                for (int v = 0; v < V; ++v) grad[v] += g * factors[k][v], sum[2 + k][v] += g * y[v];
+              }
+            }
+            const float offset = noise ? __ldg(noise + q) * strength : 0.0f;
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              const float gz = grad[v] * slope_from_output(p.act, y[v], p.slope, p.gain, inverse.clamp);
+              const float core = p.act == kLeakyRelu
+                                     ? input_from_output<kLeakyRelu>(y[v], inverse.above, inverse.below)
+                                     : input_from_output<kLinear>(y[v], inverse.above, inverse.below);
+              row += gz;
+              sum[0][v] += gz;
+              sum[1][v] += gz * (core - offset - bias[v]);
+              grad[v] = gz * scale[v];
+            }
+            y_pack[u].pack(grad);
+            y_pack[u].write(static_cast<T*>(p.grad_x) + (sample * p.pixels + first + q) * p.channels + c, 0);
+          }
+          if (!wants_rows) continue;
+          row = group_sum(row, width);
+          // The same lane sees this pixel again in the next piece of its channels.
+          if (active && place == 0) rows[0][q] = start ? rows[0][q] + row : row;
         }
       }
 #pragma unroll
-      for (int k = 0; k < kKinds; ++k) sums[k][warp][lane] = sum.value[k];
+      for (int k = 0; k < kKinds; ++k) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const float total = sum_over_groups(sum[k][v], width);
+          if (group == 0) sums[k][warp][place * V + v] = total;
+        }
+      }
       __syncthreads();
-      if (warp < kKinds && c < p.channels) {
+      for (int j = threadIdx.x; j < kKinds * kWarp * V; j += kThreads) {
+        const int kind = j / (kWarp * V), channel = j % (kWarp * V);
+        float* row = row_of(kind);
+        if (!row || channel >= width * V || start + channel >= p.channels) continue;
         float total = 0.0f;
-        for (int w = 0; w < kWarps; ++w) total += sums[warp][w][lane];
-        if (float* row = row_of(warp)) row[c] = total;
+        for (int w = 0; w < kWarps; ++w) total += sums[kind][w][channel];
+        row[start + channel] = total;
       }
       __syncthreads();
     }
   } else {
     // A warp owns every eighth channel; its lanes are neighbouring pixels.
+    const BackwardElement<T, RGB> element{p, inverse, strength};
+    for (int q = lane; q < count; q += kWarp) rows[warp][q] = 0.0f;
+    __syncwarp();
     for (int64_t c = warp; c < p.channels; c += kWarps) {
       Terms sum{};
       for (int q = lane; q < count; q += kWarp) {
@@ -166,8 +236,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   float strength_sum = 0.0f;
   for (int q = threadIdx.x; q < count; q += kThreads) {
     float row = 0.0f;
-    for (int w = 0; w < kWarps; ++w) row += rows[w][q];
-    if (p.grad_noise) p.grad_noise[sample * p.pixels + first + q] = row * element.strength;
+    for (int w = 0; w < kCopies; ++w) row += rows[w][q];
+    if (p.grad_noise) p.grad_noise[sample * p.pixels + first + q] = row * strength;
     if (p.grad_strength) strength_sum += row * p.noise[sample * p.noise_stride + first + q];
   }
   if (!p.grad_strength) return;
@@ -181,106 +251,148 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-// The sums were of dL/dz * (scale * x); what multiplies scale is x.
-__global__ void __launch_bounds__(kThreads) divide_kernel(float* sums, const float* scale, int64_t count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) sums[i] /= scale[i];
-}
-
-template <class T>
-struct StyleElement {
-  const ModulatedStyleParams& p;
-
-  __device__ __forceinline__ float operator()(int64_t index, float style) const {
-    const float grad = load(static_cast<const T*>(p.grad)[index]);
-    const float term = p.grad_style ? grad * load(static_cast<const T*>(p.x)[index]) : 0.0f;
-    store(grad * style, static_cast<T*>(p.grad_x) + index);
-    return term;
-  }
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads) style_kernel(const ModulatedStyleParams p, const BlockPlan plan) {
-  __shared__ float sums[kWarps][kWarp];
+// Lines as in noise_bias_act.cu: the channels of a pixel, or (planar) a block's pixels of a channel.
+template <class T, int V>
+__global__ void __launch_bounds__(kThreads, 4)
+    style_kernel(const ModulatedStyleParams p, const BlockPlan plan, const int width) {
+  constexpr int U = 2;  // lines in flight
+  __shared__ float across[kWarps][kWarp * V];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int place = lane % width, group = lane / width, groups = kWarp / width;
   const int64_t sample = blockIdx.x / plan.blocks_per_sample;
   const int64_t first = (blockIdx.x % plan.blocks_per_sample) * plan.pixels_per_block;
   const int64_t left = p.pixels - first;
-  const int count = static_cast<int>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
-  const StyleElement<T> element{p};
+  const int64_t count = left < plan.pixels_per_block ? left : plan.pixels_per_block;
+  const int64_t lines = p.channels_last ? count : p.channels, length = p.channels_last ? p.channels : count;
+  const int64_t pitch = p.channels_last ? p.channels : p.pixels;
+  const int64_t base =
+      p.channels_last ? (sample * p.pixels + first) * p.channels : sample * p.channels * p.pixels + first;
+  const float* styles = p.style + sample * p.channels;
   float* row = p.grad_style ? p.workspace + blockIdx.x * p.channels : nullptr;
-  if (p.channels_last) {
-    for (int64_t tile = 0; tile < p.channels; tile += kWarp) {
-      const int64_t c = tile + lane;
-      float sum = 0.0f;
-      if (c < p.channels) {
-        const float style = p.style[sample * p.channels + c];
-        for (int q = warp; q < count; q += kWarps)
-          sum += element((sample * p.pixels + first + q) * p.channels + c, style);
+  for (int64_t start = 0; start < length; start += width * V) {
+    const int64_t own = start + place * V;
+    const bool inside = own < length;
+    float style[V], sums[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) sums[v] = 0.0f, style[v] = p.channels_last && inside ? __ldg(styles + own + v) : 0.0f;
+    for (int64_t at = warp * groups; at < lines; at += U * kWarps * groups) {
+      Fragment<T, V> grad_pack[U], x_pack[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int64_t line = at + u * kWarps * groups + group;
+        if (line >= lines || !inside) continue;
+        const int64_t index = base + line * pitch + own;
+        grad_pack[u].read(static_cast<const T*>(p.grad) + index, 0);
+        if (row) x_pack[u].read(static_cast<const T*>(p.x) + index, 0);
       }
-      sums[warp][lane] = sum;
-      __syncthreads();
-      if (warp == 0 && row && c < p.channels) {
-        float total = 0.0f;
-        for (int w = 0; w < kWarps; ++w) total += sums[w][lane];
-        row[c] = total;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const int64_t line = at + u * kWarps * groups + group;
+        const bool active = line < lines && inside;
+        float line_sum = 0.0f;
+        if (active) {
+          float grad[V], x[V];
+          grad_pack[u].unpack(grad);
+          if (row) {
+            x_pack[u].unpack(x);
+#pragma unroll
+            for (int v = 0; v < V; ++v) sums[v] += grad[v] * x[v], line_sum += grad[v] * x[v];
+          }
+          const float line_style = p.channels_last ? 0.0f : __ldg(styles + line);
+#pragma unroll
+          for (int v = 0; v < V; ++v) grad[v] *= p.channels_last ? style[v] : line_style;
+          grad_pack[u].pack(grad);
+          grad_pack[u].write(static_cast<T*>(p.grad_x) + base + line * pitch + own, 0);
+        }
+        if (p.channels_last || !row) continue;
+        line_sum = group_sum(line_sum, width);
+        if (active && place == 0) row[line] = start ? row[line] + line_sum : line_sum;
       }
-      __syncthreads();
     }
-  } else {
-    for (int64_t c = warp; c < p.channels; c += kWarps) {
-      const float style = p.style[sample * p.channels + c];
-      float sum = 0.0f;
-      for (int q = lane; q < count; q += kWarp)
-        sum += element((sample * p.channels + c) * p.pixels + first + q, style);
-      sum = warp_sum(sum);
-      if (lane == 0 && row) row[c] = sum;
+    if (!p.channels_last || !row) continue;
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const float sum = sum_over_groups(sums[v], width);
+      if (group == 0) across[warp][place * V + v] = sum;
     }
+    __syncthreads();
+    for (int j = threadIdx.x; j < width * V && start + j < length; j += kThreads) {
+      float total = 0.0f;
+      for (int w = 0; w < kWarps; ++w) total += across[w][j];
+      row[start + j] = total;
+    }
+    __syncthreads();
   }
+}
+
+template <class T, int V>
+void launch_forward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
+  int width = 1;
+  while (p.channels_last && width < kWarp && width * V < p.channels) width *= 2;
+  const unsigned blocks = grid_stride_blocks(p.batch * p.pixels * width);
+  if (p.y)
+    forward_kernel<T, V, true><<<blocks, kThreads, 0, stream>>>(p, width);
+  else
+    forward_kernel<T, V, false><<<blocks, kThreads, 0, stream>>>(p, width);
 }
 
 template <class T>
 void forward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
-  const int64_t threads = p.batch * p.pixels * (p.channels_last ? kWarp : 1);
-  const int64_t wanted = (threads + kThreads - 1) / kThreads;
-  const unsigned blocks = static_cast<unsigned>(wanted < 132 * 32 ? wanted : 132 * 32);
-  if (p.y)
-    forward_kernel<T, true><<<blocks, kThreads, 0, stream>>>(p);
+  constexpr int V = 4, kBytes = V * sizeof(T);
+  if (p.channels_last && p.channels % V == 0 && aligned(p.x, kBytes) && aligned(p.y, kBytes) && aligned(p.scale, 16) &&
+      aligned(p.bias, 16) && aligned(p.rgb_factors, 16))
+    launch_forward<T, V>(p, stream);
   else
-    forward_kernel<T, false><<<blocks, kThreads, 0, stream>>>(p);
+    launch_forward<T, 1>(p, stream);
 }
 
 template <class T>
 void backward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
-  const BlockPlan plan = plan_cuda_blocks(p.pixels, p.channels);
+  const BlockPlan plan = plan_modulated_cuda(p);
   const ModulatedOffsets offsets = modulated_offsets(p, plan);
   const int64_t each = plan.blocks_per_sample, blocks = p.batch * each;
   const unsigned grid = static_cast<unsigned>(blocks);
   T rounded;
   store(p.clamp, &rounded);
   const InverseOfOutput inverse{p.clamp < 0.0f ? p.clamp : load(rounded), 1.0f / p.gain, 1.0f / (p.gain * p.slope)};
-  auto kernel = p.grad_rgb ? (p.channels_last ? backward_kernel<T, true, true> : backward_kernel<T, true, false>)
-                           : (p.channels_last ? backward_kernel<T, false, true> : backward_kernel<T, false, false>);
-  kernel<<<grid, kThreads, 0, stream>>>(p, plan, offsets, inverse);
-  if (p.grad_bias) combine_cuda(p.workspace + offsets.bias, 1, blocks, p.channels, p.grad_bias, stream);
-  if (p.grad_strength) combine_cuda(p.workspace + offsets.strength, 1, blocks, 1, p.grad_strength, stream);
-  if (p.grad_scale) {
-    combine_cuda(p.workspace + offsets.scale, p.batch, each, p.channels, p.grad_scale, stream);
-    const int64_t count = p.batch * p.channels;
-    const unsigned divisions = static_cast<unsigned>((count + kThreads - 1) / kThreads);
-    if (p.scale) divide_kernel<<<divisions, kThreads, 0, stream>>>(p.grad_scale, p.scale, count);
-  }
-  for (int64_t n = 0; n < p.batch && p.grad_factors; ++n)
-    for (int k = 0; k < 3; ++k)
-      combine_cuda(p.workspace + offsets.factors + (k * blocks + n * each) * p.channels, 1, each, p.channels,
-                   p.grad_factors + (n * 3 + k) * p.channels, stream);
+  constexpr int kBytes = 2 * sizeof(T);
+  const bool pairs = p.channels_last && p.channels % 2 == 0 && aligned(p.saved, kBytes) && aligned(p.grad, kBytes) &&
+                     aligned(p.grad_x, kBytes);
+  int width = 1;
+  while (width < kWarp && width * (pairs ? 2 : 1) < p.channels) width *= 2;
+#define FE_PICK(RGB)                                         \
+  (!p.channels_last ? backward_kernel<T, RGB, false, 1>      \
+                    : (pairs ? backward_kernel<T, RGB, true, 2> : backward_kernel<T, RGB, true, 1>))
+  auto kernel = p.grad_rgb ? FE_PICK(true) : FE_PICK(false);
+#undef FE_PICK
+  kernel<<<grid, kThreads, 0, stream>>>(p, plan, offsets, inverse, width);
+  // The sums for scale were of dL/dz * (scale * x); what multiplies scale is x.
+  combine_cuda<4>({{{p.workspace + offsets.bias, 1, blocks, p.channels, p.grad_bias, nullptr},
+                    {p.workspace + offsets.scale, p.batch, each, p.channels, p.grad_scale, p.scale},
+                    {p.workspace + offsets.factors, 3 * p.batch, each, p.channels, p.grad_factors, nullptr},
+                    {p.workspace + offsets.strength, 1, blocks, 1, p.grad_strength, nullptr}}},
+                  stream);
+}
+
+template <class T, int V>
+void launch_style(const ModulatedStyleParams& p, cudaStream_t stream) {
+  const BlockPlan plan = plan_modulated_cuda(p);
+  const int64_t piece = p.pixels < plan.pixels_per_block ? p.pixels : plan.pixels_per_block;
+  int width = 1;
+  while (width < kWarp && width * V < (p.channels_last ? p.channels : piece)) width *= 2;
+  const unsigned blocks = static_cast<unsigned>(p.batch * plan.blocks_per_sample);
+  style_kernel<T, V><<<blocks, kThreads, 0, stream>>>(p, plan, width);
+  if (p.grad_style) combine_cuda(p.workspace, p.batch, plan.blocks_per_sample, p.channels, p.grad_style, stream);
 }
 
 template <class T>
 void style(const ModulatedStyleParams& p, cudaStream_t stream) {
-  const BlockPlan plan = plan_cuda_blocks(p.pixels, p.channels);
-  style_kernel<T><<<static_cast<unsigned>(p.batch * plan.blocks_per_sample), kThreads, 0, stream>>>(p, plan);
-  if (p.grad_style) combine_cuda(p.workspace, p.batch, plan.blocks_per_sample, p.channels, p.grad_style, stream);
+  constexpr int V = 4, kBytes = V * sizeof(T);
+  if ((p.channels_last ? p.channels : p.pixels) % V == 0 && aligned(p.x, kBytes) && aligned(p.grad, kBytes) &&
+      aligned(p.grad_x, kBytes))
+    launch_style<T, V>(p, stream);
+  else
+    launch_style<T, 1>(p, stream);
 }
 
 }  // namespace

@@ -91,12 +91,27 @@ inline ModulatedOffsets modulated_offsets(const ModulatedEpilogueParams& p, cons
   return w;
 }
 
+// Fewer pixels a block where a plane is small, so that there are blocks enough for the largest GPU; a multiple of 8 of
+// them, so that packs of pixels stay aligned.
+template <class Params>
+BlockPlan plan_modulated_cuda(const Params& p) {
+  const int64_t wanted = (p.batch * p.pixels < (1 << 16) ? 4096 : 16384) / p.channels / 8 * 8;
+  const int64_t fewest = p.channels_last ? 8 : 32;
+  const int64_t size = wanted < fewest ? fewest : (wanted > 256 ? 256 : wanted);
+  return {(p.pixels + size - 1) / size, static_cast<int32_t>(size)};
+}
+
+template <class Params>
+BlockPlan plan_modulated(const Params& p, bool cuda) {
+  return cuda ? plan_modulated_cuda(p) : plan_cpu_blocks(p.pixels, p.channels);
+}
+
 inline int64_t modulated_epilogue_bwd_workspace(const ModulatedEpilogueParams& p, bool cuda) {
-  return modulated_offsets(p, plan_blocks(cuda, p.pixels, p.channels)).total;
+  return modulated_offsets(p, plan_modulated(p, cuda)).total;
 }
 
 inline int64_t modulated_style_bwd_workspace(const ModulatedStyleParams& p, bool cuda) {
-  return p.grad_style ? p.batch * plan_blocks(cuda, p.pixels, p.channels).blocks_per_sample * p.channels : 0;
+  return p.grad_style ? p.batch * plan_modulated(p, cuda).blocks_per_sample * p.channels : 0;
 }
 
 template <class Params>
