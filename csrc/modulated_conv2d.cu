@@ -262,24 +262,25 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t sample = blockIdx.x / plan.blocks_per_sample;
   const int64_t first = (blockIdx.x % plan.blocks_per_sample) * plan.pixels_per_block;
   const int64_t left = p.pixels - first;
-  const int64_t count = left < plan.pixels_per_block ? left : plan.pixels_per_block;
-  const int64_t lines = p.channels_last ? count : p.channels, length = p.channels_last ? p.channels : count;
+  const int count = static_cast<int>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
+  const int channels = static_cast<int>(p.channels);
+  const int lines = p.channels_last ? count : channels, length = p.channels_last ? channels : count;
   const int64_t pitch = p.channels_last ? p.channels : p.pixels;
   const int64_t base =
       p.channels_last ? (sample * p.pixels + first) * p.channels : sample * p.channels * p.pixels + first;
   const float* styles = p.style + sample * p.channels;
   float* row = p.grad_style ? p.workspace + blockIdx.x * p.channels : nullptr;
-  for (int64_t start = 0; start < length; start += width * V) {
-    const int64_t own = start + place * V;
+  for (int start = 0; start < length; start += width * V) {
+    const int own = start + place * V;
     const bool inside = own < length;
     float style[V], sums[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) sums[v] = 0.0f, style[v] = p.channels_last && inside ? __ldg(styles + own + v) : 0.0f;
-    for (int64_t at = warp * groups; at < lines; at += U * kWarps * groups) {
+    for (int at = warp * groups; at < lines; at += U * kWarps * groups) {
       Fragment<T, V> grad_pack[U], x_pack[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int64_t line = at + u * kWarps * groups + group;
+        const int line = at + u * kWarps * groups + group;
         if (line >= lines || !inside) continue;
         const int64_t index = base + line * pitch + own;
         grad_pack[u].read(static_cast<const T*>(p.grad) + index, 0);
@@ -287,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int64_t line = at + u * kWarps * groups + group;
+        const int line = at + u * kWarps * groups + group;
         const bool active = line < lines && inside;
         float line_sum = 0.0f;
         if (active) {
@@ -411,7 +412,10 @@ void style(const ModulatedStyleParams& p, cudaStream_t stream) {
 
 Error modulated_epilogue_fwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) { FE_RUN(forward, p) }
 Error modulated_epilogue_bwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) { FE_RUN(backward, p) }
-Error modulated_style_bwd_cuda(const ModulatedStyleParams& p, int device, void* stream) { FE_RUN(style, p) }
+Error modulated_style_bwd_cuda(const ModulatedStyleParams& p, int device, void* stream) {
+  if (p.channels >= (int64_t{1} << 30)) return "channels must be below 2^30";
+  FE_RUN(style, p)
+}
 
 #undef FE_RUN
 
