@@ -68,7 +68,7 @@ for name in "${stages[@]}"; do
     tests)
       # Compiling for Triton is most of it, on one core each.
       stage tests "$python" -m pytest -q -n auto -p no:cacheprovider tests/kernels \
-        tests/faceedit/test_maskfacegan_optimizer.py -m gpu
+        tests/faceedit/test_maskfacegan_optimizer.py tests/faceedit/test_resizing.py -m gpu
       ;;
     memcheck | racecheck) sanitize "$name" ;;
     benchmark) stage benchmark "$python" -m faceedit bench kernels --device cuda --json "$work/benchmark.json" "${options[@]}" ;;

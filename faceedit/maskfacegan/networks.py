@@ -11,13 +11,13 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceedit.attributes import check_attribute
 from faceedit.errors import WeightsError
 from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN, LabelScheme, convert_soft, scheme
 from faceedit.maskfacegan.perceptual import Features
+from faceedit.networks.resizing import resample
 
 Noise = Sequence[Tensor] | str
 
@@ -37,16 +37,14 @@ def resize(image: Tensor, size_px: int) -> Tensor:
     """(N,C,H,W) at another size: averaged over areas when it shrinks (as released), bilinear when it grows."""
     if image.shape[-2:] == (size_px, size_px):
         return image
-    if max(image.shape[-2:]) > size_px:
-        return F.interpolate(image, (size_px, size_px), mode="area")
-    return F.interpolate(image, (size_px, size_px), mode="bilinear", align_corners=False)
+    return resample(image, size_px, "area" if max(image.shape[-2:]) > size_px else "bilinear")
 
 
 def resize_mask(mask: Tensor, size_px: int) -> Tensor:
     """Masks at another size, bilinearly both ways, as the released code has them."""
     if mask.shape[-2:] == (size_px, size_px):
         return mask
-    return F.interpolate(mask, (size_px, size_px), mode="bilinear", align_corners=False)
+    return resample(mask, size_px, "bilinear")
 
 
 class RegionParser:
@@ -96,7 +94,9 @@ class AttributeJudge:
         """The judge of these attributes alone, without the branches that only others need."""
         wanted = tuple(dict.fromkeys(check_attribute(name, self.known) for name in names))
         prune: Any = getattr(self.network, "select", None)
-        return AttributeJudge(self.network if prune is None else prune(wanted), wanted)
+        judge = AttributeJudge(self.network if prune is None else prune(wanted), wanted)
+        judge.is_half = self.is_half
+        return judge
 
     def __call__(self, image: Tensor) -> Tensor:
         """(N,3,S,S) in [-1, 1] to logits (N, len(names)), fp32; differentiable in the image."""
@@ -154,6 +154,7 @@ def in_precision(networks: Networks, dtype: str) -> Iterator[Networks]:
     before = getattr(synthesis, "precision", None)
     synthesis.precision = Precision("bfloat16")
     parser, classifier = copy.copy(networks.parser), copy.copy(networks.classifier)
+    parser.network, classifier.network = _halved(parser.network), _halved(classifier.network)
     parser.is_half = classifier.is_half = True
     try:
         yield replace(networks, parser=parser, classifier=classifier)
@@ -171,6 +172,15 @@ def _run(network: nn.Module, image: Tensor, is_half: bool) -> Tensor:
     """The network's output in fp32. Autocast keeps no copies of weights: a captured graph must not hold stale ones."""
     with torch.autocast(image.device.type, torch.bfloat16, enabled=is_half, cache_enabled=False):
         return network(image).float()
+
+
+def _halved(network: nn.Module) -> nn.Module:
+    """A copy whose convolutions hold the weights that autocast would round anew in every pass."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.weight.data = module.weight.data.to(torch.bfloat16)
+    return network
 
 
 def _frozen(network: nn.Module) -> nn.Module:

@@ -342,8 +342,8 @@ class _Run:
             for name, (_, term) in terms.items():
                 state.terms.setdefault(name, torch.zeros_like(term)).copy_(term)
             state.is_finite &= total.isfinite()
-            for tensor in wanted:  # a gradient that is not finite shows in what it moved
-                state.is_finite &= tensor.isfinite().flatten(1).all(1)
+            # A gradient that is not finite shows in what it moved, and that in its sum.
+            state.is_finite &= torch.stack([tensor.flatten(1).sum(1) for tensor in wanted]).isfinite().all(0)
             for tensor, old in zip(wanted, before, strict=True):
                 kept = state.is_finite.view(-1, *[1] * (tensor.ndim - 1))
                 tensor.copy_(torch.where(kept, tensor, old))
@@ -352,7 +352,9 @@ class _Run:
             state.counter += 1
 
     def _adam(self, tensors: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(tensors, lr=rate, capturable=self.config.cuda_graph and self.source.is_cuda)
+        is_cuda = self.source.is_cuda
+        capturable = self.config.cuda_graph and is_cuda
+        return torch.optim.Adam(tensors, lr=rate, capturable=capturable, fused=True if is_cuda else None)
 
 
 def _draw_noise(networks: Networks, count: int, seed: int, device: torch.device) -> list[Tensor]:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faceedit.networks.resizing import resample
+
 _EPS = 1e-10
 
 
@@ -68,8 +70,7 @@ class StageFeatures:
     def __call__(self, image: Tensor) -> list[Tensor]:
         x = image
         if self.size_px is not None and x.shape[-1] != self.size_px:
-            shrinks = x.shape[-1] > self.size_px
-            x = F.interpolate(x, (self.size_px, self.size_px), mode="area" if shrinks else "bilinear")
+            x = resample(x, self.size_px, "area" if x.shape[-1] > self.size_px else "bilinear")
         maps = []
         for layer in self.layers:
             if isinstance(layer, nn.MaxPool2d):

@@ -6,11 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from faceedit.labels import MASKFACEGAN, scheme
 from faceedit.networks.folding import fold_batch_norm
-from faceedit.networks.resizing import resize_square
+from faceedit.networks.resizing import resample, resize_square
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class RegionParser(nn.Module):
         logits = self.model(x)
         for side in (self.config.size_px, image.shape[-1]):
             if logits.shape[-1] != side:
-                logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
+                logits = resample(logits, side, "bilinear")
         return logits
 
     def fold_batch_norm(self) -> RegionParser:

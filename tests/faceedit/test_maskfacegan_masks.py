@@ -260,6 +260,7 @@ def test_half_precision_is_put_back_and_leaves_outputs_in_fp32() -> None:
     with in_precision(networks, "bfloat16") as half:
         assert networks.generator.synthesis.precision.dtype == "bfloat16"
         rough = half.parser(image)
+        assert half.classifier.select(["Smiling"]).is_half
         assert rough.dtype == half.classifier(image).dtype == torch.float32
     assert networks.generator.synthesis.precision == "as loaded"
     error = (rough - networks.parser(image)).abs().max()
