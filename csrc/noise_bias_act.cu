@@ -113,6 +113,13 @@ __device__ __forceinline__ void slopes(const NoiseBiasActParams& p, float clamp,
 #undef FE_CASE
 }
 
+// Blocks a multiprocessor has to hold of the kernels with two kinds of sums: sm_86 and sm_89 would spill at four.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr int kSumsBlocks = 2;
+#else
+constexpr int kSumsBlocks = 4;
+#endif
+
 constexpr int kLine = 128;  // elements of a line that a warp sees at once, in packs of four: the widest planar block
 
 // One block of threads per block of pixels of one sample; its sums go to its own row of the workspace. It sees lines of
@@ -120,7 +127,7 @@ constexpr int kLine = 128;  // elements of a line that a warp sees at once, in p
 // share a line, a pack of V elements each; a warp has 32 / width lines at once. Sums along a line pass between those
 // lanes, sums across lines stay in registers. V divides every line, or is 1.
 template <class T, int V, bool FROM_INPUT, bool LAST>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, V > 1 && FROM_INPUT && LAST ? kSumsBlocks : 4)
     backward_kernel(const NoiseBiasActParams p, const BlockPlan plan, const NoiseBiasActOffsets offsets,
                     const int width) {
   constexpr int U = FROM_INPUT ? 1 : 8 / sizeof(T);   // lines in flight; few enough for 64 registers
