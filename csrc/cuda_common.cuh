@@ -92,6 +92,24 @@ __device__ __forceinline__ void read_floats(const float* from, float (&out)[V]) 
   }
 }
 
+// `finish` of a pack; the switch stands outside the loop over it.
+template <class Params, int V>
+__device__ __forceinline__ void finish_all(const Params& p, float (&z)[V]) {
+#define FE_CASE(ACT)                                                                                  \
+  case ACT:                                                                                           \
+    _Pragma("unroll") for (int v = 0; v < V; ++v) z[v] = finish<ACT>(z[v], p.slope, p.gain, p.clamp); \
+    break;
+  switch (p.act) {
+    FE_CASE(kLinear)
+    FE_CASE(kRelu)
+    FE_CASE(kLeakyRelu)
+    FE_CASE(kTanh)
+    FE_CASE(kSigmoid)
+    FE_CASE(kSilu)
+  }
+#undef FE_CASE
+}
+
 inline bool aligned(const void* data, int64_t bytes) { return reinterpret_cast<uintptr_t>(data) % bytes == 0; }
 
 // Division by a number known at launch: one multiplication for numbers below 2^31 (Granlund, Montgomery 1994, fig. 4.1).
@@ -174,9 +192,11 @@ struct Combinations {
   Combination each[N];
 };
 
+constexpr int kCombineThreads = 1024;  // the longest sums are a few thousand values
+
 template <int N>
-static __global__ void __launch_bounds__(kThreads) combine_kernel(const Combinations<N> all) {
-  __shared__ double sums[kThreads];
+static __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const Combinations<N> all) {
+  __shared__ double sums[kCombineThreads];
   int64_t block = blockIdx.x;
   Combination c = all.each[0];
 #pragma unroll
@@ -187,14 +207,21 @@ static __global__ void __launch_bounds__(kThreads) combine_kernel(const Combinat
     block -= before;
     c = all.each[n];
   }
-  const int columns = combined_columns(c), rows = kThreads / columns;
+  const int columns = combined_columns(c), rows = kCombineThreads / columns;
   const int row = threadIdx.x / columns, column = threadIdx.x % columns;
   const int64_t index = block * columns + column;
   double sum = 0.0;
   if (index < c.groups * c.width) {
-    const float* first = c.partial + (index / c.width) * c.count * c.width + index % c.width;
-#pragma unroll 8
-    for (int64_t i = row; i < c.count; i += rows) sum += static_cast<double>(__ldg(first + i * c.width));
+    constexpr int U = 8;  // reads in flight
+    const int64_t group = c.groups == 1 ? 0 : index / c.width;
+    const float* first = c.partial + group * c.count * c.width + (index - group * c.width);
+    for (int64_t i = row; i < c.count; i += U * rows) {
+      float values[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) values[u] = i + u * rows < c.count ? __ldg(first + (i + u * rows) * c.width) : 0.0f;
+#pragma unroll
+      for (int u = 0; u < U; ++u) sum += static_cast<double>(values[u]);
+    }
   }
   sums[threadIdx.x] = sum;
   __syncthreads();
@@ -213,7 +240,7 @@ template <int N>
 void combine_cuda(const Combinations<N>& all, cudaStream_t stream) {
   int64_t blocks = 0;
   for (const Combination& c : all.each) blocks += combination_blocks(c);
-  if (blocks) combine_kernel<N><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(all);
+  if (blocks) combine_kernel<N><<<static_cast<unsigned>(blocks), kCombineThreads, 0, stream>>>(all);
 }
 
 inline void combine_cuda(const float* partial, int64_t groups, int64_t count, int64_t width, float* out,

@@ -7,24 +7,6 @@ namespace fe {
 namespace FE_ISA {
 namespace {
 
-// The switch stands outside the loop over a pack.
-template <int V>
-__device__ __forceinline__ void finish_all(const NoiseBiasActParams& p, float (&z)[V]) {
-#define FE_CASE(ACT)                                                                          \
-  case ACT:                                                                                   \
-    _Pragma("unroll") for (int v = 0; v < V; ++v) z[v] = finish<ACT>(z[v], p.slope, p.gain, p.clamp); \
-    break;
-  switch (p.act) {
-    FE_CASE(kLinear)
-    FE_CASE(kRelu)
-    FE_CASE(kLeakyRelu)
-    FE_CASE(kTanh)
-    FE_CASE(kSigmoid)
-    FE_CASE(kSilu)
-  }
-#undef FE_CASE
-}
-
 // A thread has two packs, half a grid apart. A pack never leaves its pixel (channels_last: V divides C) or its plane (V
 // divides P). `inner` is the packs of a pixel or of a plane; `middle` the pixels or the channels of a sample.
 template <class T, int V, class Index>
