@@ -7,54 +7,67 @@ namespace fe {
 namespace FE_ISA {
 namespace {
 
-constexpr int kPixels = 256;  // plan_modulated_cuda never makes a larger block
-
-// channels_last: `width` lanes a pixel, a pack of V neighbouring channels each. Planar (V is 1): a thread a pixel.
+// channels_last: `width` lanes a pixel, a pack of V neighbouring channels each. Planar (V is 1): a thread a pixel. A
+// thread has U pixels, and a block of threads never leaves its sample.
 // WRITE: the epilogue's output is stored; otherwise only ToRGB's sums are wanted, of x itself.
-template <class T, int V, bool WRITE>
-__global__ void __launch_bounds__(kThreads, 4) forward_kernel(const ModulatedEpilogueParams p, const int width) {
+template <class T, int V, int U, bool WRITE>
+__global__ void __launch_bounds__(kThreads, U > 1 ? 2 : 4)
+    forward_kernel(const ModulatedEpilogueParams p, const unsigned blocks_per_sample, const int width) {
   const float strength = p.strength ? __ldg(p.strength) : 1.0f;
-  const int place = threadIdx.x % width;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads / width;
-  const int64_t own = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / width, total = p.batch * p.pixels;
-  const int64_t step = p.channels_last ? 1 : p.pixels;
-  // All lanes of a warp go round together: its first pixel decides.
-  const int64_t ahead = (threadIdx.x % kWarp) / width;
-  for (int64_t i = own; i - ahead < total; i += stride) {
-    const bool active = i < total;
-    const int64_t sample = (active ? i : 0) / p.pixels, q = (active ? i : 0) - sample * p.pixels;
-    const int64_t first = p.channels_last ? (sample * p.pixels + q) * p.channels : sample * p.channels * p.pixels + q;
-    const float* factors = p.rgb_factors + sample * 3 * p.channels;
-    const float offset = WRITE && p.noise ? __ldg(p.noise + sample * p.noise_stride + q) * strength : 0.0f;
-    float red = 0.0f, green = 0.0f, blue = 0.0f;
-    for (int64_t c = place * V; active && c < p.channels; c += width * V) {
-      Fragment<T, V> pack;
-      float value[V], row[V];
-      pack.read(static_cast<const T*>(p.x) + first + c * step, 0);
-      pack.unpack(value);
-      if constexpr (WRITE) {
-        float bias[V];
-        read_floats(p.scale + sample * p.channels + c, row);
-        read_floats(p.bias + c, bias);
+  const int place = threadIdx.x % width, pixels = kThreads / width;
+  const int64_t sample = blockIdx.x / blocks_per_sample;
+  const int64_t own = static_cast<int64_t>(blockIdx.x % blocks_per_sample) * (U * pixels) + threadIdx.x / width;
+  const int64_t pitch = p.channels_last ? p.channels : 1, step = p.channels_last ? 1 : p.pixels;
+  const int64_t base = sample * p.channels * p.pixels + own * pitch;
+  const float* factor_rows = p.rgb_factors + sample * 3 * p.channels;
+  float offset[U], sums[U][3];
 #pragma unroll
-        for (int v = 0; v < V; ++v)
-          value[v] = finish(p.act, value[v] * row[v] + offset + bias[v], p.slope, p.gain, p.clamp);
-        pack.pack(value);
-        pack.write(static_cast<T*>(p.y) + first + c * step, 0);
-      }
-      read_floats(factors + c, row);
+  for (int u = 0; u < U; ++u) {
+    const int64_t q = own + u * pixels;
+    offset[u] = WRITE && p.noise && q < p.pixels ? __ldg(p.noise + sample * p.noise_stride + q) * strength : 0.0f;
+    sums[u][0] = sums[u][1] = sums[u][2] = 0.0f;
+  }
+  for (int64_t c = place * V; c < p.channels; c += width * V) {
+    Fragment<T, V> pack[U];
 #pragma unroll
-      for (int v = 0; v < V; ++v) red += value[v] * row[v];
-      read_floats(factors + p.channels + c, row);
-#pragma unroll
-      for (int v = 0; v < V; ++v) green += value[v] * row[v];
-      read_floats(factors + 2 * p.channels + c, row);
-#pragma unroll
-      for (int v = 0; v < V; ++v) blue += value[v] * row[v];
+    for (int u = 0; u < U; ++u) {
+      if (own + u * pixels >= p.pixels) break;
+      pack[u].read(static_cast<const T*>(p.x) + base + u * pixels * pitch + c * step, 0);
     }
-    red = group_sum(red, width), green = group_sum(green, width), blue = group_sum(blue, width);
-    float* rgb = p.rgb + sample * 3 * p.pixels + q;
-    if (active && place == 0) rgb[0] = red, rgb[p.pixels] = green, rgb[2 * p.pixels] = blue;
+    float scale[V], bias[V], factors[3][V];
+    if constexpr (WRITE) {
+      read_floats(p.scale + sample * p.channels + c, scale);
+      read_floats(p.bias + c, bias);
+    }
+#pragma unroll
+    for (int k = 0; k < 3; ++k) read_floats(factor_rows + k * p.channels + c, factors[k]);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (own + u * pixels >= p.pixels) break;
+      float value[V];
+      pack[u].unpack(value);
+      if constexpr (WRITE) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) value[v] = value[v] * scale[v] + offset[u] + bias[v];
+        finish_all(p, value);
+        pack[u].pack(value);
+        pack[u].write(static_cast<T*>(p.y) + base + u * pixels * pitch + c * step, 0);
+      }
+#pragma unroll
+      for (int k = 0; k < 3; ++k) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sums[u][k] += value[v] * factors[k][v];
+      }
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int64_t q = own + u * pixels;
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      const float sum = group_sum(sums[u][k], width);
+      if (place == 0 && q < p.pixels) p.rgb[(sample * 3 + k) * p.pixels + q] = sum;
+    }
   }
 }
 
@@ -98,14 +111,34 @@ struct BackwardElement {
   }
 };
 
+// slope[v] is dy/dz and input[v] is z, both from y; the switch stands outside the loop over a pack.
+template <int V>
+__device__ __forceinline__ void invert(const ModulatedEpilogueParams& p, const InverseOfOutput& inverse,
+                                       const float (&y)[V], float (&slope)[V], float (&input)[V]) {
+#define FE_CASE(LABEL, ACT)                                                            \
+  LABEL:                                                                               \
+    _Pragma("unroll") for (int v = 0; v < V; ++v) {                                    \
+      slope[v] = slope_from_output<ACT>(y[v], p.slope, p.gain, inverse.clamp);         \
+      input[v] = input_from_output<ACT>(y[v], inverse.above, inverse.below);           \
+    }                                                                                  \
+    break;
+  switch (p.act) {
+    FE_CASE(case kLeakyRelu, kLeakyRelu)
+    FE_CASE(case kRelu, kRelu)
+    FE_CASE(default, kLinear)
+  }
+#undef FE_CASE
+}
+
 // One block of threads per block of pixels of one sample; its sums go to its own rows of the workspace.
 // channels_last: `width` lanes a pixel, a pack of V neighbouring channels each. Planar: V is 1.
 template <class T, bool RGB, bool LAST, int V>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, V > 1 ? (RGB ? 2 : 3) : 4)
     backward_kernel(const ModulatedEpilogueParams p, const BlockPlan plan, const ModulatedOffsets offsets,
                     const InverseOfOutput inverse, const int width) {
   constexpr int kKinds = RGB ? 5 : 2;
   constexpr int kCopies = LAST ? 1 : kWarps;
+  constexpr int kPixels = LAST ? kMaxBlockPixels : kPlanarPixels;
   __shared__ float rows[kCopies][kPixels];           // sum over channels of each pixel; planar: per warp
   __shared__ float sums[kKinds][kWarps][kWarp * V];  // channels_last: sums of as many channels as a warp sees at once
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -125,12 +158,15 @@ __global__ void __launch_bounds__(kThreads, 4)
     return p.grad_factors ? p.workspace + offsets.factors + factors : nullptr;
   };
   if constexpr (LAST) {
-    constexpr int U = 2;  // pixels in flight
+    constexpr int U = RGB && sizeof(T) == 2 ? 3 : 2;  // pixels in flight; few enough for 128 registers
     const int place = lane % width, group = lane / width, groups = kWarp / width;
+    const int channels = static_cast<int>(p.channels);
+    const int64_t base = (sample * p.pixels + first) * p.channels;
     const float* noise = p.noise ? p.noise + sample * p.noise_stride + first : nullptr;
-    for (int64_t start = 0; start < p.channels; start += width * V) {
-      const int64_t c = start + place * V;
-      const bool inside = c < p.channels;
+    const float* colours = RGB ? p.grad_rgb + sample * 3 * p.pixels + first : nullptr;
+    for (int start = 0; start < channels; start += width * V) {
+      const int c = start + place * V;
+      const bool inside = c < channels;
       float scale[V], bias[V], factors[3][V], sum[kKinds][V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -144,13 +180,17 @@ __global__ void __launch_bounds__(kThreads, 4)
       }
       for (int at = warp * groups; at < count; at += U * kWarps * groups) {
         Fragment<T, V> y_pack[U], grad_pack[U];
+        float offset[U], colour[U][3];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
           const int q = at + u * kWarps * groups + group;
           if (q >= count || !inside) continue;
-          const int64_t index = (sample * p.pixels + first + q) * p.channels + c;
+          const int64_t index = base + static_cast<int64_t>(q) * channels + c;
           y_pack[u].read(static_cast<const T*>(p.saved) + index, 0);
           if (p.grad) grad_pack[u].read(static_cast<const T*>(p.grad) + index, 0);
+          offset[u] = noise ? __ldg(noise + q) * strength : 0.0f;
+#pragma unroll
+          for (int k = 0; k < 3; ++k) colour[u][k] = RGB ? __ldg(colours + k * p.pixels + q) : 0.0f;
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
@@ -158,31 +198,28 @@ __global__ void __launch_bounds__(kThreads, 4)
           const bool active = q < count && inside;
           float row = 0.0f;
           if (active) {  // a lane beyond the end adds nothing to the sums
-            float y[V], grad[V] = {};
+            float y[V], grad[V] = {}, slope[V], core[V];
             y_pack[u].unpack(y);
             if (p.grad) grad_pack[u].unpack(grad);
             if constexpr (RGB) {
 #pragma unroll
               for (int k = 0; k < 3; ++k) {
-                const float g = __ldg(p.grad_rgb + (sample * 3 + k) * p.pixels + first + q);
 #pragma unroll
-                for (int v = 0; v < V; ++v) grad[v] += g * factors[k][v], sum[2 + k][v] += g * y[v];
+                for (int v = 0; v < V; ++v)
+                  grad[v] += colour[u][k] * factors[k][v], sum[2 + k][v] += colour[u][k] * y[v];
               }
             }
-            const float offset = noise ? __ldg(noise + q) * strength : 0.0f;
+            invert(p, inverse, y, slope, core);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              const float gz = grad[v] * slope_from_output(p.act, y[v], p.slope, p.gain, inverse.clamp);
-              const float core = p.act == kLeakyRelu
-                                     ? input_from_output<kLeakyRelu>(y[v], inverse.above, inverse.below)
-                                     : input_from_output<kLinear>(y[v], inverse.above, inverse.below);
+              const float gz = grad[v] * slope[v];
               row += gz;
               sum[0][v] += gz;
-              sum[1][v] += gz * (core - offset - bias[v]);
+              sum[1][v] += gz * (core[v] - offset[u] - bias[v]);
               grad[v] = gz * scale[v];
             }
             y_pack[u].pack(grad);
-            y_pack[u].write(static_cast<T*>(p.grad_x) + (sample * p.pixels + first + q) * p.channels + c, 0);
+            y_pack[u].write(static_cast<T*>(p.grad_x) + base + static_cast<int64_t>(q) * channels + c, 0);
           }
           if (!wants_rows) continue;
           row = group_sum(row, width);
@@ -326,25 +363,31 @@ __global__ void __launch_bounds__(kThreads, 4)
   }
 }
 
-template <class T, int V>
-void launch_forward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
-  int width = 1;
-  while (p.channels_last && width < kWarp && width * V < p.channels) width *= 2;
-  const unsigned blocks = grid_stride_blocks(p.batch * p.pixels * width);
+template <class T, int V, int U>
+void launch_forward(const ModulatedEpilogueParams& p, int width, cudaStream_t stream) {
+  const int64_t block = U * kThreads / width, each = (p.pixels + block - 1) / block;
+  const unsigned per_sample = static_cast<unsigned>(each), blocks = static_cast<unsigned>(p.batch * each);
   if (p.y)
-    forward_kernel<T, V, true><<<blocks, kThreads, 0, stream>>>(p, width);
+    forward_kernel<T, V, U, true><<<blocks, kThreads, 0, stream>>>(p, per_sample, width);
   else
-    forward_kernel<T, V, false><<<blocks, kThreads, 0, stream>>>(p, width);
+    forward_kernel<T, V, U, false><<<blocks, kThreads, 0, stream>>>(p, per_sample, width);
 }
 
 template <class T>
 void forward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
-  constexpr int V = 4, kBytes = V * sizeof(T);
-  if (p.channels_last && p.channels % V == 0 && aligned(p.x, kBytes) && aligned(p.y, kBytes) && aligned(p.scale, 16) &&
-      aligned(p.bias, 16) && aligned(p.rgb_factors, 16))
-    launch_forward<T, V>(p, stream);
+  constexpr int V = 16 / sizeof(T), U = 4;
+  if (!p.channels_last || p.channels % V != 0 || !aligned(p.x, 16) || !aligned(p.y, 16) || !aligned(p.scale, 16) ||
+      !aligned(p.bias, 16) || !aligned(p.rgb_factors, 16)) {
+    int width = 1;
+    while (p.channels_last && width < kWarp && width < p.channels) width *= 2;
+    return launch_forward<T, 1, 1>(p, width, stream);
+  }
+  int width = 1;
+  while (width < kWarp && width * V < p.channels) width *= 2;
+  if (p.batch * p.pixels * width < 264 * U * kThreads)  // several pixels a thread would not fill the largest GPU
+    launch_forward<T, V, 1>(p, width, stream);
   else
-    launch_forward<T, 1>(p, stream);
+    launch_forward<T, V, U>(p, width, stream);
 }
 
 template <class T>
@@ -356,14 +399,14 @@ void backward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
   T rounded;
   store(p.clamp, &rounded);
   const InverseOfOutput inverse{p.clamp < 0.0f ? p.clamp : load(rounded), 1.0f / p.gain, 1.0f / (p.gain * p.slope)};
-  constexpr int kBytes = 2 * sizeof(T);
-  const bool pairs = p.channels_last && p.channels % 2 == 0 && aligned(p.saved, kBytes) && aligned(p.grad, kBytes) &&
+  constexpr int V = 4, kBytes = V * sizeof(T);
+  const bool packs = p.channels_last && p.channels % V == 0 && aligned(p.saved, kBytes) && aligned(p.grad, kBytes) &&
                      aligned(p.grad_x, kBytes);
   int width = 1;
-  while (width < kWarp && width * (pairs ? 2 : 1) < p.channels) width *= 2;
-#define FE_PICK(RGB)                                         \
-  (!p.channels_last ? backward_kernel<T, RGB, false, 1>      \
-                    : (pairs ? backward_kernel<T, RGB, true, 2> : backward_kernel<T, RGB, true, 1>))
+  while (width < kWarp && width * (packs ? V : 1) < p.channels) width *= 2;
+#define FE_PICK(RGB)                                    \
+  (!p.channels_last ? backward_kernel<T, RGB, false, 1> \
+                    : (packs ? backward_kernel<T, RGB, true, V> : backward_kernel<T, RGB, true, 1>))
   auto kernel = p.grad_rgb ? FE_PICK(true) : FE_PICK(false);
 #undef FE_PICK
   kernel<<<grid, kThreads, 0, stream>>>(p, plan, offsets, inverse, width);
@@ -411,7 +454,10 @@ void style(const ModulatedStyleParams& p, cudaStream_t stream) {
   return FE_ISA::launch_error();
 
 Error modulated_epilogue_fwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) { FE_RUN(forward, p) }
-Error modulated_epilogue_bwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) { FE_RUN(backward, p) }
+Error modulated_epilogue_bwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) {
+  if (p.channels >= (int64_t{1} << 30)) return "channels must be below 2^30";
+  FE_RUN(backward, p)
+}
 Error modulated_style_bwd_cuda(const ModulatedStyleParams& p, int device, void* stream) {
   if (p.channels >= (int64_t{1} << 30)) return "channels must be below 2^30";
   FE_RUN(style, p)

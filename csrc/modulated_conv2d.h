@@ -91,13 +91,20 @@ inline ModulatedOffsets modulated_offsets(const ModulatedEpilogueParams& p, cons
   return w;
 }
 
-// Fewer pixels a block where a plane is small, so that there are blocks enough for the largest GPU; a multiple of 8 of
-// them, so that packs of pixels stay aligned.
+constexpr int32_t kPlanarPixels = 256;  // of a planar block, at most
+
+// Multiples of 8 pixels, so that packs of pixels stay aligned. channels_last: enough of them to pay for the block's
+// rows of sums, and not more than a thousand blocks where that can be. Planar: fewer where a plane is small, so that
+// there are blocks enough for the largest GPU.
 template <class Params>
 BlockPlan plan_modulated_cuda(const Params& p) {
-  const int64_t wanted = (p.batch * p.pixels < (1 << 16) ? 4096 : 16384) / p.channels / 8 * 8;
-  const int64_t fewest = p.channels_last ? 8 : 32;
-  const int64_t size = wanted < fewest ? fewest : (wanted > 256 ? 256 : wanted);
+  int64_t size = (p.batch * p.pixels < (1 << 16) ? 4096 : 16384) / p.channels / 8 * 8;
+  if (p.channels_last) {
+    const int64_t worth = 4096 / p.channels, few = (p.batch * p.pixels + 1023) / 1024;
+    size = ((worth > few ? worth : few) + 7) / 8 * 8;
+  }
+  const int64_t fewest = p.channels_last ? 8 : 32, most = p.channels_last ? kMaxBlockPixels : kPlanarPixels;
+  size = size < fewest ? fewest : (size > most ? most : size);
   return {(p.pixels + size - 1) / size, static_cast<int32_t>(size)};
 }
 
