@@ -54,7 +54,7 @@ def alpha_blend(fg: Tensor, bg: Tensor, mask: Tensor, *, feather: int = 0, quant
         bg = bg.to(fg.dtype if fg.is_floating_point() else torch.float32)
     if feather:
         mask = soften(mask, feather)
-    return torch.ops.faceedit.alpha_blend(fg, bg, mask, quantize)
+    return _op(fg, bg, mask, quantize)
 
 
 def soften(mask: Tensor, radius: int) -> Tensor:
@@ -231,7 +231,7 @@ def _backward_fake(grad: Tensor, mask: Tensor, fg: Any, bg: Any, wanted: list[bo
     return gfg, gbg, mask.new_empty(mask.shape) if wanted[2] else grad.new_empty(0)
 
 
-define_op(
+_backward_op = define_op(
     "alpha_blend_backward(Tensor grad, Tensor mask, Tensor? fg, Tensor? bg, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _backward,
@@ -254,12 +254,12 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         gradients = backward_reference(grad, mask, fg, bg, wanted)
     else:
-        gradients = torch.ops.faceedit.alpha_blend_backward(grad, mask, fg, bg, wanted, ctx.backend)
+        gradients = _backward_op(grad, mask, fg, bg, wanted, ctx.backend)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.alpha_blend.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

@@ -37,7 +37,7 @@ def attribute_maps(attr: Tensor, probs: Tensor, relation: Tensor) -> Tensor:
     Source:   MagGAN (Wei et al. 2020), eq. 12. See conv_attribute_maps for a convolution that comes next.
     """
     _check("attribute_maps", attr, probs, relation)
-    return torch.ops.faceedit.attribute_maps(probs, attr, relation)
+    return _op(probs, attr, relation)
 
 
 def conv_attribute_maps(
@@ -50,16 +50,16 @@ def conv_attribute_maps(
     stride: int = 1,
     padding: int = 0,
 ) -> Tensor:
-    """Return conv2d(attribute_maps(attr, probs, relation), weight, bias) without making the maps.
+    """Return conv2d(attribute_maps(attr, probs, relation), weight, bias), without making the maps where K <= A.
 
     The maps are linear in probs, so they fold into the weight, tap by tap: sample n is convolved with
-    sum over a of weight[o,a] * attr[n,a] * relation[n,a,k], which reads K channels in place of A. It pays where K is at
-    most about A, or memory matters; each sample has a weight of its own.
+    sum over a of weight[o,a] * attr[n,a] * relation[n,a,k], which reads K channels in place of A, each sample with a
+    weight of its own. With more parts than attributes that is the longer way, and the maps are made.
 
     Args:     as attribute_maps; weight (O,A,kh,kw) and bias (O) of any dtype; stride and padding as conv2d's.
     Returns:  (N,O,H',W') of probs' dtype, which the convolution runs in, inside autocast too; the weight is folded in
               fp32 (fp64 for fp64). Equal to the unfolded form up to rounding.
-    Grad:     every tensor, to any order: it is made of PyTorch operators, on every backend.
+    Grad:     every tensor, to second order; folded, to any order: it is made of PyTorch operators then.
     Raises:   TypeError on a dtype; ValueError on shape or device.
     """
     _check("conv_attribute_maps", attr, probs, relation)
@@ -83,7 +83,7 @@ def _convolved(
 ) -> Tensor:
     n, parts = probs.shape[:2]
     outputs, _, *taps = weight.shape
-    if n == 0:
+    if n == 0 or parts > attr.shape[1]:
         return F.conv2d(attribute_maps(attr, probs, relation), weight.to(probs.dtype), None, stride, padding)
     dtype = _compute_dtype(probs)
     scaled = attr.to(dtype)[:, :, None] * relation.to(dtype)  # (N,A,K)
@@ -255,7 +255,7 @@ def _backward_fake(
     return gprobs, attr.new_empty(attr.shape) if wanted[1] else attr.new_empty(0)
 
 
-define_op(
+_backward_op = define_op(
     "attribute_maps_backward(Tensor probs, Tensor grad, Tensor attr, Tensor relation, bool[] wanted, str backend) -> "
     "(Tensor, Tensor)",
     _backward,
@@ -274,13 +274,13 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         gradients = backward_reference(probs, grad, attr, relation, wanted)
     else:
-        gradients = torch.ops.faceedit.attribute_maps_backward(probs, grad, attr, relation, wanted, ctx.backend)
+        gradients = _backward_op(probs, grad, attr, relation, wanted, ctx.backend)
     grelation = relation_gradient(probs, grad, attr, relation) if ctx.needs_input_grad[2] else None
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), grelation
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.attribute_maps.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

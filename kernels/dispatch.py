@@ -134,8 +134,10 @@ class Dispatcher:
         x = first if isinstance(first, Tensor) else first[0]
         chosen = self.choose(_requested.get() if asked == "auto" else asked, x)
         _last[self.name] = chosen
-        with without_autocast(x):
-            return self.implementations[chosen](*arguments)
+        if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+            with without_autocast(x):
+                return self.implementations[chosen](*arguments)
+        return self.implementations[chosen](*arguments)
 
 
 def dispatcher(

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
-from faceedit.kernels.noise_bias_act import ACTIVATIONS, PIECEWISE_LINEAR, backward_reference
+from faceedit.kernels.noise_bias_act import (
+    ACTIVATIONS,
+    PIECEWISE_LINEAR,
+    backward_reference,
+    noise_bias_act_backward_op,
+)
 from faceedit.kernels.noise_bias_act import reference as epilogue
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import as_float, check_shape, empty, in_format, memory_format
@@ -23,6 +28,7 @@ from faceedit.kernels.upfirdn2d import (
     output_shape,
     refuse_fir_gradient,
     transposed,
+    upfirdn2d_op,
 )
 
 
@@ -76,7 +82,7 @@ def fir_epilogue(
             raise ValueError("fir_epilogue: strength must come with noise, got noise=None; pass both or neither")
         check_shape("fir_epilogue", "strength", strength, x, (), (1,))
         strength = strength.reshape(()) if strength.dim() else strength
-    return torch.ops.faceedit.fir_epilogue(
+    return fir_epilogue_op(
         x, fir, up, down, sides, fir_gain, flip, scale, noise, strength, bias, add, act, slope, gain, clamp
     )
 
@@ -167,7 +173,7 @@ def _fake(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], *arguments
     return x.new_empty(output_shape(x, fir, up, down, pad)).contiguous(memory_format=memory_format(x))
 
 
-_op = define_op(
+fir_epilogue_op = define_op(
     "fir_epilogue(Tensor x, Tensor fir, int up, int down, int[] pad, float fir_gain, bool flip, Tensor? scale, "
     "Tensor? noise, Tensor? strength, Tensor? bias, Tensor? add, str act, float slope, float gain, float clamp)"
     " -> Tensor",
@@ -202,28 +208,28 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [wants[0], *wants[7:11]]
     saved, fir, *operands = ctx.saved_tensors
     with backend(ctx.backend):
-        z = torch.ops.faceedit.upfirdn2d(saved, fir, *ctx.geometry) if ctx.saved_is_input else saved
+        z = upfirdn2d_op(saved, fir, *ctx.geometry) if ctx.saved_is_input else saved
         arguments = (grad, z, ctx.saved_is_input, *operands, ctx.act, ctx.slope, ctx.gain, ctx.clamp, wanted)
         if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
             gz, *others = backward_reference(*arguments)
         else:
-            gz, *others = torch.ops.faceedit.noise_bias_act_backward(*arguments, ctx.backend)
+            gz, *others = noise_bias_act_backward_op(*arguments, ctx.backend)
         gx = transposed(gz, fir, *ctx.geometry, *ctx.size) if wants[0] else None
     found = [g if want else None for g, want in zip(others, wants[7:11], strict=True)]
     gadd = grad.to(ctx.add_dtype) if wants[11] else None
     return gx, *(None,) * 6, *found, gadd, *(None,) * 4
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.fir_epilogue.default, reference)
+fir_epilogue_op.register_autograd(_autograd, setup_context=_setup_context)
+register_onnx_decomposition(fir_epilogue_op.overload, reference)
 
 
-@_op.register_vmap
+@fir_epilogue_op.register_vmap
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
     """Fold the mapped axis into N; one call a slice where fir, strength or bias, one a call, is mapped itself."""
     size = info.batch_size
     if any(in_dims[i] is not None for i in (1, 9, 10)):
-        return mapped_slices(_op, info, in_dims, arguments)
+        return mapped_slices(fir_epilogue_op, info, in_dims, arguments)
     folded = list(arguments)
     x = mapped_first(arguments[0], in_dims[0], size)
     scale, noise, add = (mapped_first(arguments[i], in_dims[i], size) for i in (7, 8, 11))
@@ -235,4 +241,4 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor,
         folded[8] = noise.expand(size, x.shape[1], *noise.shape[2:]).flatten(0, 1)
     if add is not None:
         folded[11] = add.flatten(0, 1)
-    return _op(*folded).unflatten(0, (size, -1)), 0
+    return fir_epilogue_op(*folded).unflatten(0, (size, -1)), 0

@@ -72,7 +72,7 @@ def _gate(op: str, h: Tensor, z: Tensor, c: Tensor | None, affine: dict[str, Ten
     vectors = list(affine.values())
     if torch.is_grad_enabled() and any(vector is not None and vector.requires_grad for vector in vectors):
         return reference(h, z, c, *vectors)
-    return torch.ops.faceedit.gate(h, z, c, *vectors)
+    return _op(h, z, c, *vectors)
 
 
 def _compute_dtype(h: Tensor) -> torch.dtype:
@@ -217,7 +217,7 @@ def _backward_fake(h: Tensor, grad: Tensor, z: Tensor, c: Tensor | None, *others
     return gh, gz, h.new_empty(0) if c is None else gc
 
 
-define_op(
+_backward_op = define_op(
     "gate_backward(Tensor h, Tensor grad, Tensor z, Tensor? c, Tensor? z_scale, Tensor? z_shift, Tensor? c_scale, "
     "Tensor? c_shift, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
@@ -240,13 +240,13 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         gradients = backward_reference(h, grad, *others)
     else:
-        gradients = torch.ops.faceedit.gate_backward(h, grad, *others, ctx.backend)
+        gradients = _backward_op(h, grad, *others, ctx.backend)
     wanted = ctx.needs_input_grad[:3]
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.gate.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

@@ -44,7 +44,7 @@ def bernoulli_kl(logits: Tensor, target: Tensor, weight: Tensor | None = None, s
         raise ValueError(f"bernoulli_kl: smoothing must be in [0, 1], got {smoothing}; 0 is none")
     if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
         return bernoulli_reference(logits, target, weight, smoothing)
-    return torch.ops.faceedit.bernoulli_kl(logits, target, weight, smoothing)
+    return _bernoulli(logits, target, weight, smoothing)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     if mu.dtype != logvar.dtype:
         dtype = torch.promote_types(mu.dtype, logvar.dtype)
         mu, logvar = mu.to(dtype), logvar.to(dtype)
-    return torch.ops.faceedit.gaussian_kl(mu, logvar)
+    return _gaussian(mu, logvar)
 
 
 def _check_matrix(op: str, logits: Tensor) -> None:
@@ -182,7 +182,7 @@ _bernoulli_backward = dispatcher(
     triton=_bernoulli_backward_triton,
 )
 
-define_op(
+_bernoulli_backward_op = define_op(
     "bernoulli_kl_backward(Tensor logits, Tensor grad, Tensor target, Tensor? weight, float smoothing, str backend)"
     " -> Tensor",
     _bernoulli_backward,
@@ -207,12 +207,12 @@ def _bernoulli_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         found = bernoulli_backward_reference(*arguments)
     else:
-        found = torch.ops.faceedit.bernoulli_kl_backward(*arguments, ctx.backend)
+        found = _bernoulli_backward_op(*arguments, ctx.backend)
     return found, None, None, None
 
 
 _bernoulli.register_autograd(_bernoulli_autograd, setup_context=_bernoulli_setup)
-register_onnx_decomposition(torch.ops.faceedit.bernoulli_kl.default, bernoulli_reference)
+register_onnx_decomposition(_bernoulli.overload, bernoulli_reference)
 
 
 @_bernoulli.register_vmap
@@ -318,7 +318,7 @@ def _gaussian_backward_fake(
     return gmu, glogvar
 
 
-define_op(
+_gaussian_backward_op = define_op(
     "gaussian_kl_backward(Tensor mu, Tensor logvar, Tensor grad, bool[] wanted, str backend) -> (Tensor, Tensor)",
     _gaussian_backward,
     _gaussian_backward_fake,
@@ -336,12 +336,12 @@ def _gaussian_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         gradients = gaussian_backward_reference(*arguments)
     else:
-        gradients = torch.ops.faceedit.gaussian_kl_backward(*arguments, ctx.backend)
+        gradients = _gaussian_backward_op(*arguments, ctx.backend)
     return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
 
 _gaussian.register_autograd(_gaussian_autograd, setup_context=_gaussian_setup)
-register_onnx_decomposition(torch.ops.faceedit.gaussian_kl.default, gaussian_reference)
+register_onnx_decomposition(_gaussian.overload, gaussian_reference)
 
 
 @_gaussian.register_vmap

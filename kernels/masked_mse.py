@@ -71,7 +71,7 @@ def masked_mse(
         a, b = a.to(dtype), b.to(dtype)
     if torch.is_grad_enabled() and any(m is not None and m.requires_grad for m in (mask, exclude, include)):
         return reference(a, b, mask, exclude, include, relax, normalize)[0]
-    return torch.ops.faceedit.masked_mse(a, b, mask, exclude, include, relax, normalize)[0]
+    return _op(a, b, mask, exclude, include, relax, normalize)[0]
 
 
 def _compute_dtype(a: Tensor) -> torch.dtype:
@@ -287,7 +287,7 @@ def _backward_fake(a: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return ga, gb
 
 
-define_op(
+_backward_op = define_op(
     "masked_mse_backward(Tensor a, Tensor grad, Tensor inverse_weight, Tensor b, Tensor? mask, Tensor? exclude, "
     "Tensor? include, str relax, bool[] wanted, str backend) -> (Tensor, Tensor)",
     _backward,
@@ -314,12 +314,12 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         arguments = (grad, inverse, a, b, *masks, ctx.relax, wanted)
         gradients = backward_reference(*arguments)
     else:
-        gradients = torch.ops.faceedit.masked_mse_backward(a, grad, inverse, b, *masks, ctx.relax, wanted, ctx.backend)
+        gradients = _backward_op(a, grad, inverse, b, *masks, ctx.relax, wanted, ctx.backend)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 5
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.masked_mse.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

@@ -118,7 +118,7 @@ def modulated_conv2d(
     if rgb_weight is not None and rgb_styles is not None:
         check_shape("modulated_conv2d", "rgb_weight", rgb_weight, x, (3, out))
         check_shape("modulated_conv2d", "rgb_styles", rgb_styles, x, (n, out))
-    y, rgb, _, _ = torch.ops.faceedit.modulated_conv2d(
+    y, rgb, _, _ = _op(
         x, weight, styles, noise, strength, bias, fir, rgb_weight, rgb_styles,
         up, down, demodulate, act, slope, gain, clamp,
     )  # fmt: skip
@@ -355,7 +355,7 @@ def _backward_fake(
     )
 
 
-define_op(
+_backward_op = define_op(
     "modulated_conv2d_backward(Tensor x, Tensor? grad, Tensor? grad_rgb, Tensor weight, Tensor styles, "
     "Tensor demodulation, Tensor y, Tensor core, Tensor? noise, Tensor? strength, Tensor? bias, Tensor? fir, "
     "Tensor? rgb_weight, Tensor? rgb_styles, int up, int down, bool demodulate, str act, float slope, float gain, "
@@ -388,16 +388,14 @@ def _autograd(ctx: Any, grad: Tensor | None, grad_rgb: Tensor | None, *_: Any) -
         x, grad, grad_rgb, weight, styles, demodulation, y, core,
         noise, strength, bias, fir, rgb_weight, rgb_styles, *ctx.settings, wanted,
     )  # fmt: skip
-    if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
-        gradients = backward_reference(*arguments)
-    else:
-        gradients = torch.ops.faceedit.modulated_conv2d_backward(*arguments, ctx.backend)
+    # With create_graph=True the gradient is itself differentiated.
+    gradients = backward_reference(*arguments) if torch.is_grad_enabled() else _backward_op(*arguments, ctx.backend)
     found = [g if want else None for g, want in zip(gradients, wanted, strict=True)]
     return *found[:6], None, *found[6:], *none[9:]
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.modulated_conv2d.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

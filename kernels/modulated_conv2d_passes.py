@@ -8,11 +8,12 @@ Backward: one pass from the output (its activation inverted) to the gradient of 
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from faceedit.kernels.fir_epilogue import fir_epilogue_op
 from faceedit.kernels.modulated_conv2d_parts import (
     Geometry,
     Vectors,
@@ -25,11 +26,9 @@ from faceedit.kernels.modulated_conv2d_parts import (
     squares,
     vectors,
 )
-from faceedit.kernels.noise_bias_act import PIECEWISE_LINEAR
+from faceedit.kernels.noise_bias_act import PIECEWISE_LINEAR, noise_bias_act_backward_op
 from faceedit.kernels.tensors import as_float, in_dtype, in_format, memory_format
-
-# Looked up when called: the ops of upfirdn2d and fir_epilogue are defined with their modules.
-_ops: Any = torch.ops.faceedit
+from faceedit.kernels.upfirdn2d import upfirdn2d_op
 
 Optional4 = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
 Settings = tuple[str, float, float, float]  # act, slope, gain, clamp
@@ -123,7 +122,7 @@ def forward(
         core = _convolve(passes, x, weight, v, fir, geometry, fmt)
     if up == 2 and not keeps_core:
         pad = [geometry.fir_pad] * 4
-        y = _ops.fir_epilogue(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
+        y = fir_epilogue_op(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
         rgb = None if factors is None else passes.dots(y, factors)
     else:
         if up == 2:
@@ -141,7 +140,7 @@ def _fits_layer(weight: Tensor, geometry: Geometry, fmt: torch.memory_format) ->
 
 
 def _filter(x: Tensor, fir: Tensor | None, pad: int, gain: float, flip: bool = False) -> Tensor:
-    return _ops.upfirdn2d(x, fir_taps(fir, x), 1, 1, [pad] * 4, gain, flip)
+    return upfirdn2d_op(x, fir_taps(fir, x), 1, 1, [pad] * 4, gain, flip)
 
 
 def _convolve(
@@ -285,7 +284,7 @@ def _epilogue_backward(
             grad, y, (None,) * 4, factors, grad_rgb, ("linear", 1.0, 1.0, -1.0), (*(False,) * 4, wanted[4])
         )
     grad = in_dtype(grad, core.dtype)
-    gradients = _ops.noise_bias_act_backward(grad, core, True, *operands, *settings, [True, *wanted[:4]], "auto")
+    gradients = noise_bias_act_backward_op(grad, core, True, *operands, *settings, [True, *wanted[:4]], "auto")
     sums = tuple(g if want else None for g, want in zip(gradients[1:], wanted[:4], strict=True))
     return in_dtype(gradients[0], y.dtype), (*sums, found[4])
 

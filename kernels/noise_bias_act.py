@@ -71,7 +71,7 @@ def noise_bias_act(
             raise ValueError("noise_bias_act: strength must come with noise, got noise=None; pass both or neither")
         check_shape("noise_bias_act", "strength", strength, x, (), (1,))
         strength = strength.reshape(()) if strength.dim() else strength
-    return torch.ops.faceedit.noise_bias_act(x, scale, noise, strength, bias, act, slope, gain, clamp)
+    return _op(x, scale, noise, strength, bias, act, slope, gain, clamp)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -330,7 +330,7 @@ def _backward_fake(
     return gx, others[0], others[1], others[2], others[3]
 
 
-define_op(
+noise_bias_act_backward_op = define_op(
     "noise_bias_act_backward(Tensor grad, Tensor saved, bool saved_is_input, Tensor? scale, Tensor? noise, "
     "Tensor? strength, Tensor? bias, str act, float slope, float gain, float clamp, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -354,12 +354,12 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         gradients = backward_reference(*arguments)
     else:
-        gradients = torch.ops.faceedit.noise_bias_act_backward(*arguments, ctx.backend)
+        gradients = noise_bias_act_backward_op(*arguments, ctx.backend)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.noise_bias_act.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

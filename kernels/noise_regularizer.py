@@ -44,7 +44,7 @@ def noise_regularizer(noises: Sequence[Tensor], stop: int = 8) -> Tensor:
                 f"noise_regularizer: noises[{index}] must be square and halve evenly down to stop={stop}, got "
                 f"{describe(noise)}; crop it or raise stop"
             )
-    return torch.ops.faceedit.noise_regularizer(list(noises), stop)[0]
+    return _op(list(noises), stop)[0]
 
 
 @torch.no_grad()
@@ -229,7 +229,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[list[Tensor | None], None]:
     moments, *noises = ctx.saved_tensors
-    gradients = torch.ops.faceedit.noise_regularizer_backward(noises, grad, moments, ctx.stop, ctx.backend)
+    gradients = _backward_op(noises, grad, moments, ctx.stop, ctx.backend)
     return [g if want else None for g, want in zip(gradients, ctx.needs_input_grad[0], strict=True)], None
 
 
@@ -242,7 +242,7 @@ def _double_backward(ctx: Any, *grads: Any) -> None:
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
 _backward_op.register_autograd(_double_backward)
-register_onnx_decomposition(torch.ops.faceedit.noise_regularizer.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

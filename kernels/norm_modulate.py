@@ -85,7 +85,7 @@ def norm_modulate(
             )
         if operand is not None:
             check_shape("norm_modulate", name, operand, x, (c,), (n, c))
-    return torch.ops.faceedit.norm_modulate(x, gamma, beta, mean, rstd, norm, one_plus, eps, act, slope)[0]
+    return _op(x, gamma, beta, mean, rstd, norm, one_plus, eps, act, slope)[0]
 
 
 def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -294,7 +294,7 @@ def _backward_fake(x: Tensor, grad: Tensor, statistics: Tensor, *arguments: Any)
     return gx, ggamma, gbeta, gmean, grstd
 
 
-define_op(
+_backward_op = define_op(
     "norm_modulate_backward(Tensor x, Tensor grad, Tensor statistics, Tensor? gamma, Tensor? beta, Tensor? mean, "
     "Tensor? rstd, str norm, bool one_plus, float eps, str act, float slope, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -318,12 +318,12 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated, through the statistics too
         gradients = backward_reference(x, grad, *arguments)
     else:
-        gradients = torch.ops.faceedit.norm_modulate_backward(x, grad, statistics, *arguments, ctx.backend)
+        gradients = _backward_op(x, grad, statistics, *arguments, ctx.backend)
     return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 5
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.norm_modulate.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap

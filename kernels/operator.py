@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faceedit.kernels.direct import way
 from faceedit.kernels.dispatch import Dispatcher, without_autocast
 
 _decompositions: dict[Any, Callable[..., Any]] = {}
@@ -36,6 +37,8 @@ class Operator:
         self._library.impl(self.name, _opaque(body), "CompositeExplicitAutograd")
         torch.library.register_fake(f"faceedit::{self.name}", fake, lib=self._library)
         self.overload = getattr(torch.ops.faceedit, self.name).default
+        self._body = body
+        self._recorded = self._recorded_body()
         _operators.append(self)
         # PyTorch's function knows how to spread a list of tensors out.
         has_parts = _below_autograd is not None and _after_autograd is not None
@@ -46,16 +49,20 @@ class Operator:
             self._library.impl(self.name, self._autograd_kernel(), "Autograd", with_keyset=True)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.overload(*arguments)
+        """Run the op: through PyTorch's dispatcher where anything but autograd watches, else without that detour."""
+        taken = way(arguments)
+        if taken == "plain":
+            return self._body(*arguments)
+        return self._recorded(*arguments) if taken == "recorded" else self.overload(*arguments)
 
     def register_autograd(
         self, backward: Callable[..., Any], *, setup_context: Callable[..., Any] | None = None
     ) -> None:
         """Give the op a gradient: `backward(ctx, *grads)` returns one for each argument, None where there is none.
 
-        ctx is that of torch.autograd.Function; `setup_context(ctx, inputs, output)` fills it. needs_input_grad has one
-        more entry than the op has arguments. Like the op, it runs without autocast: with `create_graph=True` it is made
-        of PyTorch's operators.
+        ctx is that of torch.autograd.Function; `setup_context(ctx, inputs, output)` fills it. needs_input_grad may have
+        one more entry than the op has arguments. Like the op, it runs without autocast: with `create_graph=True` it is
+        made of PyTorch's operators.
         """
 
         def in_own_dtypes(ctx: Any, *grads: Any) -> Any:
@@ -74,35 +81,48 @@ class Operator:
         torch.library.register_vmap(f"faceedit::{self.name}", rule, lib=self._library)
         return rule
 
+    def _gradients(self, ctx: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._backward is None:
+            raise RuntimeError(f"faceedit::{self.name} has no gradient; detach its inputs")
+        return tuple(self._backward(ctx, *grads))
+
+    def _function(self, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function: Any = type(f"{self.name}_function", (torch.autograd.Function,), methods)
+        return function.apply
+
+    def _recorded_body(self) -> Callable[..., Any]:
+        """Return the body, remembered for its gradient."""
+
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = self._body(*arguments)
+            if self._setup_context is not None:
+                self._setup_context(ctx, arguments, output)
+            return output
+
+        return self._function(forward, lambda ctx, *grads: self._gradients(ctx, grads))
+
     def _autograd_kernel(self) -> Callable[..., Any]:
         """Return what runs for tensors that autograd may be watching: the op, remembered where a gradient is wanted."""
         redispatch, below, after = self.overload.redispatch, _below_autograd, _after_autograd
-        operator = self
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, keys = arguments
             with below():
                 output = redispatch(keys & after, *inputs)
-            if operator._setup_context is not None:
-                operator._setup_context(ctx, inputs, output)
+            if self._setup_context is not None:
+                self._setup_context(ctx, inputs, output)
             return output
 
         def backward(ctx: Any, *grads: Any) -> Any:
-            if operator._backward is None:
-                raise RuntimeError(f"faceedit::{operator.name} has no gradient; detach its inputs")
             if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
-                found = operator._backward(ctx, *grads)
+                found = self._gradients(ctx, grads)
             else:
                 with below():  # nothing below asks for a gradient
-                    found = operator._backward(ctx, *grads)
+                    found = self._gradients(ctx, grads)
             return *found, None
 
-        function: Any = type(
-            f"{self.name}_function",
-            (torch.autograd.Function,),
-            {"forward": staticmethod(forward), "backward": staticmethod(backward)},
-        )
-        apply = function.apply
+        apply = self._function(forward, backward)
 
         def kernel(keys: Any, *arguments: Any) -> Any:
             if torch.is_grad_enabled():

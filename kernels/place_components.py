@@ -60,7 +60,7 @@ def place_components(
         raise ValueError("place_components: size must be (H, W) without mask_features, got None; pass it")
     if min(size) < 0:
         raise ValueError(f"place_components: size must not be negative, got {tuple(size)}; pass (H, W)")
-    return torch.ops.faceedit.place_components(components, centres, mask_features, size[0], size[1])
+    return _op(components, centres, mask_features, size[0], size[1])
 
 
 def mask_centres(mask: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def mask_centres(mask: Tensor) -> Tensor:
         )
     if not mask.is_floating_point() and mask.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"mask_centres: mask must be floating point, uint8 or bool, got {describe(mask)}; cast it")
-    return torch.ops.faceedit.mask_centres(mask.detach())
+    return _centres(mask.detach())
 
 
 def _check_map(name: str, x: Tensor, first: Tensor) -> None:
@@ -261,7 +261,7 @@ def _backward_fake(grad: Tensor, centres: Tensor, sizes: list[int], features: in
     return [torch.empty(s, dtype=grad.dtype, device=grad.device, memory_format=fmt) for s in shapes]
 
 
-define_op(
+_backward_op = define_op(
     "place_components_backward(Tensor grad, Tensor centres, SymInt[] sizes, SymInt features, str backend) -> Tensor[]",
     _backward,
     _backward_fake,
@@ -281,13 +281,13 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
         found = backward_reference(grad, centres, ctx.sizes, ctx.features)
     else:
-        found = torch.ops.faceedit.place_components_backward(grad, centres, ctx.sizes, ctx.features, ctx.backend)
+        found = _backward_op(grad, centres, ctx.sizes, ctx.features, ctx.backend)
     rest = found[ctx.count] if ctx.features and ctx.needs_input_grad[2] else None
     return list(found[: ctx.count]), None, rest, None, None
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.place_components.default, reference)
+register_onnx_decomposition(_op.overload, reference)
 
 
 @_op.register_vmap
@@ -346,7 +346,7 @@ _centres = define_op(
     _centres_forward,
     lambda mask: mask.new_empty((*mask.shape[:2], 2), dtype=torch.int32),
 )
-register_onnx_decomposition(torch.ops.faceedit.mask_centres.default, centres_reference)
+register_onnx_decomposition(_centres.overload, centres_reference)
 
 
 @_centres.register_vmap

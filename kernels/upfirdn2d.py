@@ -38,7 +38,7 @@ def upfirdn2d(
     Source:   Karras et al. 2020 (StyleGAN2), appendix B; its up/FIR/down with the zeros left out (polyphase).
     """
     sides = check_geometry("upfirdn2d", x, fir, up, down, pad)
-    return torch.ops.faceedit.upfirdn2d(x, fir, up, down, sides, gain, flip)
+    return upfirdn2d_op(x, fir, up, down, sides, gain, flip)
 
 
 def check_geometry(op: str, x: Tensor, fir: Tensor, up: int, down: int, pad: int | Sequence[int]) -> list[int]:
@@ -149,7 +149,7 @@ def _fake(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], gain: floa
     return x.new_empty(output_shape(x, fir, up, down, pad)).contiguous(memory_format=memory_format(x))
 
 
-_op = define_op(
+upfirdn2d_op = define_op(
     "upfirdn2d(Tensor x, Tensor fir, int up, int down, int[] pad, float gain, bool flip) -> Tensor", _forward, _fake
 )
 
@@ -172,7 +172,7 @@ def transposed(
         kh - 1 - y0,
         height * up - grad.shape[2] * down + y0 - up + 1,
     ]
-    return torch.ops.faceedit.upfirdn2d(grad, fir, down, up, sides, gain, not flip)
+    return upfirdn2d_op(grad, fir, down, up, sides, gain, not flip)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,17 +190,17 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return gx, None, None, None, None, None, None
 
 
-_op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(torch.ops.faceedit.upfirdn2d.default, reference)
+upfirdn2d_op.register_autograd(_autograd, setup_context=_setup_context)
+register_onnx_decomposition(upfirdn2d_op.overload, reference)
 
 
-@_op.register_vmap
+@upfirdn2d_op.register_vmap
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Tensor, int]:
     """Fold the mapped axis into N; one call a slice where the filter is mapped itself."""
     x, *others = arguments
     if in_dims[1] is not None:
-        return mapped_slices(_op, info, in_dims, arguments)
-    y = _op(x.movedim(in_dims[0], 0).flatten(0, 1), *others)
+        return mapped_slices(upfirdn2d_op, info, in_dims, arguments)
+    y = upfirdn2d_op(x.movedim(in_dims[0], 0).flatten(0, 1), *others)
     return y.unflatten(0, (info.batch_size, -1)), 0
 
 

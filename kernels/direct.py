@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tell which way a call of an op takes: through PyTorch's dispatcher, or straight to its body.
+
+PyTorch's way to a registered op costs 10 to 20 microseconds a call: as much as a small layer. It is there for whoever
+watches calls: tracers, transforms, modes, tensor subclasses, profilers. Where none of them does, nothing is lost by
+calling the body. The questions asked here are those that the dispatcher answers from its sets of keys.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_keys_of: Any = getattr(torch._C, "_dispatch_keys", None)
+_scope_keys: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
+_function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
+_profiling: Any = getattr(torch.autograd, "_profiler_enabled", None)
+
+
+def _key_sets() -> tuple[frozenset[int], frozenset[int]]:
+    """Return the keys of scopes in which nothing watches and of ordinary dense tensors; none where one cannot tell.
+
+    In inference mode each lacks what belongs to autograd.
+    """
+    if None in (_keys_of, _scope_keys, _function_modes, _profiling):
+        return frozenset(), frozenset()
+    try:
+        keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
+        scope = keys(key.BackendSelect)
+        scopes = {scope.raw_repr(), scope.add(key.ADInplaceOrView).raw_repr()}
+        tensors: set[int] = set()
+        for dense, autocast, autograd in (
+            (key.CPU, key.AutocastCPU, key.AutogradCPU),
+            (key.CUDA, key.AutocastCUDA, key.AutogradCUDA),
+        ):
+            inference = keys(dense).add(autocast)
+            tensors |= {inference.raw_repr(), inference.add(key.ADInplaceOrView).add(autograd).raw_repr()}
+    except (AttributeError, TypeError):
+        return frozenset(), frozenset()
+    return frozenset(scopes), frozenset(tensors)
+
+
+_quiet_scopes, _ordinary_keys = _key_sets()
+
+
+def way(arguments: tuple[Any, ...]) -> str:
+    """Return how a call of an op with these arguments is to be made.
+
+    "dispatched": through PyTorch, where a tracer, transform, mode or profiler of this thread would see the call, where
+    a tensor is more than a dense CPU or CUDA tensor (a subclass, a wrapper, a negated view: its memory is not its
+    value), and where a list holds a tensor that requires grad, which PyTorch knows how to spread out.
+    "recorded": through the op's autograd function. "plain": straight to its body.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not _quiet_scopes
+        or _scope_keys().raw_repr() not in _quiet_scopes
+        or _function_modes()
+        or _profiling()
+    ):
+        return "dispatched"
+    watched = False
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is Parameter:
+            if _keys_of(argument).raw_repr() not in _ordinary_keys:
+                return "dispatched"
+            watched = watched or argument.requires_grad
+        elif kind is list or kind is tuple:
+            if argument and isinstance(argument[0], Tensor):
+                spread = way(tuple(argument))
+                if spread != "plain":
+                    return "dispatched"
+        elif argument is not None and isinstance(argument, Tensor):
+            return "dispatched"
+    return "recorded" if watched and torch.is_grad_enabled() else "plain"
