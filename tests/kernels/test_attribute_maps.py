@@ -105,11 +105,12 @@ def test_gradcheck_and_gradgradcheck() -> None:
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(1, 1, 0), (3, 1, 1), (4, 2, 1)])
 @pytest.mark.parametrize("is_per_sample", [False, True], ids=["one", "per_sample"])
+@pytest.mark.parametrize("parts", [5, 19], ids=["folded", "made"])
 def test_folding_into_a_convolution_equals_convolving_the_maps(
-    kernel: int, stride: int, padding: int, is_per_sample: bool
+    kernel: int, stride: int, padding: int, is_per_sample: bool, parts: int
 ) -> None:
-    attr, probs, relation = inputs(3, 13, 5, 8, 10, torch.float32)
-    relation = draw(3, 13, 5, seed=4) if is_per_sample else relation
+    attr, probs, relation = inputs(3, 13, parts, 8, 10, torch.float32)
+    relation = draw(3, 13, parts, seed=4) if is_per_sample else relation
     weight, bias = draw(6, 13, kernel, kernel, seed=5), draw(6, seed=6)
     tensors = [t.requires_grad_() for t in (attr, probs, relation, weight, bias)]
     expected = F.conv2d(attribute_maps(attr, probs, relation), weight, bias, stride, padding)
