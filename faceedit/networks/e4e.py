@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faceedit.networks.equal_linear import EqualLinear
 from faceedit.networks.resizing import resize_square
-from faceedit.networks.stylegan2 import EqualLinear
 
 _COARSE, _MIDDLE = 3, 7  # the first style read from the middle and from the finest map of the pyramid
 _REDUCTION = 16

@@ -28,13 +28,12 @@ from faceedit.kernels import (
     upsample2d,
 )
 from faceedit.kernels.tensors import memory_format
+from faceedit.networks.equal_linear import GAIN, SLOPE, EqualLinear, styles_of
 
 Architecture = Literal["skip", "resnet", "orig"]
 Noise = Sequence[Tensor] | Literal["zero", "random"] | None
 MIN_PX, MAX_PX = 8, 1024
 _FIRST_PX = 4
-_SLOPE = 0.2
-_GAIN = math.sqrt(2)  # keeps the variance of a leaky ReLU's output
 _HALF_GAIN = math.sqrt(0.5)  # keeps the variance of a sum of two branches
 _NORM_EPS = 1e-8
 _FLOAT16_CLAMP = 256.0
@@ -163,25 +162,6 @@ def size_at(level: int) -> int:
     return _FIRST_PX << level
 
 
-class EqualLinear(nn.Module):
-    """x @ (W * rate / sqrt(fan-in))ᵀ + b * rate, then a leaky ReLU that keeps variance when `activate`.
-
-    Args: init, the bias that the layer starts with.
-    """
-
-    def __init__(
-        self, in_width: int, out_width: int, *, rate: float = 1.0, init: float = 0.0, activate: bool = False
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_width, in_width) / rate)
-        self.bias = nn.Parameter(torch.full((out_width,), init / rate))
-        self.gain, self.rate, self.activate = rate / math.sqrt(in_width), rate, activate
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.addmm(self.bias, x, self.weight.t(), beta=self.rate, alpha=self.gain)
-        return F.leaky_relu(y, _SLOPE) * _GAIN if self.activate else y
-
-
 class MappingNetwork(nn.Module):
     """Latents z to styles w, one w for every layer.
 
@@ -244,8 +224,8 @@ def mix_styles(coarse: Tensor, fine: Tensor, crossover: int) -> Tensor:
 class StyledConv(nn.Module):
     """Modulated and demodulated Conv3, noise, bias and leaky ReLU; twice the size when `up`.
 
-    Args:    x (N,I,H,W); w (N,w_width); noise (N|1,1,H',W') or None; rgb, weight and styles of the RGB layer that reads
-             the output, whose sums are made while that is at hand.
+    Args:    x (N,I,H,W); styles (N,I), of `affine`; noise (N|1,1,H',W') or None; rgb, weight and styles of the RGB
+             layer that reads the output, whose sums are made while that is at hand.
     Returns: y (N,O,H',W') and the sums (N,3,H',W') in fp32, None without rgb.
     """
 
@@ -265,7 +245,7 @@ class StyledConv(nn.Module):
     def forward(
         self,
         x: Tensor,
-        w: Tensor,
+        styles: Tensor,
         noise: Tensor | None,
         fir: Tensor,
         clamp: float,
@@ -275,14 +255,14 @@ class StyledConv(nn.Module):
         y = modulated_conv2d(
             x,
             self.weight,
-            self.affine(w),
+            styles,
             noise=noise,
             strength=None if noise is None else self.strength,
             bias=self.bias,
             up=self.up,
             fir=fir if self.up == 2 else None,
-            slope=_SLOPE,
-            gain=_GAIN * self.gain,
+            slope=SLOPE,
+            gain=GAIN * self.gain,
             clamp=clamp * self.gain,
             rgb_weight=rgb_weight,
             rgb_styles=rgb_styles,
@@ -291,7 +271,10 @@ class StyledConv(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Modulated Conv1 to three channels, without demodulation, and a bias."""
+    """Modulated Conv1 to three channels, without demodulation, and a bias.
+
+    Args: x (N,I,H,W); styles (N,I), of `affine`, times `gain`.
+    """
 
     def __init__(self, in_width: int, w_width: int) -> None:
         super().__init__()
@@ -300,16 +283,12 @@ class ToRGB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(3))
         self.gain = 1 / math.sqrt(in_width)
 
-    def styles(self, w: Tensor) -> Tensor:
-        """What each input channel is multiplied by, (N, in_width)."""
-        return self.affine(w) * self.gain
-
-    def forward(self, x: Tensor, w: Tensor, clamp: float) -> Tensor:
-        """The image (N,3,H,W) of features x (N,I,H,W)."""
+    def forward(self, x: Tensor, styles: Tensor, clamp: float) -> Tensor:
+        """The image (N,3,H,W) of features x."""
         rgb = modulated_conv2d(
             x,
             self.weight[:, :, None, None],
-            self.styles(w),
+            styles,
             demodulate=False,
             bias=self.bias,
             act="linear",
@@ -359,14 +338,14 @@ class EqualConv(nn.Module):
         x = F.conv2d(x, weight, stride=stride, padding=padding)
         if self.bias is None:
             return x
-        return noise_bias_act(x, bias=self.bias, slope=_SLOPE, gain=_GAIN * self.gain, clamp=clamp * self.gain)
+        return noise_bias_act(x, bias=self.bias, slope=SLOPE, gain=GAIN * self.gain, clamp=clamp * self.gain)
 
 
 class SynthesisBlock(nn.Module):
     """All layers of one size.
 
-    Args:    x (N,C,s/2,s/2), or (N,C,4,4) for the first block; image so far, or None; ws, the block's styles (N,2,W) or
-             (N,3,W), the last one for RGB; noises, one map or None for each convolution.
+    Args:    x (N,C,s/2,s/2), or (N,C,4,4) for the first block; image so far, or None; styles of the block's
+             `style_layers`; noises, one map or None for each convolution.
     Returns: x (N,C',s,s) and the image so far.
     """
 
@@ -383,22 +362,38 @@ class SynthesisBlock(nn.Module):
         makes_rgb = config.architecture == "skip" or level == config.levels - 1
         self.torgb = ToRGB(width, config.w_width) if makes_rgb else None
 
+    @property
+    def style_layers(self) -> list[StyledConv | ToRGB]:
+        """The layers with a style: the n-th reads the n-th row of the block's ws."""
+        return [layer for layer in (self.conv0, self.conv1, self.torgb) if layer is not None]
+
     def forward(
-        self, x: Tensor, image: Tensor | None, ws: Tensor, noises: Sequence[Tensor | None], fir: Tensor, clamp: float
+        self,
+        x: Tensor,
+        image: Tensor | None,
+        styles: Sequence[Tensor],
+        noises: Sequence[Tensor | None],
+        fir: Tensor,
+        clamp: float,
     ) -> tuple[Tensor, Tensor | None]:
+        rest = iter(styles)
         branch = None if self.skip is None else upsample2d(self.skip(x, fir), fir)
         if self.conv0 is not None:
-            x, _ = self.conv0(x, ws[:, 0], noises[0], fir, clamp)
-        w, rgb_w = ws[:, -2], ws[:, -1]
+            x, _ = self.conv0(x, next(rest), noises[0], fir, clamp)
+        style = next(rest)
         if branch is not None:
-            x, _ = self.conv1(x, w, noises[-1], fir, clamp)
+            x, _ = self.conv1(x, style, noises[-1], fir, clamp)
             x = x + branch
-            return x, None if self.torgb is None else self.torgb(x, rgb_w, clamp)
+            return x, None if self.torgb is None else self.torgb(x, next(rest), clamp)
         if self.torgb is None:
-            return self.conv1(x, w, noises[-1], fir, clamp)
-        x, rgb = self.conv1(x, w, noises[-1], fir, clamp, (self.torgb.weight, self.torgb.styles(rgb_w)))
+            return self.conv1(x, style, noises[-1], fir, clamp)
+        x, rgb = self.conv1(x, style, noises[-1], fir, clamp, (self.torgb.weight, next(rest)))
         assert rgb is not None
         return x, self.torgb.merge(rgb, image, fir, clamp)
+
+
+def _style_scale(layer: StyledConv | ToRGB) -> float:
+    return layer.gain if isinstance(layer, ToRGB) else 1.0
 
 
 class SynthesisNetwork(nn.Module):
@@ -433,14 +428,23 @@ class SynthesisNetwork(nn.Module):
             )
         noises = self._noises(noise, ws, generator)
         x, image = self.const.expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=memory_format(self.const)), None
+        styles = iter(self._styles(ws))
         for level, block in enumerate(self.blocks):
             size_px = size_at(level)
-            styles = ws[:, max(2 * level - 1, 0) : 2 * level + 2]
             maps = noises[max(2 * level - 1, 0) : 2 * level + 1]
             clamp = self.precision.clamp(size_px, config.clamp)
-            x, image = block(x.to(self.precision.at(size_px, self.const.dtype)), image, styles, maps, self.fir, clamp)
+            x = x.to(self.precision.at(size_px, self.const.dtype))
+            x, image = block(x, image, next(styles), maps, self.fir, clamp)
         assert image is not None
         return image
+
+    def _styles(self, ws: Tensor) -> list[list[Tensor]]:
+        """The styles of each block's layers."""
+        blocks = [block.style_layers for block in self.blocks if isinstance(block, SynthesisBlock)]
+        flat = [layer for block in blocks for layer in block]
+        rows = [max(2 * level - 1, 0) + row for level, block in enumerate(blocks) for row in range(len(block))]
+        styles = iter(styles_of([layer.affine for layer in flat], rows, ws, [_style_scale(layer) for layer in flat]))
+        return [[next(styles) for _ in block] for block in blocks]
 
     def draw_noise(
         self, count: int, generator: torch.Generator | None = None, device: torch.device | str | None = None

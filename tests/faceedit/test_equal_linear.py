@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from torch import Tensor, nn
+
+from faceedit.networks.equal_linear import EqualLinear, styles_of
+from faceedit.networks.stylegan2 import StyleGAN2Config, SynthesisNetwork
+
+
+def _layers() -> tuple[nn.ModuleList, list[int]]:
+    torch.manual_seed(3)
+    layers = nn.ModuleList(EqualLinear(6, width, init=1.0) for width in (5, 3, 8, 1))
+    return layers, [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_frozen_layers_give_together_what_each_gives_alone(count: int) -> None:
+    layers, rows = _layers()
+    ws = torch.randn(count, 4, 6, requires_grad=True)
+    alone = styles_of(list(layers), rows, ws, [1.0, 0.5, 1.0, 3.0])
+    grads = [torch.randn_like(styles) for styles in alone]
+    (one,) = torch.autograd.grad(alone, ws, grads)
+    layers.requires_grad_(False)
+    together = styles_of(list(layers), rows, ws, [1.0, 0.5, 1.0, 3.0])
+    (other,) = torch.autograd.grad(together, ws, grads)
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-6)
+        assert b.is_contiguous()
+    torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
+    assert not other[:, 3].any()  # a row that no layer reads
+
+
+def test_trained_layers_get_their_gradients() -> None:
+    layers, rows = _layers()
+    sum(styles.sum() for styles in styles_of(list(layers), rows, torch.ones(2, 4, 6))).backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in layers.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
+def test_a_frozen_generator_draws_what_a_trained_one_draws(architecture: str) -> None:
+    torch.manual_seed(1)
+    config = StyleGAN2Config(size_px=16, channel_base=64, channel_max=8, w_width=8, architecture=architecture)  # type: ignore[arg-type]
+    network = SynthesisNetwork(config)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter)
+
+    def drawn() -> tuple[Tensor, Tensor]:
+        ws = torch.randn(2, config.num_ws, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        image = network(ws)
+        return image, torch.autograd.grad(image.square().mean(), ws)[0]
+
+    one = drawn()
+    network.requires_grad_(False)
+    for a, b in zip(one, drawn(), strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
