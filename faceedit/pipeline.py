@@ -30,7 +30,7 @@ from faceedit.images import Photo, read_image
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.matting import refine_mask
 from faceedit.networks.classifier import AttributeClassifier
-from faceedit.networks.maggan import resize_area
+from faceedit.networks.resizing import resize
 from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, FaceRecord, image_tensor, label_map, load_parser
 
 FEATHER_PX = 3.0
@@ -92,7 +92,7 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
     """
     side = edited.before.shape[-1]
     alignment = edited.alignment or face.alignment.resized(side)
-    region = np.ascontiguousarray(resize_area(edited.region, side)[0, 0].float().cpu().numpy())
+    region = np.ascontiguousarray(resize(edited.region, side)[0, 0].float().cpu().numpy())
     detail = None
     if "hair" in edited.parts:
         mask = np.ascontiguousarray(edited.region[0, 0].float().cpu().numpy())

@@ -35,8 +35,8 @@ from faceedit.networks.maggan import (
     MagGANDiscriminator,
     MagGANDiscriminatorConfig,
     MagGANGenerator,
-    resize_area,
 )
+from faceedit.networks.resizing import resize
 from faceedit.relations import influence_mask
 from faceedit.training import cache, losses
 from faceedit.training.config import AdamConfig, Recipe, require
@@ -310,7 +310,7 @@ class MagGANTask(Task[MagGANRecipe]):
             attributes.append(batch["photo_attributes"])
             edits.append(made[start : start + count])
         size = self.recipe.critic.size_px
-        return resize_area(torch.cat(real), size), torch.cat(attributes), resize_area(torch.cat(edits), size)
+        return resize(torch.cat(real), size), torch.cat(attributes), resize(torch.cat(edits), size)
 
     def _wanted(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Target attributes of the edits in `_judged` and which of them are known (1) or a guess (0)."""

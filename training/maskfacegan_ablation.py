@@ -29,10 +29,11 @@ from faceedit.labels import MASKFACEGAN
 from faceedit.maskfacegan.bundle import load_networks, read_bundle
 from faceedit.maskfacegan.config import PRESETS, MaskFaceGANConfig
 from faceedit.maskfacegan.masks import MissingRegionError, check_regions
-from faceedit.maskfacegan.networks import Networks, resize
+from faceedit.maskfacegan.networks import Networks
 from faceedit.maskfacegan.optimizer import optimize
 from faceedit.maskfacegan.outcome import EditOutcome
 from faceedit.maskfacegan.plan import EditPlan, make_plan
+from faceedit.networks.resizing import resize
 from faceedit.training import cache
 from faceedit.training.aligned import framed_portraits
 from faceedit.training.data import SPLIT_SEEDS

@@ -18,7 +18,8 @@ from faceedit.classification import attribute_probabilities, load_classifier
 from faceedit.editors.base import EDITORS, AttributeEdit, EditedFace, EditRequest, check_request
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.classifier import AttributeClassifier
-from faceedit.networks.maggan import EditLayers, MagGANGenerator, resize_area
+from faceedit.networks.maggan import EditLayers, MagGANGenerator
+from faceedit.networks.resizing import resize
 from faceedit.parsing import FaceRecord
 from faceedit.relations import Relations, influence_mask, mask_guided_conditioning, related_parts, relation_matrices
 
@@ -102,7 +103,7 @@ class MagGANEditor:
         return self._layers(image, difference, mask).image
 
     def _layers(self, image: Tensor, difference: Tensor, mask: Tensor) -> EditLayers:
-        half = resize_area(mask, self.generator.config.size_px // 2)
+        half = resize(mask, self.generator.config.size_px // 2)
         return self.generator.layers(image, mask_guided_conditioning(difference, half, self.relations))
 
     @torch.no_grad()

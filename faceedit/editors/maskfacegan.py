@@ -20,10 +20,11 @@ from faceedit.editors.base import EDITORS, AttributeEdit, ComponentSize, EditedF
 from faceedit.errors import UsageError
 from faceedit.maskfacegan.bundle import load_networks, read_bundle
 from faceedit.maskfacegan.config import MaskFaceGANConfig
-from faceedit.maskfacegan.networks import Networks, resize
+from faceedit.maskfacegan.networks import Networks
 from faceedit.maskfacegan.optimizer import optimize
 from faceedit.maskfacegan.outcome import EditOutcome, Observer, OptimizationError
 from faceedit.maskfacegan.plan import EditPlan, make_plan, target_probability
+from faceedit.networks.resizing import resize
 from faceedit.parsing import FaceRecord, image_tensor
 
 

@@ -17,7 +17,7 @@ from faceedit.attributes import check_attribute
 from faceedit.errors import WeightsError
 from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN, LabelScheme, convert_soft, scheme
 from faceedit.maskfacegan.perceptual import Features
-from faceedit.networks.resizing import resample
+from faceedit.networks.resizing import resample, resize
 
 Noise = Sequence[Tensor] | str
 
@@ -31,13 +31,6 @@ class Generator(Protocol):
     @property
     def synthesis(self) -> Callable[..., Tensor]:
         """(ws (N,L,W), noise=maps | "zero") -> image (N,3,S,S) around [-1, 1]."""
-
-
-def resize(image: Tensor, size_px: int) -> Tensor:
-    """(N,C,H,W) at another size: averaged over areas when it shrinks (as released), bilinear when it grows."""
-    if image.shape[-2:] == (size_px, size_px):
-        return image
-    return resample(image, size_px, "area" if max(image.shape[-2:]) > size_px else "bilinear")
 
 
 def resize_mask(mask: Tensor, size_px: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from faceedit.networks.resizing import resample
+from faceedit.networks.resizing import resize
 
 _EPS = 1e-10
 
@@ -68,9 +68,7 @@ class StageFeatures:
         self.size_px, self.weights = size_px, weights
 
     def __call__(self, image: Tensor) -> list[Tensor]:
-        x = image
-        if self.size_px is not None and x.shape[-1] != self.size_px:
-            x = resample(x, self.size_px, "area" if x.shape[-1] > self.size_px else "bilinear")
+        x = image if self.size_px is None else resize(image, self.size_px)
         maps = []
         for layer in self.layers:
             if isinstance(layer, nn.MaxPool2d):

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from faceedit.maskfacegan.networks import resize
 from faceedit.maskfacegan.outcome import TERMS, Progress
+from faceedit.networks.resizing import resize
 
 TILE_PX = 256
 _CAPTION_PX = 18

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from faceedit.attributes import MAGGAN
 from faceedit.kernels import noise_bias_act
 from faceedit.labels import scheme
+from faceedit.networks.resizing import resize
 from faceedit.relations import Relations, influence_mask, mask_guided_conditioning, relation_matrices
 
 Norm = Literal["batch", "instance", "layer"]
@@ -217,17 +218,6 @@ class _Detail(nn.Module):
         return coarse + found[:, :3], torch.sigmoid(found[:, 3:])
 
 
-def resize_area(x: Tensor, size_px: int) -> Tensor:
-    """A square map (N,C,S,S) at another size: averaged over areas when it shrinks, bilinear when it grows."""
-    if x.shape[-1] == size_px:
-        return x
-    if x.shape[-1] % size_px == 0:
-        return F.avg_pool2d(x, x.shape[-1] // size_px)
-    if x.shape[-1] > size_px:
-        return F.interpolate(x, (size_px, size_px), mode="area")
-    return F.interpolate(x, (size_px, size_px), mode="bilinear", align_corners=False)
-
-
 class EditLayers(NamedTuple):
     """An edited image (N,3,S,S) in [-1, 1] and how much of the input it hides, opacity (N,1,S,S) in [0, 1]."""
 
@@ -289,10 +279,10 @@ class MagGANGenerator(nn.Module):
         self, image: Tensor, attribute_difference: Tensor, mask: Tensor, with_opacity: bool = False
     ) -> Tensor | EditLayers:
         # The condition is linear in the mask and first needed at half size.
-        half = resize_area(mask, self.config.size_px // 2)
+        half = resize(mask, self.config.size_px // 2)
         layers = self.layers(image, mask_guided_conditioning(attribute_difference, half, self.relations))
         if self.config.blend:
-            influence = resize_area(influence_mask(attribute_difference, mask, self.relations), self.config.size_px)
+            influence = resize(influence_mask(attribute_difference, mask, self.relations), self.config.size_px)
             influence = influence.to(image)
             layers = EditLayers(torch.lerp(image, layers.image, influence), layers.opacity * influence)
         return layers if with_opacity else layers.image
@@ -314,7 +304,7 @@ class MagGANGenerator(nn.Module):
                 f"{tuple(condition.shape)}; "
                 "build it with mask_guided_conditioning"
             )
-        features, conditions = [image], [resize_area(condition, config.size_px // 2)] * 2
+        features, conditions = [image], [resize(condition, config.size_px // 2)] * 2
         for level, stage in enumerate(self.encoder, start=1):
             features.append(stage(features[-1]))
             if level > 1:
@@ -438,10 +428,10 @@ class MagGANDiscriminator(nn.Module):
                 f"{tuple(image.shape)}; "
                 "resize it first"
             )
-        views = [resize_area(image, config.input_px)]
+        views = [resize(image, config.input_px)]
         for level in range(1, config.levels):
             size_px = config.input_px * 2**level
-            finer, room = resize_area(image, size_px), size_px - config.input_px + 1
+            finer, room = resize(image, size_px), size_px - config.input_px + 1
             corners = torch.randint(room, (config.crops, image.shape[0], 2), generator=generator).tolist()
             patches = [
                 finer[i, :, top : top + config.input_px, left : left + config.input_px]

@@ -15,12 +15,12 @@ def resample(x: Tensor, size_px: int, mode: Literal["area", "bilinear"]) -> Tens
     On a GPU as products with two small matrices, or means of squares: PyTorch's own gradients sum in an order of chance
     there, and those of an area average take longer than the convolutions behind it.
     """
-    if not x.is_cuda:
-        corners = None if mode == "area" else False
-        return F.interpolate(x, (size_px, size_px), mode=mode, align_corners=corners)
     height, width = x.shape[-2:]
     if mode == "area" and height == width and height % size_px == 0:
         return F.avg_pool2d(x, height // size_px)
+    if not x.is_cuda:
+        corners = None if mode == "area" else False
+        return F.interpolate(x, (size_px, size_px), mode=mode, align_corners=corners)
     with torch.autocast(x.device.type, enabled=False):
         rows, columns = (_matrix(side, size_px, mode, x.device) for side in (height, width))
         return (rows @ (x.float() @ columns.T)).to(x.dtype)
@@ -39,8 +39,15 @@ def _matrix(side: int, size_px: int, mode: str, device: torch.device) -> Tensor:
         return made[0].T.contiguous().to(device)
 
 
+def resize(x: Tensor, size_px: int) -> Tensor:
+    """(N,C,H,W) at size_px²: itself, averaged over areas where a side shrinks, or bilinear where both grow."""
+    if x.shape[-2:] == (size_px, size_px):
+        return x
+    return resample(x, size_px, "area" if max(x.shape[-2:]) > size_px else "bilinear")
+
+
 def resize_square(image: Tensor, size_px: int, owner: str) -> Tensor:
-    """Square images (N,3,S,S) at another side: area average downwards, bilinear upwards; differentiable.
+    """Square images (N,3,S,S) at another side, as `resize` makes them; differentiable.
 
     Raises ValueError, in the name of `owner`, when the image is not square with three channels.
     """
@@ -48,7 +55,4 @@ def resize_square(image: Tensor, size_px: int, owner: str) -> Tensor:
         raise ValueError(
             f"{owner}: image must be (N,3,S,S), got {tuple(image.shape)}; crop an aligned square from the photo"
         )
-    side = image.shape[-1]
-    if side == size_px:
-        return image
-    return resample(image, size_px, "area" if side > size_px else "bilinear")
+    return resize(image, size_px)

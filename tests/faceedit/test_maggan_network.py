@@ -12,7 +12,6 @@ from faceedit.networks.maggan import (
     MagGANDiscriminatorConfig,
     MagGANGenerator,
     SelectiveTransferUnit,
-    resize_area,
 )
 from faceedit.relations import influence_mask, mask_guided_conditioning
 
@@ -283,14 +282,6 @@ def test_patches_come_from_the_image():
     assert len({view[0, 0, 0, 0].item() for view in views[2].split(1)}) > 1
     judgements = discriminator(torch.rand(2, 3, 128, 128))
     assert [tuple(level.logits.shape) for level in judgements] == [(2, 13), (4, 13), (4, 13)]
-
-
-def test_resize_area_averages():
-    x = torch.arange(16.0).reshape(1, 1, 4, 4)
-    assert resize_area(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    assert resize_area(x, 4) is x
-    assert resize_area(x, 3).mean() == pytest.approx(7.5)
-    assert resize_area(x, 8).shape == (1, 1, 8, 8)
 
 
 def test_rejects_mistakes():

@@ -18,9 +18,10 @@ from faceedit.labels import CELEBAMASK_HQ, CELEBAMASK_HQ_ZLL, MASKFACEGAN
 from faceedit.maskfacegan import losses
 from faceedit.maskfacegan.config import PRESETS, MaskFaceGANConfig
 from faceedit.maskfacegan.masks import EditMasks, MissingRegionError, check_regions, portion
-from faceedit.maskfacegan.networks import AttributeJudge, RegionParser, in_precision, resize
+from faceedit.maskfacegan.networks import AttributeJudge, RegionParser, in_precision
 from faceedit.maskfacegan.perceptual import StageFeatures, lpips_vgg16, masked_lpips
 from faceedit.maskfacegan.plan import EditPlan, make_plan
+from faceedit.networks.resizing import resize
 
 CONFIG = MaskFaceGANConfig()
 

@@ -23,6 +23,15 @@ def test_matrices_resample_as_pytorch_does(side: int, size_px: int, mode: Litera
     torch.testing.assert_close(matrix @ (x @ matrix.T), resizing.resample(x, size_px, mode), rtol=1e-5, atol=1e-6)
 
 
+def test_what_shrinks_is_averaged_and_what_grows_is_interpolated() -> None:
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    assert resizing.resize(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert resizing.resize(x, 4) is x
+    assert resizing.resize(x, 3).mean() == pytest.approx(7.5)
+    assert torch.equal(resizing.resize(x, 8), F.interpolate(x, (8, 8), mode="bilinear", align_corners=False))
+    assert resizing.resize(x[..., :2], 3).shape == (1, 1, 3, 3)
+
+
 def test_matrices_made_in_inference_mode_can_be_trained_through() -> None:
     with torch.inference_mode():
         matrix = resizing._matrix(21, 10, "area", torch.device("cpu"))
