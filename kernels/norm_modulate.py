@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalise, modulate and activate in one op: instance norm, AdaIN, SFT and SPADE are cases of it.
 
-Steps, numbered alike in the reference, csrc/norm_modulate.cpp, csrc/norm_modulate.cu and the Triton body:
+Steps of the reference, of csrc/norm_modulate_*.cpp and *.cu, and of the Triton body:
 1. mean and rstd of every plane    2. u = (x - mean) * rstd    3. z = u * gamma + beta    4. y = act(z)
 """
 
@@ -144,6 +144,10 @@ def _call(
     }
 
 
+def _workspace(x: Tensor, size: int) -> Tensor | None:
+    return empty_float(x, size, dtype=torch.float64) if size else None
+
+
 def _native(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, rstd: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor]:
@@ -156,8 +160,8 @@ def _native(
     statistics = empty_float(x, *((3, *x.shape[:2]) if settings[0] == "instance" else (0,)))
     call = _call(x, gamma, beta, mean, rstd, *settings)
     call |= {"y": y.data_ptr(), "statistics": statistics.data_ptr()}
-    workspace = empty_float(x, module.norm_modulate_fwd_workspace(target, **call), dtype=torch.float64)
-    module.norm_modulate_fwd(target, **call, workspace=workspace.data_ptr())
+    workspace = _workspace(x, module.norm_modulate_fwd_workspace(target, **call))
+    module.norm_modulate_fwd(target, **call, workspace=native.address(workspace))
     return y, statistics
 
 
@@ -232,18 +236,17 @@ def _backward_native(
     call |= {"grad": grad.data_ptr(), "statistics": statistics.data_ptr()}
     names = ("grad_x", "grad_gamma", "grad_beta", "grad_mean", "grad_rstd")
     call |= {name: native.address(g) for name, g in zip(names, found, strict=True)}
-    workspace = empty_float(x, module.norm_modulate_bwd_workspace(target, **call), dtype=torch.float64)
-    module.norm_modulate_bwd(target, **call, workspace=workspace.data_ptr())
+    workspace = _workspace(x, module.norm_modulate_bwd_workspace(target, **call))
+    module.norm_modulate_bwd(target, **call, workspace=native.address(workspace))
     return _as_operands(x, found, operands)
 
 
 def _as_operands(x: Tensor, found: list[Tensor | None], operands: tuple[Tensor | None, ...]) -> Gradients:
     """Bring what kernels write, (N,C) or x's shape, to the operands' shapes and dtypes."""
-    empty = [x.new_empty(0) for _ in range(5)]
-    result = [empty[0] if found[0] is None else found[0]]
-    for g, operand, nothing in zip(found[1:], operands, empty[1:], strict=True):
+    result = [x.new_empty(0) if found[0] is None else found[0]]
+    for g, operand in zip(found[1:], operands, strict=True):
         if g is None or operand is None:
-            result.append(nothing)
+            result.append(x.new_empty(0))
             continue
         if operand.dim() == 1:
             g = g.sum(0)
@@ -314,12 +317,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:5])
     x, statistics, *operands = ctx.saved_tensors
-    arguments = (*operands, *ctx.settings, wanted)
+    # y = z: what reaches a map beta of y's shape and dtype is the gradient itself, which no pass need write again.
+    beta, act = operands[1], ctx.settings[3]
+    passed_on = wanted[2] and act == "linear" and beta.shape == grad.shape and beta.dtype == grad.dtype
+    arguments = (*operands, *ctx.settings, [want and not (passed_on and i == 2) for i, want in enumerate(wanted)])
     if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated, through the statistics too
         gradients = backward_reference(x, grad, *arguments)
     else:
         gradients = _backward_op(x, grad, statistics, *arguments, ctx.backend)
-    return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), *(None,) * 5
+    gx, ggamma, gbeta, gmean, grstd = gradients
+    found = (gx, ggamma, grad if passed_on else gbeta, gmean, grstd)
+    return *(g if want else None for g, want in zip(found, wanted, strict=True)), *(None,) * 5
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)

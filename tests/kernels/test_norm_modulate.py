@@ -208,18 +208,19 @@ def test_keeps_memory_format(place: Place, fmt: torch.memory_format) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
 def test_offsets_and_outliers_do_not_hurt_the_statistics(place: Place, fmt: torch.memory_format) -> None:
-    x = draw(1, 4, 40, 41, seed=1)
+    x = draw(1, 5, 40, 41, seed=1)
     x[:, 0] += 3000.0
     x[:, 1] -= 1e6
     x[:, 2, 0, 0] = 5e4  # an outlier, where a shift by the first value would be the worst there is
     x[:, 3] *= 1e12
+    x[:, 4] += torch.linspace(0.0, 1e4, 40 * 41).view(40, 41)  # the first values say little about the rest
     x = x.contiguous(memory_format=fmt)
-    weights = draw(1, 4, 40, 41, seed=2, low=0.5)
+    weights = draw(1, 5, 40, 41, seed=2, low=0.5)
     y, (gradient,) = run(place, instance_norm_act, [x], weights)
     wide = x.double().requires_grad_()
     expected = F.leaky_relu(F.instance_norm(wide), 0.2)
     (expected_gradient,) = torch.autograd.grad(expected, wide, weights.double())
-    for c in range(4):
+    for c in range(5):
         # Eager computes with a mean rounded to fp32: the offset costs it that rounding against a deviation of 1.
         bound = 2e-2 if place.backend == "eager" else 3e-6
         assert_close(f"plane {c}", y[:, c], expected[:, c], relative_l2=bound)
@@ -374,6 +375,22 @@ def test_same_bits_at_any_thread_count_and_batch_size(
     assert torch.equal(alone[0], first[0][-1])
     for a, b in zip(gradients, first[1], strict=True):
         assert a is None or (b is not None and torch.equal(a[0], b[-1]))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+def test_results_written_past_the_caches_have_the_same_bits(fmt: torch.memory_format, dtype: torch.dtype) -> None:
+    """A batch of more than 24 MiB is streamed to memory, one of its samples is not."""
+    tensors = inputs((4, 2, 889, 951 * 4 // dtype.itemsize), dtype, fmt, "nc", "pixel")
+    sample = [None if t is None else t[-1:] for t in tensors]
+    assert tensors[0] is not None
+    assert sample[0] is not None
+    y, gradients = run(Place("cpu"), ours("instance", act="lrelu"), tensors, tensors[0])
+    alone, own_gradients = run(Place("cpu"), ours("instance", act="lrelu"), sample, sample[0])
+    assert torch.equal(y[-1:], alone)
+    for all_, own in zip(gradients, own_gradients, strict=True):
+        assert all_ is None or (own is not None and torch.equal(all_[-1:], own))
 
 
 @needs_cpp
