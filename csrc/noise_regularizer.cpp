@@ -45,20 +45,45 @@ inline int32_t map_of(const NoisePlan& plan, int32_t count, int64_t block) {
   return index;
 }
 
-template <class T>
-double products_along_x(const T* row, int64_t side) {
-  float sum = load(row[0]) * load(row[side - 1]);
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 1; i < side; ++i) sum += load(row[i]) * load(row[i - 1]);
-  return static_cast<double>(sum);
-}
+// Sums of products with the value to the right and with the value above, in lanes beside each other: an addition need not
+// wait for the one before. In float32 along a row, in double over the rows.
+constexpr int32_t kLanes = 32;
 
-template <class T>
-double products_along_y(const T* row, const T* above, int64_t side) {
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < side; ++i) sum += load(row[i]) * load(above[i]);
-  return static_cast<double>(sum);
+struct Products {
+  double x[kLanes] = {}, y[kLanes] = {};
+
+  void save(double* sums) const {
+    sums[0] = sums[1] = 0.0;
+    for (int32_t i = 0; i < kLanes; ++i) sums[0] += x[i], sums[1] += y[i];
+  }
+};
+
+// Adds a row's products along x where ALONG, and along y where ABOVE.
+template <bool ALONG, bool ABOVE, class T>
+void add_row(const T* row, const T* above, int64_t side, Products& products) {
+  float x[kLanes] = {}, y[kLanes] = {};
+  const auto add = [&](const auto* here, const auto* right, const auto* up) {
+#pragma omp simd
+    for (int32_t i = 0; i < kLanes; ++i) {
+      if (ALONG) x[i] += load(here[i]) * load(right[i]);
+      if (ABOVE) y[i] += load(here[i]) * load(up[i]);
+    }
+  };
+  int64_t first = 0;
+  for (; first + kLanes < side; first += kLanes) add(row + first, row + first + 1, ABOVE ? above + first : row);
+  // The last lanes, in which the row's last value has its first one to the right; zeros beyond them.
+  float here[kLanes] = {}, right[kLanes] = {}, up[kLanes] = {};
+  const int64_t left = side - first;
+  for (int64_t i = 0; i < left; ++i) here[i] = load(row[first + i]);
+  for (int64_t i = 0; ALONG && i + 1 < left; ++i) right[i] = here[i + 1];
+  for (int64_t i = 0; ABOVE && i < left; ++i) up[i] = load(above[first + i]);
+  right[left - 1] = load(row[0]);
+  add(here, right, up);
+#pragma omp simd
+  for (int32_t i = 0; i < kLanes; ++i) {
+    if (ALONG) products.x[i] += static_cast<double>(x[i]);
+    if (ABOVE) products.y[i] += static_cast<double>(y[i]);
+  }
 }
 
 // Means over 2x2 of rows [first, end) of a level, whose side is `side`, into the next level.
@@ -75,16 +100,24 @@ void halve(const T* map, int64_t side, int64_t first, int64_t end, float* next) 
   }
 }
 
-// Sums over rows [first, end) of a level. With `whole` false the row above the first belongs to another band and may not
-// be there yet: its products are left to `finish_map`.
+inline int64_t row_above(int64_t row, int64_t side) { return row ? row - 1 : side - 1; }
+
+// Sums over rows [first, end) of a level, and the next level under them unless it is null. With `whole` false the row above
+// the first belongs to another band and may not be there yet: its products are left to `finish_map`.
 template <class T>
-void sum_rows(const T* map, int64_t side, int64_t first, int64_t end, bool whole, double* sums) {
-  double x = 0.0, y = 0.0;
-  for (int64_t row = first; row < end; ++row) x += products_along_x(map + row * side, side);
-  if (whole) y += products_along_y(map + first * side, map + (first ? first - 1 : side - 1) * side, side);
-  for (int64_t row = first + 1; row < end; ++row) y += products_along_y(map + row * side, map + (row - 1) * side, side);
-  sums[0] = x;
-  sums[1] = y;
+void sum_rows(const T* map, int64_t side, int64_t first, int64_t end, bool whole, float* next, double* sums) {
+  Products products;
+  for (int64_t row = first; row < end; ++row) {
+    const T* here = map + row * side;
+    if (whole || row > first) {
+      add_row<true, true>(here, map + row_above(row, side) * side, side, products);
+    } else {
+      add_row<true, false>(here, here, side, products);
+    }
+    // While the two rows are in the L1 cache. A level that has a next one has an even side, and bands of even height.
+    if (next && row % 2) halve(map, side, row - 1, row + 1, next);
+  }
+  products.save(sums);
 }
 
 struct Band {
@@ -111,9 +144,11 @@ void halve_rest(const Map& map) {
 
 template <class T>
 void sum_band(const Map& map, const Band& band, double* sums) {
-  sum_rows(static_cast<const T*>(map.data), map.side, band.first, band.end, true, sums);
-  for (int32_t l = 1; l <= map.plan->inner; ++l)
-    sum_rows(map.level(map.coarse, l), map.side >> l, band.first >> l, band.end >> l, false, sums + 2 * l);
+  const int32_t inner = map.plan->inner;
+  const auto next = [&](int32_t l) { return l < inner ? map.level(map.coarse, l + 1) : nullptr; };
+  sum_rows(static_cast<const T*>(map.data), map.side, band.first, band.end, true, next(0), sums);
+  for (int32_t l = 1; l <= inner; ++l)
+    sum_rows(map.level(map.coarse, l), map.side >> l, band.first >> l, band.end >> l, false, next(l), sums + 2 * l);
 }
 
 void finish_map(const Map& map, const double* partials) {
@@ -121,17 +156,19 @@ void finish_map(const Map& map, const double* partials) {
   for (int32_t l = 0; l < m.levels; ++l) {
     const int64_t side = map.side >> l;
     const float* level = map.level(map.coarse, l);  // not read at level 0
-    double sums[2] = {0.0, 0.0};
+    double sums[2];
     if (l > m.inner) {
-      sum_rows(level, side, 0, side, true, sums);
+      sum_rows(level, side, 0, side, true, nullptr, sums);
     } else {
+      Products above;
+      for (int64_t b = 0; l > 0 && b < m.blocks; ++b) {
+        const int64_t row = band_at(map, b).first >> l;
+        add_row<false, true>(level + row * side, level + row_above(row, side) * side, side, above);
+      }
+      above.save(sums);
       for (int64_t b = 0; b < m.blocks; ++b) {
         sums[0] += partials[kNoiseSums * b + 2 * l];
         sums[1] += partials[kNoiseSums * b + 2 * l + 1];
-        if (l > 0) {
-          const int64_t row = band_at(map, b).first >> l;
-          sums[1] += products_along_y(level + row * side, level + (row ? row - 1 : side - 1) * side, side);
-        }
       }
     }
     const double area = static_cast<double>(side) * static_cast<double>(side);
@@ -152,10 +189,9 @@ void forward(const NoiseRegularizerParams& p, int threads) {
       const int32_t index = map_of(plan, p.count, block);
       const Map map = map_at<T>(p, plan, sample, index);
       const Band band = band_at(map, block - map.plan->first_block);
-      halve_band<T>(map, band);
       sum_band<T>(map, band, p.partials + kNoiseSums * i);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 1)  // neighbours are alike in size
     for (int64_t i = 0; i < maps; ++i) {
       const Map map = map_at<T>(p, plan, i / p.count, static_cast<int32_t>(i % p.count));
       halve_rest(map);
@@ -242,7 +278,7 @@ void backward(const NoiseRegularizerParams& p, int threads) {
       const Map map = map_at<T>(p, plan, i / plan.blocks, map_of(plan, p.count, block));
       halve_band<T>(map, band_at(map, block - map.plan->first_block));
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static, 1)  // neighbours are alike in size
     for (int64_t i = 0; i < maps; ++i) {
       const Map map = map_at<T>(p, plan, i / p.count, static_cast<int32_t>(i % p.count));
       halve_rest(map);

@@ -122,7 +122,7 @@ def _largest(noises: list[Tensor]) -> Tensor:
 
 def _native(noises: list[Tensor], stop: int) -> tuple[Tensor, Tensor]:
     noises = [noise.contiguous() for noise in noises]
-    first, module, target = noises[0], native.module(), native.target(_largest(noises), 16384)
+    first, module, target = noises[0], native.module(), native.target(_largest(noises))
     loss, moments = _results(noises, stop)
     call = _maps(noises, stop) | {"loss": loss.data_ptr(), "moments": moments.data_ptr()}
     partials = empty_float(first, module.noise_regularizer_fwd_partials(target, **call), dtype=torch.float64)
@@ -181,7 +181,7 @@ def _backward_eager(noises: list[Tensor], *arguments: Any) -> list[Tensor]:
 
 def _backward_native(noises: list[Tensor], grad: Tensor, moments: Tensor, stop: int) -> list[Tensor]:
     noises = [noise.contiguous() for noise in noises]
-    module, target = native.module(), native.target(_largest(noises), 16384)
+    module, target = native.module(), native.target(_largest(noises))
     grad = in_format(grad, torch.float32, torch.contiguous_format)
     gradients = [empty_like(noise, torch.contiguous_format) for noise in noises]
     call = _maps(noises, stop) | {
