@@ -206,19 +206,18 @@ void backward_piece(const NormModulateParams& p, const Piece& piece, const doubl
       return maps ? &write_gradients<ACT, GAMMA, kBeta, LAST, true> : &write_gradients<ACT, GAMMA, kBeta, LAST, false>;
     });
   });
-  const bool streamed = is_streamed<T>(p, (grad_x != nullptr) + (grad_gamma != nullptr) + (grad_beta != nullptr));
   float buffers[3][kRun<LAST>];
   // What is not wanted goes to a buffer and no further.
   const auto out_of = [&](T* gradient, const Run& run, float* buffer) {
-    return gradient ? row_of(gradient + run.base, streamed, buffer) : buffer;
+    return gradient ? row_of(gradient + run.base, buffer) : buffer;
   };
   for_each_gradient_row<T>(p, piece, k, [&](const Run& run, const GradientRow& row) {
     const GradientOut out{out_of(grad_x, run, buffers[0]), out_of(grad_gamma, run, buffers[1]),
                           out_of(grad_beta, run, buffers[2])};
     write(k, row, out);
-    if (grad_x) write_row(out.x, run.count, streamed, grad_x + run.base);
-    if (grad_gamma) write_row(out.gamma, run.count, streamed, grad_gamma + run.base);
-    if (grad_beta) write_row(out.beta, run.count, streamed, grad_beta + run.base);
+    if (grad_x) write_row(out.x, run.count, grad_x + run.base);
+    if (grad_gamma) write_row(out.gamma, run.count, grad_gamma + run.base);
+    if (grad_beta) write_row(out.beta, run.count, grad_beta + run.base);
   });
 }
 
@@ -236,51 +235,48 @@ void backward(const NormModulateParams& p, int threads) {
     save_sums(p, plane, total, totals);
   };
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (p.channels_last) {
-      if (wants_sums) {
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; ++block)
-          for_each_piece(p, plan, block, [&](const Piece& piece) {
-            piece_sums<T>(p, piece, partial + 3 * block * p.channels + piece.channel);
-          });
-#pragma omp for schedule(static)
-        for (int64_t plane = 0; plane < planes; ++plane) {
-          const double* first = partial + 3 * (plane / p.channels) * plan.blocks * p.channels + plane % p.channels;
-          join_sums(plane, [&](int64_t block) {
-            const double* sums = first + 3 * block * p.channels;
-            return Sums{sums[0], sums[p.channels], sums[2 * p.channels]};
-          });
-        }
-      }
+  if (p.channels_last) {
+    if (wants_sums) {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block)
-        for_each_piece(p, plan, block, [&](const Piece& piece) { backward_piece<T, true>(p, piece, totals); });
-    } else if (plan.partial) {
-      const int64_t pieces = planes * plan.blocks;
-      Sums* sums = reinterpret_cast<Sums*>(partial);
-      if (wants_sums) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < pieces; ++i)
-          sums[i] = plane_sums<T>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks));
-#pragma omp for schedule(static)
-        for (int64_t plane = 0; plane < planes; ++plane)
-          join_sums(plane, [&](int64_t block) { return sums[plane * plan.blocks + block]; });
-      }
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < pieces; ++i)
-        backward_piece<T, false>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks), totals);
-    } else {
+        for_each_piece(p, plan, block, [&](const Piece& piece) {
+          piece_sums<T>(p, piece, partial + 3 * block * p.channels + piece.channel);
+        });
 #pragma omp for schedule(static)
       for (int64_t plane = 0; plane < planes; ++plane) {
-        if (wants_sums)
-          join_sums(plane, [&](int64_t block) { return plane_sums<T>(p, plane_block(p, plan, plane, block)); });
-        // The last block first: it is the one that is surely still in the cache.
-        for (int64_t block = plan.blocks - 1; block >= 0; --block)
-          backward_piece<T, false>(p, plane_block(p, plan, plane, block), totals);
+        const double* first = partial + 3 * (plane / p.channels) * plan.blocks * p.channels + plane % p.channels;
+        join_sums(plane, [&](int64_t block) {
+          const double* sums = first + 3 * block * p.channels;
+          return Sums{sums[0], sums[p.channels], sums[2 * p.channels]};
+        });
       }
     }
-    finish_streams();
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block)
+      for_each_piece(p, plan, block, [&](const Piece& piece) { backward_piece<T, true>(p, piece, totals); });
+  } else if (plan.partial) {
+    const int64_t pieces = planes * plan.blocks;
+    Sums* sums = reinterpret_cast<Sums*>(partial);
+    if (wants_sums) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < pieces; ++i)
+        sums[i] = plane_sums<T>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks));
+#pragma omp for schedule(static)
+      for (int64_t plane = 0; plane < planes; ++plane)
+        join_sums(plane, [&](int64_t block) { return sums[plane * plan.blocks + block]; });
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pieces; ++i)
+      backward_piece<T, false>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks), totals);
+  } else {
+#pragma omp for schedule(static)
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      if (wants_sums)
+        join_sums(plane, [&](int64_t block) { return plane_sums<T>(p, plane_block(p, plan, plane, block)); });
+      // The last block first: it is the one that is surely still in the cache.
+      for (int64_t block = plan.blocks - 1; block >= 0; --block)
+        backward_piece<T, false>(p, plane_block(p, plan, plane, block), totals);
+    }
   }
 }
 

@@ -126,17 +126,16 @@ void forward_piece(const NormModulateParams& p, const Piece& piece) {
   const Modulation<LAST> k(p, piece);
   const auto modulate = modulate_function<LAST>(p, p.act);
   const auto activate = FE_BY_SMOOTH_ACTIVATION(activate_row, p.act);
-  const bool streamed = is_streamed<T>(p, 1);
   float buffers[4][kRun<LAST>];
   for_each_run<LAST>(p, piece, [&](const Run& run) {
     const float* x = read_row(static_cast<const T*>(p.x) + run.base, run.count, buffers[0]);
     const float* gamma = map_under<T, LAST>(p, piece, run, p.gamma, p.gamma_kind, buffers[1]);
     const float* beta = map_under<T, LAST>(p, piece, run, p.beta, p.beta_kind, buffers[2]);
     T* out = static_cast<T*>(p.y) + run.base;
-    float* y = row_of(out, streamed, buffers[3]);
+    float* y = row_of(out, buffers[3]);
     modulate(k, x, gamma, beta, y, run.count);
     if (is_smooth(p.act)) activate(y, run.count);
-    write_row(y, run.count, streamed, out);
+    write_row(y, run.count, out);
   });
 }
 
@@ -146,54 +145,51 @@ void forward(const NormModulateParams& p, int threads) {
   const int64_t planes = p.batch * p.channels, blocks = p.batch * plan.blocks;
   const bool statistics = p.norm == kInstanceNorm;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    if (p.channels_last) {
-      double* mean = p.workspace;
-      double* squares = p.workspace + blocks * p.channels;
-      if (statistics) {
-#pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; ++block)
-          for_each_piece(p, plan, block, [&](const Piece& piece) {
-            const int64_t at = block * p.channels + piece.channel;
-            piece_moments<T>(p, piece, mean + at, squares + at);
-          });
-#pragma omp for schedule(static)
-        for (int64_t plane = 0; plane < planes; ++plane) {
-          const int64_t first = (plane / p.channels) * plan.blocks * p.channels + plane % p.channels;
-          join_statistics(p, plan, plane, [&](int64_t block) {
-            return Moments{mean[first + block * p.channels], squares[first + block * p.channels]};
-          });
-        }
-      }
+  if (p.channels_last) {
+    double* mean = p.workspace;
+    double* squares = p.workspace + blocks * p.channels;
+    if (statistics) {
 #pragma omp for schedule(static)
       for (int64_t block = 0; block < blocks; ++block)
-        for_each_piece(p, plan, block, [&](const Piece& piece) { forward_piece<T, true>(p, piece); });
-    } else if (plan.partial) {
-      const int64_t pieces = planes * plan.blocks;
-      Moments* partial = reinterpret_cast<Moments*>(p.workspace);
-      if (statistics) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < pieces; ++i)
-          partial[i] = plane_moments<T>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks));
-#pragma omp for schedule(static)
-        for (int64_t plane = 0; plane < planes; ++plane)
-          join_statistics(p, plan, plane, [&](int64_t block) { return partial[plane * plan.blocks + block]; });
-      }
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < pieces; ++i)
-        forward_piece<T, false>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks));
-    } else {
+        for_each_piece(p, plan, block, [&](const Piece& piece) {
+          const int64_t at = block * p.channels + piece.channel;
+          piece_moments<T>(p, piece, mean + at, squares + at);
+        });
 #pragma omp for schedule(static)
       for (int64_t plane = 0; plane < planes; ++plane) {
-        if (statistics)
-          join_statistics(p, plan, plane,
-                          [&](int64_t block) { return plane_moments<T>(p, plane_block(p, plan, plane, block)); });
-        // The last block first: it is the one that is surely still in the cache.
-        for (int64_t block = plan.blocks - 1; block >= 0; --block)
-          forward_piece<T, false>(p, plane_block(p, plan, plane, block));
+        const int64_t first = (plane / p.channels) * plan.blocks * p.channels + plane % p.channels;
+        join_statistics(p, plan, plane, [&](int64_t block) {
+          return Moments{mean[first + block * p.channels], squares[first + block * p.channels]};
+        });
       }
     }
-    finish_streams();
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks; ++block)
+      for_each_piece(p, plan, block, [&](const Piece& piece) { forward_piece<T, true>(p, piece); });
+  } else if (plan.partial) {
+    const int64_t pieces = planes * plan.blocks;
+    Moments* partial = reinterpret_cast<Moments*>(p.workspace);
+    if (statistics) {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < pieces; ++i)
+        partial[i] = plane_moments<T>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks));
+#pragma omp for schedule(static)
+      for (int64_t plane = 0; plane < planes; ++plane)
+        join_statistics(p, plan, plane, [&](int64_t block) { return partial[plane * plan.blocks + block]; });
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pieces; ++i)
+      forward_piece<T, false>(p, plane_block(p, plan, i / plan.blocks, i % plan.blocks));
+  } else {
+#pragma omp for schedule(static)
+    for (int64_t plane = 0; plane < planes; ++plane) {
+      if (statistics)
+        join_statistics(p, plan, plane,
+                        [&](int64_t block) { return plane_moments<T>(p, plane_block(p, plan, plane, block)); });
+      // The last block first: it is the one that is surely still in the cache.
+      for (int64_t block = plan.blocks - 1; block >= 0; --block)
+        forward_piece<T, false>(p, plane_block(p, plan, plane, block));
+    }
   }
 }
 

@@ -125,32 +125,18 @@ const float* read_row(const T* values, int32_t count, float* buffer) {
   return buffer;
 }
 
-// Whether results, `count` tensors of x's size, go past the caches: smaller ones wait there for their reader.
-template <class T>
-bool is_streamed(const NormModulateParams& p, int64_t count) {
-  constexpr int64_t kStreamedBytes = int64_t{24} << 20;
-  return count * p.batch * p.channels * p.pixels * static_cast<int64_t>(sizeof(T)) > kStreamedBytes;
-}
-
 // Where a loop writes the values of `out`: there, or into `buffer`, from which write_row then stores them.
 template <class T>
-float* row_of(T* out, bool streamed, float* buffer) {
-  if constexpr (std::is_same_v<T, float>)
-    if (!streamed) return out;
+float* row_of(T* out, float* buffer) {
+  if constexpr (std::is_same_v<T, float>) return out;
   return buffer;
 }
 
 template <class T>
-void write_row(const float* row, int32_t count, bool streamed, T* out) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (streamed) stream_row(row, count * static_cast<int64_t>(sizeof(T)), out);
-  } else {
-    T buffer[kRun<false>];
-    T* stored = streamed ? buffer : out;
+void write_row(const float* row, int32_t count, T* out) {
+  if constexpr (std::is_same_v<T, float>) return;
 #pragma omp simd
-    for (int32_t i = 0; i < count; ++i) store(row[i], stored + i);
-    if (streamed) stream_row(stored, count * static_cast<int64_t>(sizeof(T)), out);
-  }
+  for (int32_t i = 0; i < count; ++i) store(row[i], out + i);
 }
 
 // The values of a map under a run; null for an operand that is no map. Channels last, a map of one channel is spread out.
