@@ -1,72 +1,90 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "modulated_conv2d.h"
 
+#include <limits>
+#include <type_traits>
+
 #include "cuda_common.cuh"
 
 namespace fe {
 namespace FE_ISA {
 namespace {
 
+// Channels of a pixel in packs, at most. Where they are many a warp has a pixel and a block of forward_kernel 16, so
+// that its elements count to 2^30.
+constexpr int64_t kMostPacked = int64_t{1} << 26;
+
 // channels_last: `width` lanes a pixel, a pack of V neighbouring channels each. Planar (V is 1): a thread a pixel. A
-// thread has U pixels, and a block of threads never leaves its sample.
+// thread has U pixels, and a block of threads never leaves its sample. Two packs of 16 bytes a thread are 32 KiB under
+// way a multiprocessor in 64 registers, as four are in 128; what lies along the channels is read once for both.
 // WRITE: the epilogue's output is stored; otherwise only ToRGB's sums are wanted, of x itself.
 template <class T, int V, int U, bool WRITE>
-__global__ void __launch_bounds__(kThreads, U > 1 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, 4)
     forward_kernel(const ModulatedEpilogueParams p, const unsigned blocks_per_sample, const int width) {
+  using Index = std::conditional_t<(V > 1), int, int64_t>;  // of an element among the block's; see kMostPacked
   const float strength = p.strength ? __ldg(p.strength) : 1.0f;
-  const int place = threadIdx.x % width, pixels = kThreads / width;
-  const int64_t sample = blockIdx.x / blocks_per_sample;
-  const int64_t own = static_cast<int64_t>(blockIdx.x % blocks_per_sample) * (U * pixels) + threadIdx.x / width;
-  const int64_t pitch = p.channels_last ? p.channels : 1, step = p.channels_last ? 1 : p.pixels;
-  const int64_t base = sample * p.channels * p.pixels + own * pitch;
-  const float* factor_rows = p.rgb_factors + sample * 3 * p.channels;
+  const int place = threadIdx.x % width, own = threadIdx.x / width, pixels = kThreads / width;
+  const int channels = static_cast<int>(p.channels);
+  const bool last = V > 1 || p.channels_last;
+  const unsigned sample = blockIdx.x / blocks_per_sample;
+  const int64_t first = static_cast<int64_t>(blockIdx.x % blocks_per_sample) * (U * pixels);
+  const int64_t left = p.pixels - first;
+  const int count = static_cast<int>(left < U * pixels ? left : U * pixels);
+  const Index pitch = last ? channels : 1, step = last ? 1 : static_cast<Index>(p.pixels);
+  const int64_t base = sample * p.channels * p.pixels + first * pitch;
   float offset[U], sums[U][3];
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int64_t q = own + u * pixels;
-    offset[u] = WRITE && p.noise && q < p.pixels ? __ldg(p.noise + sample * p.noise_stride + q) * strength : 0.0f;
+    const int q = own + u * pixels;
+    const bool noisy = WRITE && p.noise && q < count;
+    offset[u] = noisy ? __ldg(p.noise + sample * p.noise_stride + first + q) * strength : 0.0f;
     sums[u][0] = sums[u][1] = sums[u][2] = 0.0f;
   }
-  for (int64_t c = place * V; c < p.channels; c += width * V) {
+  for (int c = place * V; c < channels; c += width * V) {
     Fragment<T, V> pack[U];
+    float value[U][V];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      if (own + u * pixels >= p.pixels) break;
-      pack[u].read(static_cast<const T*>(p.x) + base + u * pixels * pitch + c * step, 0);
+      const int q = own + u * pixels;
+      pack[u] = {};
+      if (q < count) pack[u].read(static_cast<const T*>(p.x) + base + (q * pitch + c * step), 0);
+      pack[u].unpack(value[u]);
     }
-    float scale[V], bias[V], factors[3][V];
     if constexpr (WRITE) {
+      float scale[V], bias[V];
       read_floats(p.scale + sample * p.channels + c, scale);
       read_floats(p.bias + c, bias);
-    }
 #pragma unroll
-    for (int k = 0; k < 3; ++k) read_floats(factor_rows + k * p.channels + c, factors[k]);
+      for (int u = 0; u < U; ++u) {
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (own + u * pixels >= p.pixels) break;
-      float value[V];
-      pack[u].unpack(value);
-      if constexpr (WRITE) {
-#pragma unroll
-        for (int v = 0; v < V; ++v) value[v] = value[v] * scale[v] + offset[u] + bias[v];
-        finish_all(p, value);
-        pack[u].pack(value);
-        pack[u].write(static_cast<T*>(p.y) + base + u * pixels * pitch + c * step, 0);
+        for (int v = 0; v < V; ++v) value[u][v] = value[u][v] * scale[v] + offset[u] + bias[v];
       }
 #pragma unroll
-      for (int k = 0; k < 3; ++k) {
+      for (int u = 0; u < U; ++u) {
+        const int q = own + u * pixels;
+        finish_all(p, value[u]);
+        pack[u].pack(value[u]);
+        if (q < count) pack[u].write(static_cast<T*>(p.y) + base + (q * pitch + c * step), 0);
+      }
+    }
 #pragma unroll
-        for (int v = 0; v < V; ++v) sums[u][k] += value[v] * factors[k][v];
+    for (int k = 0; k < 3; ++k) {
+      float factors[V];
+      read_floats(p.rgb_factors + (sample * 3 + k) * p.channels + c, factors);
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) sums[u][k] += value[u][v] * factors[v];
       }
     }
   }
 #pragma unroll
   for (int u = 0; u < U; ++u) {
-    const int64_t q = own + u * pixels;
+    const int q = own + u * pixels;
 #pragma unroll
     for (int k = 0; k < 3; ++k) {
       const float sum = group_sum(sums[u][k], width);
-      if (place == 0 && q < p.pixels) p.rgb[(sample * 3 + k) * p.pixels + q] = sum;
+      if (place == 0 && q < count) p.rgb[(sample * 3 + k) * p.pixels + first + q] = sum;
     }
   }
 }
@@ -76,10 +94,34 @@ struct Terms {
   float value[5];
 };
 
-// Made on the host and passed by value: constant memory instead of registers.
+// Slope and inverse of the activation, by its output: what slope_from_output and input_from_output give, without a
+// switch. Made on the host and passed by value: constant memory instead of registers.
 struct InverseOfOutput {
-  float clamp, above, below;
+  float limit;                     // of the clamp, rounded as the output is; NaN: none
+  float kink;                      // smaller outputs lie on the activation's lower side
+  float slope_above, slope_below;  // dy/dz
+  float input_above, input_below;  // z/y
+
+  FE_HD float slope(float y) const {
+    const float magnitude = y < 0.0f ? -y : y;
+    return magnitude >= limit ? 0.0f : (y < kink ? slope_below : slope_above);
+  }
+  FE_HD float input(float y) const { return y * (y < kink ? input_below : input_above); }
 };
+
+template <class T>
+InverseOfOutput inverse_of_output(const ModulatedEpilogueParams& p) {
+  T rounded;
+  store(p.clamp, &rounded);
+  InverseOfOutput inverse{};
+  inverse.limit = clamp_limit(p.clamp < 0.0f ? p.clamp : load(rounded));
+  inverse.slope_above = inverse.slope_below = p.gain;
+  inverse.input_above = inverse.input_below = 1.0f / p.gain;
+  if (p.act == kLeakyRelu) inverse.slope_below = p.slope * p.gain, inverse.input_below = 1.0f / (p.gain * p.slope);
+  // 0 lies on the flat side of a ReLU.
+  if (p.act == kRelu) inverse.slope_below = 0.0f, inverse.kink = std::numeric_limits<float>::denorm_min();
+  return inverse;
+}
 
 template <class T, bool RGB>
 struct BackwardElement {
@@ -99,9 +141,8 @@ struct BackwardElement {
         terms.value[2 + k] = g * y;
       }
     }
-    const float gz = grad * slope_from_output(p.act, y, p.slope, p.gain, inverse.clamp);
-    float core = p.act == kLeakyRelu ? input_from_output<kLeakyRelu>(y, inverse.above, inverse.below)
-                                     : input_from_output<kLinear>(y, inverse.above, inverse.below);
+    const float gz = grad * inverse.slope(y);
+    float core = inverse.input(y);
     if (p.noise) core -= p.noise[sample * p.noise_stride + q] * strength;
     if (p.bias) core -= p.bias[c];
     terms.value[0] = gz;
@@ -111,29 +152,13 @@ struct BackwardElement {
   }
 };
 
-// slope[v] is dy/dz and input[v] is z, both from y; the switch stands outside the loop over a pack.
-template <int V>
-__device__ __forceinline__ void invert(const ModulatedEpilogueParams& p, const InverseOfOutput& inverse,
-                                       const float (&y)[V], float (&slope)[V], float (&input)[V]) {
-#define FE_CASE(LABEL, ACT)                                                            \
-  LABEL:                                                                               \
-    _Pragma("unroll") for (int v = 0; v < V; ++v) {                                    \
-      slope[v] = slope_from_output<ACT>(y[v], p.slope, p.gain, inverse.clamp);         \
-      input[v] = input_from_output<ACT>(y[v], inverse.above, inverse.below);           \
-    }                                                                                  \
-    break;
-  switch (p.act) {
-    FE_CASE(case kLeakyRelu, kLeakyRelu)
-    FE_CASE(case kRelu, kRelu)
-    FE_CASE(default, kLinear)
-  }
-#undef FE_CASE
-}
-
 // One block of threads per block of pixels of one sample; its sums go to its own rows of the workspace.
 // channels_last: `width` lanes a pixel, a pack of V neighbouring channels each. Planar: V is 1.
+// A thread's registers hold its sums and the packs under way: with four blocks a multiprocessor 32 KiB of packs beside
+// ToRGB's sums, 64 KiB without. What lies along the channels or the pixels waits in shared memory, of which sm_80 has
+// enough for three blocks with ToRGB's sums, sm_86 and sm_89 for two.
 template <class T, bool RGB, bool LAST, int V>
-__global__ void __launch_bounds__(kThreads, V > 1 ? (RGB ? 2 : 3) : 4)
+__global__ void __launch_bounds__(kThreads, 4)
     backward_kernel(const ModulatedEpilogueParams p, const BlockPlan plan, const ModulatedOffsets offsets,
                     const InverseOfOutput inverse, const int width) {
   constexpr int kKinds = RGB ? 5 : 2;
@@ -141,13 +166,15 @@ __global__ void __launch_bounds__(kThreads, V > 1 ? (RGB ? 2 : 3) : 4)
   constexpr int kPixels = LAST ? kMaxBlockPixels : kPlanarPixels;
   __shared__ float rows[kCopies][kPixels];           // sum over channels of each pixel; planar: per warp
   __shared__ float sums[kKinds][kWarps][kWarp * V];  // channels_last: sums of as many channels as a warp sees at once
+  __shared__ Pack<float, V> vectors[kKinds][LAST ? kWarp : 1];       // scale, bias, rgb_factors of these channels
+  __shared__ Pack<float, RGB ? 4 : 1> of_pixel[LAST ? kPixels : 1];  // the noise it adds, and grad_rgb
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t sample = blockIdx.x / plan.blocks_per_sample;
-  const int64_t first = (blockIdx.x % plan.blocks_per_sample) * plan.pixels_per_block;
+  // What is live throughout is 32 bits wide.
+  const unsigned blocks_per_sample = static_cast<unsigned>(plan.blocks_per_sample);
+  const unsigned sample = blockIdx.x / blocks_per_sample, block = blockIdx.x % blocks_per_sample;
+  const int64_t first = static_cast<int64_t>(block) * plan.pixels_per_block;
   const int64_t left = p.pixels - first;
   const int count = static_cast<int>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
-  const float strength = p.strength ? __ldg(p.strength) : 1.0f;
-  const int64_t block = blockIdx.x % plan.blocks_per_sample;
   const bool wants_rows = p.grad_noise || p.grad_strength;
   // Where the row of sums of one kind begins; null when nobody wants it.
   auto row_of = [&](int kind) -> float* {
@@ -157,66 +184,76 @@ __global__ void __launch_bounds__(kThreads, V > 1 ? (RGB ? 2 : 3) : 4)
     const int64_t factors = ((sample * 3 + kind - 2) * plan.blocks_per_sample + block) * p.channels;
     return p.grad_factors ? p.workspace + offsets.factors + factors : nullptr;
   };
+  const float strength = p.strength ? __ldg(p.strength) : 1.0f;
   if constexpr (LAST) {
-    constexpr int U = RGB && sizeof(T) == 2 ? 3 : 2;  // pixels in flight; few enough for 128 registers
+    constexpr int U = (RGB ? 4 : 8) / sizeof(T);  // pixels in flight
     const int place = lane % width, group = lane / width, groups = kWarp / width;
     const int channels = static_cast<int>(p.channels);
     const int64_t base = (sample * p.pixels + first) * p.channels;
-    const float* noise = p.noise ? p.noise + sample * p.noise_stride + first : nullptr;
-    const float* colours = RGB ? p.grad_rgb + sample * 3 * p.pixels + first : nullptr;
+    for (int q = threadIdx.x; q < count; q += kThreads) {
+      of_pixel[q].lane[0] = p.noise ? __ldg(p.noise + sample * p.noise_stride + first + q) * strength : 0.0f;
+#pragma unroll
+      for (int k = 0; k < kKinds - 2; ++k)
+        of_pixel[q].lane[1 + k] = __ldg(p.grad_rgb + (sample * 3 + k) * p.pixels + first + q);
+    }
     for (int start = 0; start < channels; start += width * V) {
+      for (int j = threadIdx.x; j < kKinds * kWarp * V; j += kThreads) {
+        const int kind = j / (kWarp * V), channel = j % (kWarp * V), c = start + channel;
+        if (channel >= width * V || c >= channels) continue;
+        float value = 0.0f;
+        if (kind == 0) value = p.scale ? __ldg(p.scale + sample * p.channels + c) : 1.0f;
+        if (kind == 1) value = p.bias ? __ldg(p.bias + c) : 0.0f;
+        if (kind >= 2) value = __ldg(p.rgb_factors + (sample * 3 + kind - 2) * p.channels + c);
+        vectors[kind][channel / V].lane[channel % V] = value;
+      }
+      __syncthreads();
       const int c = start + place * V;
       const bool inside = c < channels;
-      float scale[V], bias[V], factors[3][V], sum[kKinds][V];
+      float sum[kKinds][V];
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        scale[v] = p.scale && inside ? __ldg(p.scale + sample * p.channels + c + v) : 1.0f;
-        bias[v] = p.bias && inside ? __ldg(p.bias + c + v) : 0.0f;
-#pragma unroll
-        for (int k = 0; k < 3; ++k)
-          factors[k][v] = RGB && inside ? __ldg(p.rgb_factors + (sample * 3 + k) * p.channels + c + v) : 0.0f;
 #pragma unroll
         for (int k = 0; k < kKinds; ++k) sum[k][v] = 0.0f;
       }
-      for (int at = warp * groups; at < count; at += U * kWarps * groups) {
+      // Rounded up to whole groups, so that the lanes of a warp go round together.
+      for (int at = warp * groups + group; at < (count + groups - 1) / groups * groups; at += U * kWarps * groups) {
         Fragment<T, V> y_pack[U], grad_pack[U];
-        float offset[U], colour[U][3];
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          const int q = at + u * kWarps * groups + group;
+          const int q = at + u * kWarps * groups;
           if (q >= count || !inside) continue;
           const int64_t index = base + static_cast<int64_t>(q) * channels + c;
           y_pack[u].read(static_cast<const T*>(p.saved) + index, 0);
           if (p.grad) grad_pack[u].read(static_cast<const T*>(p.grad) + index, 0);
-          offset[u] = noise ? __ldg(noise + q) * strength : 0.0f;
-#pragma unroll
-          for (int k = 0; k < 3; ++k) colour[u][k] = RGB ? __ldg(colours + k * p.pixels + q) : 0.0f;
         }
 #pragma unroll
         for (int u = 0; u < U; ++u) {
-          const int q = at + u * kWarps * groups + group;
+          asm volatile("" ::: "memory");  // `vectors` is to be read again for each pixel, not kept in registers
+          const int q = at + u * kWarps * groups;
           const bool active = q < count && inside;
           float row = 0.0f;
           if (active) {  // a lane beyond the end adds nothing to the sums
-            float y[V], grad[V] = {}, slope[V], core[V];
+            float y[V], grad[V] = {};
             y_pack[u].unpack(y);
             if (p.grad) grad_pack[u].unpack(grad);
             if constexpr (RGB) {
 #pragma unroll
               for (int k = 0; k < 3; ++k) {
+                const float colour = of_pixel[q].lane[1 + k];
+                const Pack<float, V> factors = vectors[2 + k][place];
 #pragma unroll
-                for (int v = 0; v < V; ++v)
-                  grad[v] += colour[u][k] * factors[k][v], sum[2 + k][v] += colour[u][k] * y[v];
+                for (int v = 0; v < V; ++v) grad[v] += colour * factors.lane[v], sum[2 + k][v] += colour * y[v];
               }
             }
-            invert(p, inverse, y, slope, core);
+            const float offset = of_pixel[q].lane[0];
+            const Pack<float, V> scale = vectors[0][place], bias = vectors[1][place];
 #pragma unroll
             for (int v = 0; v < V; ++v) {
-              const float gz = grad[v] * slope[v];
+              const float gz = grad[v] * inverse.slope(y[v]);
               row += gz;
               sum[0][v] += gz;
-              sum[1][v] += gz * (core[v] - offset[u] - bias[v]);
-              grad[v] = gz * scale[v];
+              sum[1][v] += gz * (inverse.input(y[v]) - offset - bias.lane[v]);
+              grad[v] = gz * scale.lane[v];
             }
             y_pack[u].pack(grad);
             y_pack[u].write(static_cast<T*>(p.grad_x) + base + static_cast<int64_t>(q) * channels + c, 0);
@@ -235,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, V > 1 ? (RGB ? 2 : 3) : 4)
           if (group == 0) sums[k][warp][place * V + v] = total;
         }
       }
-      __syncthreads();
+      __syncthreads();  // the next piece's sums are written after its own barrier
       for (int j = threadIdx.x; j < kKinds * kWarp * V; j += kThreads) {
         const int kind = j / (kWarp * V), channel = j % (kWarp * V);
         float* row = row_of(kind);
@@ -244,7 +281,6 @@ __global__ void __launch_bounds__(kThreads, V > 1 ? (RGB ? 2 : 3) : 4)
         for (int w = 0; w < kWarps; ++w) total += sums[kind][w][channel];
         row[start + channel] = total;
       }
-      __syncthreads();
     }
   } else {
     // A warp owns every eighth channel; its lanes are neighbouring pixels.
@@ -375,9 +411,9 @@ void launch_forward(const ModulatedEpilogueParams& p, int width, cudaStream_t st
 
 template <class T>
 void forward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
-  constexpr int V = 16 / sizeof(T), U = 4;
-  if (!p.channels_last || p.channels % V != 0 || !aligned(p.x, 16) || !aligned(p.y, 16) || !aligned(p.scale, 16) ||
-      !aligned(p.bias, 16) || !aligned(p.rgb_factors, 16)) {
+  constexpr int V = 16 / sizeof(T), U = 2;
+  if (!p.channels_last || p.channels % V != 0 || p.channels > kMostPacked || !aligned(p.x, 16) || !aligned(p.y, 16) ||
+      !aligned(p.scale, 16) || !aligned(p.bias, 16) || !aligned(p.rgb_factors, 16)) {
     int width = 1;
     while (p.channels_last && width < kWarp && width < p.channels) width *= 2;
     return launch_forward<T, 1, 1>(p, width, stream);
@@ -396,9 +432,7 @@ void backward(const ModulatedEpilogueParams& p, cudaStream_t stream) {
   const ModulatedOffsets offsets = modulated_offsets(p, plan);
   const int64_t each = plan.blocks_per_sample, blocks = p.batch * each;
   const unsigned grid = static_cast<unsigned>(blocks);
-  T rounded;
-  store(p.clamp, &rounded);
-  const InverseOfOutput inverse{p.clamp < 0.0f ? p.clamp : load(rounded), 1.0f / p.gain, 1.0f / (p.gain * p.slope)};
+  const InverseOfOutput inverse = inverse_of_output<T>(p);
   constexpr int V = 4, kBytes = V * sizeof(T);
   const bool packs = p.channels_last && p.channels % V == 0 && aligned(p.saved, kBytes) && aligned(p.grad, kBytes) &&
                      aligned(p.grad_x, kBytes);
@@ -453,7 +487,10 @@ void style(const ModulatedStyleParams& p, cudaStream_t stream) {
     FE_ISA::FUNCTION<float>(P, s);                               \
   return FE_ISA::launch_error();
 
-Error modulated_epilogue_fwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) { FE_RUN(forward, p) }
+Error modulated_epilogue_fwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) {
+  if (p.channels >= (int64_t{1} << 30)) return "channels must be below 2^30";
+  FE_RUN(forward, p)
+}
 Error modulated_epilogue_bwd_cuda(const ModulatedEpilogueParams& p, int device, void* stream) {
   if (p.channels >= (int64_t{1} << 30)) return "channels must be below 2^30";
   FE_RUN(backward, p)

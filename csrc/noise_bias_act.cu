@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "noise_bias_act.h"
 
+#include <type_traits>
+
 #include "cuda_common.cuh"
 
 namespace fe {
@@ -95,13 +97,6 @@ __device__ __forceinline__ void slopes(const NoiseBiasActParams& p, float clamp,
 #undef FE_CASE
 }
 
-// Blocks a multiprocessor has to hold of the kernels with two kinds of sums: sm_86 and sm_89 would spill at four.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
-constexpr int kSumsBlocks = 2;
-#else
-constexpr int kSumsBlocks = 4;
-#endif
-
 constexpr int kLine = 128;  // elements of a line that a warp sees at once, in packs of four: the widest planar block
 
 // One block of threads per block of pixels of one sample; its sums go to its own row of the workspace. It sees lines of
@@ -109,18 +104,21 @@ constexpr int kLine = 128;  // elements of a line that a warp sees at once, in p
 // share a line, a pack of V elements each; a warp has 32 / width lines at once. Sums along a line pass between those
 // lanes, sums across lines stay in registers. V divides every line, or is 1.
 template <class T, int V, bool FROM_INPUT, bool LAST>
-__global__ void __launch_bounds__(kThreads, V > 1 && FROM_INPUT && LAST ? kSumsBlocks : 4)
+__global__ void __launch_bounds__(kThreads, 4)
     backward_kernel(const NoiseBiasActParams p, const BlockPlan plan, const NoiseBiasActOffsets offsets,
                     const int width) {
-  constexpr int U = FROM_INPUT ? 1 : 8 / sizeof(T);   // lines in flight; few enough for 64 registers
+  // Lines in flight: what 64 registers hold, 32 KiB of packs a multiprocessor (planar 64), from the input 16 to 32.
+  constexpr int U = FROM_INPUT ? 1 : (LAST ? 4 : 8) / sizeof(T);
   constexpr int kKinds = LAST && FROM_INPUT ? 2 : 1;  // the gradient to scale needs the saved input
   __shared__ float across[kKinds][kWarps][kLine];     // LAST: bias and scale sums; planar: sums over channels
   __shared__ float rows[LAST ? kMaxBlockPixels : 1];  // LAST: sum over the channels of each pixel
   __shared__ float strength_sums[kWarps];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int place = lane % width, group = lane / width, groups = kWarp / width;
-  const int64_t sample = blockIdx.x / plan.blocks_per_sample;
-  const int64_t first = (blockIdx.x % plan.blocks_per_sample) * plan.pixels_per_block;
+  // What is live throughout is 32 bits wide.
+  const unsigned blocks_per_sample = static_cast<unsigned>(plan.blocks_per_sample);
+  const unsigned sample = blockIdx.x / blocks_per_sample, block = blockIdx.x % blocks_per_sample;
+  const int64_t first = static_cast<int64_t>(block) * plan.pixels_per_block;
   const int64_t left = p.pixels - first;
   const int count = static_cast<int>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
   const int channels = static_cast<int>(p.channels);
@@ -135,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, V > 1 && FROM_INPUT && LAST ? kSumsB
   float* scale_row = FROM_INPUT && p.grad_scale ? p.workspace + offsets.scale + blockIdx.x * p.channels : nullptr;
   const bool wants_rows = p.grad_noise || p.grad_strength;
   const int lines = LAST ? count : channels, length = LAST ? channels : count;
-  const int64_t pitch = LAST ? p.channels : p.pixels;
+  const std::conditional_t<LAST, int, int64_t> pitch = LAST ? channels : p.pixels;
   const int64_t base = LAST ? (sample * p.pixels + first) * p.channels : sample * p.channels * p.pixels + first;
   const float* scales = p.scale ? p.scale + sample * p.channels : nullptr;
   const float* noise = p.noise ? p.noise + sample * p.noise_stride + first : nullptr;
@@ -154,19 +152,20 @@ __global__ void __launch_bounds__(kThreads, V > 1 && FROM_INPUT && LAST ? kSumsB
       if (!LAST && noise) offset[v] = __ldg(noise + own + v) * strength;
     }
 
-    for (int at = warp * groups; at < lines; at += U * kWarps * groups) {
+    // Rounded up to whole groups, so that the lanes of a warp go round together.
+    for (int at = warp * groups + group; at < (lines + groups - 1) / groups * groups; at += U * kWarps * groups) {
       Fragment<T, V> grad_pack[U], saved_pack[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int line = at + u * kWarps * groups + group;
+        const int line = at + u * kWarps * groups;
         if (line >= lines || !inside) continue;
-        const int64_t index = base + line * pitch + own;
+        const int64_t index = base + static_cast<int64_t>(line) * pitch + own;
         grad_pack[u].read(static_cast<const T*>(p.grad) + index, 0);
         saved_pack[u].read(static_cast<const T*>(p.saved) + index, 0);
       }
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        const int line = at + u * kWarps * groups + group;
+        const int line = at + u * kWarps * groups;
         const bool active = line < lines && inside;
         float line_sum = 0.0f, line_scale_sum = 0.0f;
         if (active) {  // a lane beyond the end adds nothing to the sums
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, V > 1 && FROM_INPUT && LAST ? kSumsB
             grad[v] *= LAST ? scale[v] : line_scale;
           }
           grad_pack[u].pack(grad);
-          grad_pack[u].write(static_cast<T*>(p.grad_x) + base + line * pitch + own, 0);
+          grad_pack[u].write(static_cast<T*>(p.grad_x) + base + static_cast<int64_t>(line) * pitch + own, 0);
         }
         // The lane that keeps a line's sum is the same for every piece of the line. The first lane of an active line is
         // inside.
