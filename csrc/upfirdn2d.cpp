@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "elementwise.h"
+#include "upfirdn2d_rolling.h"
 
 namespace fe {
 namespace FE_ISA {
@@ -14,47 +15,6 @@ constexpr int32_t kBuffer = 16384;  // floats of each row buffer of a tile
 // Not std::min and std::max: their instantiations belong to no instruction set.
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline float magnitude(float value) { return value < 0.0f ? -value : value; }
-
-// The filter as correlation taps, gain included. Separable when it is the outer product of two vectors.
-struct Taps {
-  float rows[kMaxFirTaps], columns[kMaxFirTaps];
-  float full[kMaxFirTaps * kMaxFirTaps];
-  bool separable;
-};
-
-void make_taps(const UpFirDnParams& p, Taps* taps) {
-  const int32_t height = p.fir_height, width = p.fir_width;
-  taps->separable = p.separable;
-  if (p.separable) {
-    for (int32_t k = 0; k < width; ++k) {
-      taps->columns[k] = p.fir[fir_tap(k, width, p.flip)];
-      taps->rows[k] = taps->columns[k] * p.fir_gain;
-    }
-    return;
-  }
-  int32_t pivot = 0;
-  for (int32_t y = 0; y < height; ++y) {
-    for (int32_t x = 0; x < width; ++x) {
-      const int32_t i = y * width + x;
-      taps->full[i] = p.fir[fir_tap(y, height, p.flip) * width + fir_tap(x, width, p.flip)] * p.fir_gain;
-      if (magnitude(taps->full[i]) > magnitude(taps->full[pivot])) pivot = i;
-    }
-  }
-  // Rank 1: every row is a multiple of the one that holds the largest tap, to within the rounding of float products.
-  const float largest = taps->full[pivot];
-  if (!(magnitude(largest) > 0.0f)) return;
-  const float* row = taps->full + pivot / width * width;
-  const float tolerance = 2.4e-7f * magnitude(largest);
-  for (int32_t x = 0; x < width; ++x) taps->columns[x] = row[x];
-  for (int32_t y = 0; y < height; ++y) {
-    taps->rows[y] = taps->full[y * width + pivot % width] / largest;
-    for (int32_t x = 0; x < width; ++x) {
-      if (!(magnitude(taps->full[y * width + x] - taps->rows[y] * row[x]) <= tolerance)) return;
-    }
-  }
-  taps->separable = true;
-}
 
 template <class S, int N, bool ADD>
 void sum_taps(const S* const* source, const float* factor, int64_t length, float* out) {
@@ -100,27 +60,18 @@ struct Sum {
   }
 };
 
-// The hot path of StyleGAN2, channels_last: four neighbouring pixels filtered along the row and finished at once, so that
-// they share their loads of the row, the scale and the bias. `noise` comes with the strength.
-template <int ACT, class T>
-void finish_four(const float* row, const float* taps, const float* scale, const float* bias, const float* noise,
-                 const UpFirDnParams& p, int32_t lanes, T* y) {
-  const float *r0 = row, *r1 = row + lanes, *r2 = r1 + lanes, *r3 = r2 + lanes, *r4 = r3 + lanes, *r5 = r4 + lanes,
-              *r6 = r5 + lanes;
+// The hot path of StyleGAN2 on planar images: four taps along the row, finished at once. `offset`: noise and bias.
+template <bool EPILOGUE, class T>
+void finish_four_taps(const float* row, const float* taps, float scale, const float* offset, const UpFirDnParams& p,
+                      int32_t count, T* y) {
   const float f0 = taps[0], f1 = taps[1], f2 = taps[2], f3 = taps[3];
-  const float n0 = noise[0], n1 = noise[1], n2 = noise[2], n3 = noise[3];
-  const float slope = p.slope, gain = p.gain;
-  // No test for "no clamp" four times a step: it would keep the loop from being vectorised.
+  const float slope = p.act == kLinear ? 1.0f : p.slope, gain = p.gain;
+  // No test for "no clamp" in the loop.
   const float clamp = p.clamp < 0.0f ? bits_to_float(0x7f800000u) : p.clamp;
-  T *y0 = y, *y1 = y + lanes, *y2 = y1 + lanes, *y3 = y2 + lanes;
 #pragma omp simd
-  for (int32_t c = 0; c < lanes; ++c) {
-    const float a = r0[c], b = r1[c], d = r2[c], e = r3[c], g = r4[c], h = r5[c], k = r6[c];
-    const float s = scale[c], t = bias[c];
-    store(clamp_symmetric(activate<ACT>((f0 * a + f1 * b + f2 * d + f3 * e) * s + (n0 + t), slope) * gain, clamp), y0 + c);
-    store(clamp_symmetric(activate<ACT>((f0 * b + f1 * d + f2 * e + f3 * g) * s + (n1 + t), slope) * gain, clamp), y1 + c);
-    store(clamp_symmetric(activate<ACT>((f0 * d + f1 * e + f2 * g + f3 * h) * s + (n2 + t), slope) * gain, clamp), y2 + c);
-    store(clamp_symmetric(activate<ACT>((f0 * e + f1 * g + f2 * h + f3 * k) * s + (n3 + t), slope) * gain, clamp), y3 + c);
+  for (int32_t i = 0; i < count; ++i) {
+    const float z = f0 * row[i] + f1 * row[i + 1] + f2 * row[i + 2] + f3 * row[i + 3];
+    store(EPILOGUE ? clamp_symmetric(activate<kLeakyRelu>(z * scale + offset[i], slope) * gain, clamp) : z, y + i);
   }
 }
 
@@ -139,7 +90,9 @@ struct Tiling {
     pixels = static_cast<int32_t>(smaller(p.out_width, larger(16, 4096 / lanes)));
     while (pixels > 1 && larger(pixels, fir_span_bound(pixels, p.up, p.down, p.fir_width) + 1) * lanes > kBuffer)
       pixels = (pixels + 1) / 2;
-    rows = static_cast<int32_t>(smaller(32, larger(4, p.out_height / 8)));
+    // Planar images of several channels give tiles enough as they are.
+    const int64_t bands = !p.channels_last && p.channels >= 8 ? 1 : 8;
+    rows = static_cast<int32_t>(smaller(32, larger(4, p.out_height / bands)));
     across = (p.out_width + pixels - 1) / pixels;
     down = (p.out_height + rows - 1) / rows;
     along = (channels + lanes - 1) / lanes;
@@ -151,7 +104,7 @@ struct Tiling {
 template <class T>
 class Tile {
  public:
-  Tile(const UpFirDnParams& p, const Taps& taps, const Tiling& tiling, int64_t index) : p_(p), taps_(taps) {
+  Tile(const UpFirDnParams& p, const FirTaps& taps, const Tiling& tiling, int64_t index) : p_(p), taps_(taps) {
     channels_ = tiling.channels;
     const int64_t along = index % tiling.along;
     const int64_t across = index / tiling.along % tiling.across;
@@ -172,8 +125,7 @@ class Tile {
     // Columns outside the image: written once, no later pass touches them.
     std::memset(row_buffer_, 0, static_cast<size_t>(span_.size) * lanes_ * sizeof(float));
     if (p_.epilogue) prepare_epilogue();
-    if (p_.act == kLeakyRelu && fits_fours()) return run_fours<kLeakyRelu>();
-    if (p_.act == kLinear && fits_fours()) return run_fours<kLinear>();
+    if (fits_four_taps()) return p_.epilogue ? run_four_taps<true>() : run_four_taps<false>();
     for (int64_t row = row_; row < end_row_; ++row) {
       taps_.separable ? filter_separable(row) : filter_general(row);
       p_.epilogue ? finish_row(row) : store_row(row);
@@ -256,34 +208,18 @@ class Tile {
                   phase_buffer_[i % 2] + i / 2 * static_cast<int64_t>(lanes_), static_cast<size_t>(lanes_) * sizeof(float));
   }
 
-  // A tile's last pixels, fewer than four, are finished with the four that end there: the same values twice.
-  bool fits_fours() const {
-    return p_.epilogue && !p_.add && taps_.separable && p_.up == 1 && p_.down == 1 && p_.fir_width == 4 && whole() &&
-           lanes_ >= 8 && pixels_ >= 4;
+  bool fits_four_taps() const {
+    return lanes_ == 1 && channels_ == 1 && taps_.separable && p_.up == 1 && p_.down == 1 && p_.fir_width == 4 &&
+           !(p_.epilogue && p_.add) && (!p_.epilogue || p_.act == kLinear || p_.act == kLeakyRelu);
   }
 
-  template <int ACT>
-  void run_fours() {
-    const float strength = p_.strength ? *p_.strength : 1.0f;
+  template <bool EPILOGUE>
+  void run_four_taps() {
     for (int64_t row = row_; row < end_row_; ++row) {
       filter_down(row);
-      T* y = static_cast<T*>(p_.y) + output(row);
-      // The next row of samples is on its way to the second cache while this one is finished.
-      const int64_t next = row + p_.fir_height - p_.pad_y;
-      const T* ahead = next >= 0 && next < p_.in_height ? input(next) : nullptr;
-      for (int32_t i = 0; i < pixels_; i += 4) {
-        if (ahead) {
-          for (int32_t k = 0; k < 4 * lanes_; k += static_cast<int32_t>(64 / sizeof(T)))
-            __builtin_prefetch(ahead + i * lanes_ + k, 0, 2);
-        }
-        const int32_t first = i + 4 <= pixels_ ? i : pixels_ - 4;
-        float noise[4] = {};
-        if (noise_) {
-          for (int32_t k = 0; k < 4; ++k) noise[k] = noise_[row * p_.out_width + first + k] * strength;
-        }
-        finish_four<ACT>(row_buffer_ + first * lanes_, taps_.columns, scale_, bias_, noise, p_, lanes_,
-                         y + first * lanes_);
-      }
+      finish_four_taps<EPILOGUE>(row_buffer_, taps_.columns, EPILOGUE ? scale_[0] : 1.0f,
+                                 EPILOGUE ? offset_of(row) : nullptr, p_, pixels_,
+                                 static_cast<T*>(p_.y) + output(row));
     }
   }
 
@@ -334,25 +270,28 @@ class Tile {
     noise_ = p_.noise ? p_.noise + sample * p_.noise_stride + column_ : nullptr;
   }
 
-  void finish_row(int64_t row) {
-    const float* offset = bias_;
-    if (noise_) {
-      const float strength = p_.strength ? *p_.strength : 1.0f;
-      const float* noise = noise_ + row * p_.out_width;
-      if (lanes_ == 1) {
+  // Noise and bias of every element of a row of the tile.
+  const float* offset_of(int64_t row) {
+    if (!noise_) return bias_;
+    const float strength = p_.strength ? *p_.strength : 1.0f;
+    const float* noise = noise_ + row * p_.out_width;
+    if (lanes_ == 1) {
 #pragma omp simd
-        for (int32_t i = 0; i < pixels_; ++i) offset_[i] = noise[i] * strength + bias_[i];
-      } else {
-        for (int32_t i = 0; i < pixels_; ++i) {
-          const float value = noise[i] * strength;
-          const float* bias = bias_ + i * lanes_;
-          float* out = offset_ + i * lanes_;
-#pragma omp simd
-          for (int32_t c = 0; c < lanes_; ++c) out[c] = value + bias[c];
-        }
-      }
-      offset = offset_;
+      for (int32_t i = 0; i < pixels_; ++i) offset_[i] = noise[i] * strength + bias_[i];
+      return offset_;
     }
+    for (int32_t i = 0; i < pixels_; ++i) {
+      const float value = noise[i] * strength;
+      const float* bias = bias_ + i * lanes_;
+      float* out = offset_ + i * lanes_;
+#pragma omp simd
+      for (int32_t c = 0; c < lanes_; ++c) out[c] = value + bias[c];
+    }
+    return offset_;
+  }
+
+  void finish_row(int64_t row) {
+    const float* offset = offset_of(row);
     if (p_.add) {
       finish(offset, out_buffer_, length());
       return store_row(row);
@@ -407,7 +346,7 @@ class Tile {
   }
 
   const UpFirDnParams& p_;
-  const Taps& taps_;
+  const FirTaps& taps_;
   int64_t channels_, image_, lane_, column_, row_, end_row_, inside_first_, inside_end_;
   int32_t lanes_, pixels_;
   FirSpan span_;
@@ -422,8 +361,9 @@ class Tile {
 
 template <class T>
 void run(const UpFirDnParams& p, int threads) {
-  Taps taps;
+  FirTaps taps;
   make_taps(p, &taps);
+  if (rolling_fits(p, taps)) return run_rolling<T>(p, taps, threads);
   const Tiling tiling(p);
   const int64_t tiles = tiling.tiles();
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)

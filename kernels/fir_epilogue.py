@@ -22,6 +22,7 @@ from faceedit.kernels.noise_bias_act import reference as epilogue
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import as_float, check_shape, empty, in_format, memory_format
 from faceedit.kernels.upfirdn2d import (
+    ONE_THREAD,
     check_geometry,
     filtered,
     native_geometry,
@@ -143,7 +144,7 @@ def _native(
     if add is not None:
         add = in_format(add, x.dtype, fmt)
     native.module().upfirdn2d_fwd(
-        native.target(y, 16384),
+        native.target(y, ONE_THREAD),
         **native_geometry(x, taps, up, down, pad, fir_gain, flip, y),
         epilogue=True,
         scale=native.address(scale),

@@ -14,6 +14,7 @@ from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_de
 from faceedit.kernels.tensors import check_image, describe, empty, in_format, memory_format
 
 MAX_TAPS = 32  # per axis; kMaxFirTaps of csrc/upfirdn2d.h
+ONE_THREAD = 1 << 17  # elements of output up to which waking a second CPU thread costs more than it saves
 
 
 def upfirdn2d(
@@ -132,7 +133,9 @@ def _native(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], gain: fl
     x = x.contiguous(memory_format=fmt)
     taps = in_format(fir, torch.float32, torch.contiguous_format)
     y = empty(output_shape(x, fir, up, down, pad), x, x.dtype, fmt)
-    native.module().upfirdn2d_fwd(native.target(y, 16384), **native_geometry(x, taps, up, down, pad, gain, flip, y))
+    native.module().upfirdn2d_fwd(
+        native.target(y, ONE_THREAD), **native_geometry(x, taps, up, down, pad, gain, flip, y)
+    )
     return y
 
 

@@ -153,6 +153,46 @@ def test_images_of_many_tiles(
     assert_close("output", y, reference(x.double(), fir.double(), *setting), relative_l2=2e-6)
 
 
+@needs_cpp
+@pytest.mark.parametrize("isa", native.build_report()["isas"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rates", [(1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 16, 5, 3), (1, 37, 70, 9), (1, 530, 6, 19), (1, 20, 3, 450)], ids=str)
+def test_rolling_rows_of_any_size(
+    shape: tuple[int, int, int, int], rates: tuple[int, int], dtype: torch.dtype, isa: str
+) -> None:
+    """Tails of channels, several groups of them, bands, segments, both phases: every output written, none beside."""
+    x, fir, margin = draw(*shape, seed=1).to(dtype).contiguous(memory_format=torch.channels_last), draw(4, seed=2), 64
+    for pad in ([1, 1, 1, 1], [2, 1, 2, 1], [3, 0, 5, 2], [-1, 2, 1, 1]):
+        setting = (*rates, pad, 1.5, False)
+        expected = reference(x.double(), fir.double(), *setting)
+        buffer = x.new_full((expected.numel() + 2 * margin,), float("nan"))
+        layout = torch.empty(expected.shape, device="meta").contiguous(memory_format=torch.channels_last)
+        y = buffer.as_strided(expected.shape, layout.stride(), margin)
+        bound = TOLERANCE[dtype][0] * max(float(expected.abs().max()), float(fir.abs().sum())) * 2
+        with native.isa(isa):
+            native.module().upfirdn2d_fwd((-1, 2, 0), **native_geometry(x, fir, *setting, y) | {"channels_last": True})
+        assert bool(((y.double() - expected).abs() <= bound).all())
+        assert bool(buffer[:margin].isnan().all() and buffer[-margin:].isnan().all())
+
+
+@needs_cpp
+def test_large_images_past_the_caches_keep_their_bits() -> None:
+    """Such stores need an aligned output; one that is not aligned takes the others."""
+    x = draw(1, 16, 64, 64, seed=1).repeat(1, 1, 11, 11).contiguous(memory_format=torch.channels_last)
+    setting = (1, 1, [2, 1, 1, 2], 1.5, False)
+    shape = output_shape(x, FIRS["one axis"], 1, 1, [2, 1, 1, 2])
+    buffer = torch.full((x.numel() + 64,), float("nan"))
+    start = -buffer.data_ptr() % 64 // 4
+    results = []
+    for offset in (start, start + 1):
+        y = buffer.as_strided(shape, x.new_empty(shape).contiguous(memory_format=torch.channels_last).stride(), offset)
+        native.module().upfirdn2d_fwd((-1, 2, 0), **native_geometry(x, FIRS["one axis"], *setting, y))
+        results.append(y.clone())
+    assert not results[0].isnan().any()
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("setting", SETTINGS[:3], ids=str)
