@@ -35,11 +35,12 @@ struct GradientCoefficients {
     rest.fill(p, piece, [&](int64_t c) { return normalisation_of(p, piece.sample, c).rest; });
   }
 
-  // The means of gn and of gn * u over the plane; 0 where the statistics are constants.
+  // The means of gn and of gn * u over the plane; 0 where the statistics are constants, and where x has no gradient: then
+  // there may be no totals.
   void fill_means(const NormModulateParams& p, const Piece& piece, const double* totals) {
     const double* row = totals + piece.sample * p.channels;
     const auto mean_of = [&](const double* sum) {
-      return p.norm == kInstanceNorm ? static_cast<float>(*sum / static_cast<double>(p.pixels)) : 0.0f;
+      return p.norm == kInstanceNorm && p.grad_x ? static_cast<float>(*sum / static_cast<double>(p.pixels)) : 0.0f;
     };
     mean_grad.fill(p, piece, [&](int64_t c) { return mean_of(row + c); });
     slope_grad.fill(p, piece, [&](int64_t c) { return mean_of(row + c + p.batch * p.channels); });

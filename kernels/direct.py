@@ -16,6 +16,8 @@ _keys_of: Any = getattr(torch._C, "_dispatch_keys", None)
 _scope_keys: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
 _profiling: Any = getattr(torch.autograd, "_profiler_enabled", None)
+_is_excluded: Any = getattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded", None)
+_autograd_key: Any = getattr(getattr(torch._C, "DispatchKey", None), "AutogradFunctionality", None)
 
 
 def _key_sets() -> tuple[frozenset[int], frozenset[int]]:
@@ -23,7 +25,7 @@ def _key_sets() -> tuple[frozenset[int], frozenset[int]]:
 
     In inference mode each lacks what belongs to autograd.
     """
-    if None in (_keys_of, _scope_keys, _function_modes, _profiling):
+    if None in (_keys_of, _scope_keys, _function_modes, _profiling, _is_excluded, _autograd_key):
         return frozenset(), frozenset()
     try:
         keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
@@ -44,23 +46,27 @@ def _key_sets() -> tuple[frozenset[int], frozenset[int]]:
 _quiet_scopes, _ordinary_keys = _key_sets()
 
 
+def _is_quiet() -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and bool(_quiet_scopes)
+        and _scope_keys().raw_repr() in _quiet_scopes
+        and not _function_modes()
+    )
+
+
 def way(arguments: tuple[Any, ...]) -> str:
     """Return how a call of an op with these arguments is to be made.
 
     "dispatched": through PyTorch, where a tracer, transform, mode or profiler of this thread would see the call, where
     a tensor is more than a dense CPU or CUDA tensor (a subclass, a wrapper, a negated view: its memory is not its
-    value), and where a list holds a tensor that requires grad, which PyTorch knows how to spread out.
+    value), where a gradient is wanted beside or within a list of tensors, which PyTorch knows how to spread out, and
+    where one is wanted below autograd, in the body of another op.
     "recorded": through the op's autograd function. "plain": straight to its body.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not _quiet_scopes
-        or _scope_keys().raw_repr() not in _quiet_scopes
-        or _function_modes()
-        or _profiling()
-    ):
+    if not _is_quiet() or _profiling():
         return "dispatched"
-    watched = False
+    watched = has_list = False
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is Parameter:
@@ -69,9 +75,16 @@ def way(arguments: tuple[Any, ...]) -> str:
             watched = watched or argument.requires_grad
         elif kind is list or kind is tuple:
             if argument and isinstance(argument[0], Tensor):
-                spread = way(tuple(argument))
-                if spread != "plain":
+                has_list = True
+                if way(tuple(argument)) != "plain":
                     return "dispatched"
         elif argument is not None and isinstance(argument, Tensor):
             return "dispatched"
-    return "recorded" if watched and torch.is_grad_enabled() else "plain"
+    if not watched or not torch.is_grad_enabled():
+        return "plain"
+    return "dispatched" if has_list or _is_excluded(_autograd_key) else "recorded"
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Return whether `tensor` is dense, of no subclass, and in the hands of no tracer, transform or mode."""
+    return _is_quiet() and type(tensor) in (Tensor, Parameter) and _keys_of(tensor).raw_repr() in _ordinary_keys

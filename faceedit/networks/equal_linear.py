@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faceedit.kernels.direct import is_ordinary
+
 SLOPE = 0.2
 GAIN = math.sqrt(2)  # keeps the variance of a leaky ReLU's output
 
@@ -37,14 +39,15 @@ def styles_of(
 ) -> list[Tensor]:
     """What each layer makes of its row of the styles.
 
-    With frozen layers, outside a compiler, it is one matrix product, every layer of every row, from which theirs are
-    gathered: a few launches instead of several a layer, where a launch takes longer than the arithmetic not needed.
+    With frozen layers it is one matrix product, every layer of every row, from which theirs are gathered: a few
+    launches instead of several a layer, where a launch takes longer than the arithmetic not needed. A traced call, a
+    layer with a hook or of another class: each layer is called.
 
     Args:    affines, layers of one input width, rate 1 and no activation; rows, of ws, one a layer; ws (N,L,W);
              scales, what a layer's output is multiplied by (default: 1).
     Returns: styles (N, width of the layer), contiguous.
     """
-    if torch.compiler.is_compiling() or any(affine.weight.requires_grad for affine in affines):
+    if not is_ordinary(ws) or not all(_is_frozen(affine) for affine in affines):
         alone = [affine(ws[:, row]) for affine, row in zip(affines, rows, strict=True)]
         return alone if scales is None else [y if c == 1.0 else y * c for y, c in zip(alone, scales, strict=True)]
     weight = torch.cat([affine.weight for affine in affines])
@@ -56,6 +59,12 @@ def styles_of(
     if scales is not None:
         styles = styles * _spread(tuple(scales), tuple(sizes), styles.dtype, ws.device)
     return [part.view(ws.shape[0], width) for part, width in zip(styles.split(sizes), widths, strict=True)]
+
+
+def _is_frozen(affine: nn.Module) -> bool:
+    """Whether the layer is nothing but its two constants."""
+    hooked = affine._forward_hooks or affine._forward_pre_hooks or "forward" in vars(affine)
+    return type(affine) is EqualLinear and not affine.weight.requires_grad and not hooked
 
 
 # Both are kept for good: a captured CUDA graph knows their addresses only.
@@ -75,4 +84,6 @@ def _places(widths: tuple[int, ...], rows: tuple[int, ...], count: int, levels: 
 def _spread(scales: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Each scale as often as its layer has outputs, (Σ sizes)."""
     with torch.inference_mode(False), torch.no_grad():
-        return torch.tensor(scales, dtype=dtype).repeat_interleave(torch.tensor(sizes)).to(device)
+        return (
+            torch.tensor(scales, dtype=dtype).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes)).to(device)
+        )

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -440,7 +440,7 @@ class SynthesisNetwork(nn.Module):
 
     def _styles(self, ws: Tensor) -> list[list[Tensor]]:
         """The styles of each block's layers."""
-        blocks = [block.style_layers for block in self.blocks if isinstance(block, SynthesisBlock)]
+        blocks = [cast(SynthesisBlock, block).style_layers for block in self.blocks]
         flat = [layer for block in blocks for layer in block]
         rows = [max(2 * level - 1, 0) + row for level, block in enumerate(blocks) for row in range(len(block))]
         styles = iter(styles_of([layer.affine for layer in flat], rows, ws, [_style_scale(layer) for layer in flat]))

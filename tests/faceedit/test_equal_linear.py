@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from faceedit.networks.equal_linear import EqualLinear, styles_of
 from faceedit.networks.stylegan2 import StyleGAN2Config, SynthesisNetwork
@@ -36,16 +37,47 @@ def test_trained_layers_get_their_gradients() -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in layers.parameters())
 
 
-@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
-def test_a_frozen_generator_draws_what_a_trained_one_draws(architecture: str) -> None:
+def _network(architecture: str = "skip") -> SynthesisNetwork:
     torch.manual_seed(1)
     config = StyleGAN2Config(size_px=16, channel_base=64, channel_max=8, w_width=8, architecture=architecture)  # type: ignore[arg-type]
     network = SynthesisNetwork(config)
     for parameter in network.parameters():
         nn.init.normal_(parameter)
+    return network
+
+
+def test_a_hook_on_a_frozen_layer_is_called() -> None:
+    network = _network().requires_grad_(False)
+    ws = torch.ones(1, network.config.num_ws, 8)
+    before, affine = network(ws, noise="zero"), network.blocks[1].conv0.affine
+    handle = affine.register_forward_hook(lambda module, inputs, output: output * 0)
+    assert not torch.equal(network(ws, noise="zero"), before)
+    handle.remove()
+    assert torch.equal(network(ws, noise="zero"), before)
+
+
+def test_a_traced_call_leaves_nothing_behind() -> None:
+    network = _network().requires_grad_(False)
+    ws = torch.ones(3, network.config.num_ws, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert network(mode.from_tensor(ws), noise="zero").shape == (3, 3, 16, 16)
+    assert type(network(ws, noise="zero")) is Tensor
+
+
+def test_a_wrapped_block_keeps_its_styles() -> None:
+    network = _network().requires_grad_(False)
+    ws = torch.randn(1, network.config.num_ws, 8)
+    before = network(ws, noise="zero")
+    network.blocks[1] = torch.compile(network.blocks[1], backend="eager")
+    assert torch.equal(network(ws, noise="zero"), before)
+
+
+@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
+def test_a_frozen_generator_draws_what_a_trained_one_draws(architecture: str) -> None:
+    network = _network(architecture)
 
     def drawn() -> tuple[Tensor, Tensor]:
-        ws = torch.randn(2, config.num_ws, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        ws = torch.randn(2, network.config.num_ws, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
         image = network(ws)
         return image, torch.autograd.grad(image.square().mean(), ws)[0]
 

@@ -60,6 +60,16 @@ def test_lists_of_tensors_go_straight_unless_one_requires_grad(ways: list[str]) 
     kernels.noise_regularizer(maps).sum().backward()
     assert ways == ["plain", "dispatched", "plain"]
     assert maps[1].grad is not None
+    features, centres = torch.randn(1, 3, 8, 8, requires_grad=True), torch.tensor([[[4, 4]]], dtype=torch.int32)
+    kernels.place_components([torch.randn(1, 2, 4, 4)], centres, features).sum().backward()
+    assert ways[3] == "dispatched"
+    assert features.grad is not None
+    assert torch.equal(features.grad, torch.ones_like(features))
+
+
+def test_below_autograd_nothing_is_recorded() -> None:
+    with torch._C._AutoDispatchBelowAutograd():
+        assert not _act(_image(grad=True)).requires_grad
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "recorded"])
@@ -144,7 +154,9 @@ def test_a_negated_view_is_read_as_its_value() -> None:
     assert torch.equal(_act(torch._neg_view(_image())), _act(-_image()))
 
 
-@pytest.mark.parametrize("absent", ["_keys_of", "_scope_keys", "_function_modes", "_profiling"])
+@pytest.mark.parametrize(
+    "absent", ["_keys_of", "_scope_keys", "_function_modes", "_profiling", "_is_excluded", "_autograd_key"]
+)
 def test_where_a_pytorch_cannot_tell_every_call_is_dispatched(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(direct, absent, None)
     scopes, tensors = direct._key_sets()

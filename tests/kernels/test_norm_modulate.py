@@ -278,6 +278,25 @@ def test_gradcheck_and_gradgradcheck(gamma: str, beta: str, norm: str, act: str)
 
 
 @needs_cpp
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("act", ["linear", "relu"])
+@pytest.mark.parametrize("beta_shape", [(2, 3, 6, 5), (2, 1, 6, 5), (2, 3)], ids=["map", "pixel", "channel"])
+@pytest.mark.parametrize("wanted", ["gamma", "beta", "both"])
+def test_a_condition_is_trained_on_features_that_are_not(
+    wanted: str, beta_shape: tuple[int, ...], act: str, fmt: torch.memory_format
+) -> None:
+    x = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(1)).contiguous(memory_format=fmt)
+    gamma, beta = x.flip(3) * 0.5, torch.randn(beta_shape, generator=torch.Generator().manual_seed(2))
+    leaves = [t.requires_grad_() for t, name in ((gamma, "gamma"), (beta, "beta")) if wanted in (name, "both")]
+    found = []
+    for backend in ("auto", "eager"):
+        with kernels.backend(backend):
+            y = norm_modulate(x, gamma, beta, act=act)
+            found.append(torch.autograd.grad((y * x.flip(2)).sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_penalty_goes_through_the_statistics() -> None:
     """The double backward pass of native tensors, as a WGAN-GP critic asks for it."""
 
