@@ -94,7 +94,7 @@ def test_the_seed_decides_and_weights_get_no_gradient(generator: StyleGAN2Genera
     other = project(generator, image, SHORT, embedding=pixel_embedding, seed=2)
     assert torch.equal(one.ws, same.ws)
     # Layers that could be trained make their styles one by one: equal but for the order of sums.
-    torch.testing.assert_close(unfrozen.ws, one.ws, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(unfrozen.ws, one.ws, rtol=1e-3, atol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(one.noise, same.noise, strict=True))
     assert not torch.equal(one.ws, other.ws)
     assert all(parameter.grad is None for parameter in trainable.parameters())
