@@ -186,7 +186,8 @@ fir_epilogue_op = define_op(
 # Backward: the epilogue's, then the transposed filter; both are ops with kernels of their own. The output is saved
 # where it tells the activation's slope: it lives on as the next layer's input. A gradient to scale needs z itself.
 # Undoing the epilogue would divide by scale and by slope, and cannot see past the clamp and `add`, so x is saved and
-# filtered again instead: one more pass over memory, no more kernels.
+# filtered again instead: one more pass over memory, no more kernels. Where no slope changes, as on the way from one
+# size of image to the next, nothing is saved and, without scale and gain, the epilogue's own pass is left out.
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -197,24 +198,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         add is None and ctx.act in PIECEWISE_LINEAR and ctx.gain > 0 and (ctx.act != "lrelu" or ctx.slope > 0)
     )
     ctx.saved_is_input = not output_tells_all or ctx.needs_input_grad[7]
+    ctx.has_one_slope = ctx.act == "linear" and ctx.clamp < 0 and not ctx.needs_input_grad[7]
     ctx.geometry = geometry
-    ctx.size = x.shape[2:]
+    ctx.size, ctx.format = x.shape[2:], memory_format(x)
     ctx.add_dtype = None if add is None else add.dtype
     ctx.backend = requested_backend()
-    ctx.save_for_backward(x if ctx.saved_is_input else output, fir, scale, noise, strength, bias)
+    saved = None if ctx.has_one_slope else x if ctx.saved_is_input else output
+    ctx.save_for_backward(saved, fir, scale, noise, strength, bias)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants = ctx.needs_input_grad
     wanted = [wants[0], *wants[7:11]]
     saved, fir, *operands = ctx.saved_tensors
+    others: list[Tensor | None] = [None] * 4
     with backend(ctx.backend):
-        z = upfirdn2d_op(saved, fir, *ctx.geometry) if ctx.saved_is_input else saved
-        arguments = (grad, z, ctx.saved_is_input, *operands, ctx.act, ctx.slope, ctx.gain, ctx.clamp, wanted)
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
-            gz, *others = backward_reference(*arguments)
+        if ctx.has_one_slope and ctx.gain == 1.0 and operands[0] is None and not any(wanted[1:]):
+            gz = grad.contiguous(memory_format=ctx.format)
         else:
-            gz, *others = noise_bias_act_backward_op(*arguments, ctx.backend)
+            # With one slope, any values will do.
+            z = grad if ctx.has_one_slope else upfirdn2d_op(saved, fir, *ctx.geometry) if ctx.saved_is_input else saved
+            arguments = (grad, z, ctx.saved_is_input, *operands, ctx.act, ctx.slope, ctx.gain, ctx.clamp, wanted)
+            if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
+                gz, *others = backward_reference(*arguments)
+            else:
+                gz, *others = noise_bias_act_backward_op(*arguments, ctx.backend)
         gx = transposed(gz, fir, *ctx.geometry, *ctx.size) if wants[0] else None
     found = [g if want else None for g, want in zip(others, wants[7:11], strict=True)]
     gadd = grad.to(ctx.add_dtype) if wants[11] else None

@@ -207,6 +207,56 @@ def test_gradgradcheck_from_the_saved_output() -> None:
     assert torch.autograd.gradgradcheck(lambda x, n, s, b: function(x, scale, n, s, b, None), leaves)
 
 
+@pytest.mark.parametrize("setting", [AFTER_CONV, SKIP, DOWN], ids=["conv", "skip", "down"])
+@pytest.mark.parametrize("wants", ["x", "x add", "x noise strength bias add"])
+@pytest.mark.parametrize("gain", [1.0, 1.4])
+@pytest.mark.parametrize("place", PLACES)
+def test_one_slope_saves_no_image(place: Place, gain: float, wants: str, setting: tuple[Any, ...]) -> None:
+    """Linear and not clamped, as between the sizes of a skip generator's image: no gradient depends on values."""
+    everything = dict(zip(NAMES, inputs(setting, 2, 5, 6, 4, torch.float32, torch.channels_last), strict=True))
+    everything["scale"] = None
+    names = [name for name in NAMES if name in wants.split()]
+    fixed = {name: t for name, t in everything.items() if name not in names}
+    options = {"act": "linear", "gain": gain}
+
+    def given(tensors: tuple[Tensor, ...]) -> list[Tensor | None]:
+        found = fixed | dict(zip(names, tensors, strict=True))
+        return [None if (t := found[name]) is None else t.to(tensors[0].device) for name in NAMES]
+
+    saved: list[torch.Size] = []
+
+    def function(*tensors: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.shape), t)[1], lambda t: t):
+            return call(setting, **options)(*given(tensors))
+
+    check_against_oracle(
+        place,
+        function,
+        lambda *tensors: oracle(setting, **options)(*given(tensors)),
+        [everything[name] for name in names],
+        tuple(names),
+        torch.float32,
+    )
+    image = everything["x"].shape, everything["add"].shape
+    assert saved
+    assert not any(shape in image for shape in saved)
+
+
+def test_gradgradcheck_with_one_slope() -> None:
+    x, _, noise, strength, bias, add = (
+        t.double() for t in inputs(SKIP, 1, 2, 4, 4, torch.float64, torch.contiguous_format)
+    )
+    function = call(SKIP, act="linear")
+    few = tuple(t.requires_grad_() for t in (x, add))
+    many = tuple(t.requires_grad_() for t in (x, noise, strength, bias, add))
+    for case, leaves in (
+        (lambda x, add: function(x, None, None, None, None, add), few),
+        (lambda x, n, s, b, add: function(x, None, n, s, b, add), many),
+    ):
+        assert torch.autograd.gradcheck(case, leaves)
+        assert torch.autograd.gradgradcheck(case, leaves)
+
+
 @needs_cpp
 def test_the_backward_pass_runs_where_the_forward_pass_did() -> None:
     x, *operands = inputs(AFTER_CONV, 1, 3, 6, 6, torch.float32, torch.contiguous_format)
@@ -228,6 +278,7 @@ def test_opcheck(fmt: torch.memory_format, dtype: torch.dtype) -> None:
         (x, FIR, *AFTER_CONV, None, None, None, operands[3], None, "lrelu", 0.2, 1.4, -1.0),
         (x[:0], FIR, *SKIP, None, None, None, operands[3], None, "lrelu", 0.2, 1.4, -1.0),
         (x[:, :, ::2], FIR, *SKIP, operands[0], None, None, None, None, "linear", 0.2, 1.0, -1.0),
+        (x, FIR, *AFTER_CONV, None, None, None, None, operands[4], "linear", 0.2, 1.0, -1.0),
     ]
     for arguments in checks:
         torch.library.opcheck(OP, arguments)
