@@ -10,7 +10,6 @@ to a drawn layout of a face, so that every region exists and still is differenti
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -145,7 +144,7 @@ def _drawn_layout(side: int) -> Tensor:
 class BenchmarkNetworks:
     """The same weights twice, and images to edit.
 
-    ours: as an editor has them, batch normalisation folded and channels_last. public: the generator as
+    ours: as an editor has them, made ready for inference. public: the generator as
     `PublicGenerator`, parser and classifier as they are, NCHW. sources (N,3,S,S) in [-1, 1], the generator's own of N
     latents.
     """
@@ -172,11 +171,10 @@ def build(size_px: int, count: int, seed: int, device: torch.device) -> Benchmar
         for judge in (parser, classifier):
             _set_statistics(judge, sources[:1])
         _spread_logits(parser, sources[:1])
-    folded = parser.fold_batch_norm()
     ours = Networks(
         generator,
-        RegionParser(_LaidOut(folded, sizes.parser).to(device)),
-        AttributeJudge(copy.deepcopy(classifier).to(memory_format=torch.channels_last)),
+        RegionParser(_LaidOut(parser.for_inference(), sizes.parser).to(device)),
+        AttributeJudge(classifier.for_inference()),
     )
     public = Networks(
         PublicGenerator(generator),

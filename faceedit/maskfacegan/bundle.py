@@ -117,18 +117,23 @@ def load_networks(bundle: Bundle, device: torch.device) -> Networks:
             f"{bundle.classifier}; name other weights"
         )
     parser: Any = _load("parser", bundle.parser, device)
-    if hasattr(parser, "fold_batch_norm"):
-        parser = parser.fold_batch_norm()  # a parse is what most iterations of a hair edit cost
     encoder = _load("encoder", bundle.encoder, device, "e4e") if bundle.encoder else None
     if encoder is not None:
         _check_encoder(generator, encoder, bundle)
     return Networks(
         generator,  # type: ignore[arg-type]
-        RegionParser(parser.to(memory_format=torch.channels_last)),
-        AttributeJudge(classifier.to(memory_format=torch.channels_last)),
+        RegionParser(_for_inference(parser)),
+        AttributeJudge(_for_inference(classifier)),
         encoder,
         _features(bundle.features, device) if bundle.features else None,
     )
+
+
+def _for_inference(network: Any) -> nn.Module:
+    """What an iteration runs a thousand times, with as few passes as the network can do with."""
+    if hasattr(network, "for_inference"):
+        return network.for_inference()
+    return network.to(memory_format=torch.channels_last)
 
 
 def _check_encoder(generator: nn.Module, encoder: nn.Module, bundle: Bundle) -> None:

@@ -17,6 +17,7 @@ from faceedit.attributes import check_attribute
 from faceedit.errors import WeightsError
 from faceedit.labels import CELEBAMASK_HQ, MASKFACEGAN, LabelScheme, convert_soft, scheme
 from faceedit.maskfacegan.perceptual import Features
+from faceedit.networks.folding import ConvBiasReLU
 from faceedit.networks.resizing import resample, resize
 
 Noise = Sequence[Tensor] | str
@@ -171,8 +172,10 @@ def _halved(network: nn.Module) -> nn.Module:
     """A copy whose convolutions hold the weights that autocast would round anew in every pass."""
     network = copy.deepcopy(network)
     for module in network.modules():
-        if type(module) in (nn.Conv2d, nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             module.weight.data = module.weight.data.to(torch.bfloat16)
+            if module.bias is not None and type(module) is not ConvBiasReLU:  # that adds it in float32
+                module.bias.data = module.bias.data.to(torch.bfloat16)
     return network
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from faceedit.attributes import CLASSIFIER_ORDER, check_attribute
+from faceedit.networks.folding import for_inference
 from faceedit.networks.resizing import resize_square
 
 # Of CelebA's images in [0, 1] (SYSTEMS 5.2.3).
@@ -75,6 +76,10 @@ class AttributeNetwork(nn.Module, ABC):
     def probabilities(self, image: Tensor) -> Tensor:
         """Probabilities (N,A) of an image (N,3,S,S) in [-1, 1]."""
         return self(image).sigmoid()
+
+    def for_inference(self) -> AttributeNetwork:
+        """A frozen copy with fewer passes, in channels_last; see `for_inference`. Gradients still reach the image."""
+        return for_inference(self)
 
     def select(self, names: str | Sequence[str]) -> AttributeNetwork:
         """A network of these attributes alone, in this order, that shares its layers with this one.

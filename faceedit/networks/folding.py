@@ -1,28 +1,125 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalisation as part of the convolution before it: fewer passes where the weights no longer change."""
+"""Fewer passes over features where the weights no longer change: normalisation, bias and activation join others."""
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from faceedit.kernels import noise_bias_act
 
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def fold_batch_norm(network: Network) -> Network:
-    """A frozen copy of a network for inference, in evaluation mode and channels_last.
+def for_inference(network: Network) -> Network:
+    """A frozen copy of a network for inference, in evaluation mode and channels_last. Gradients still reach its input.
 
-    Wherever a BatchNorm2d is registered right after the Conv2d that feeds it, the convolution takes its scale and shift
-    and the normalisation becomes an identity. A normalisation that follows anything else stays as it is.
+    - A BatchNorm2d registered right after the Conv2d that feeds it becomes part of the convolution.
+    - In an nn.Sequential a convolution's bias and the ReLU after it are one pass, and a BatchNorm2d that is left, as
+      one behind the ReLU, is another; so are the bias and the ReLU at the end of torchvision's residual blocks. On a
+      CPU, where the convolution adds the bias itself, what can be done in place is.
+
+    Anything else stays as it is. Values differ by rounding.
     """
     folded = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(folded.modules()):
-        previous: tuple[str, nn.Module] | None = None
+        _fold_batch_norms(module)
+    for module in list(folded.modules()):
+        if isinstance(module, nn.Sequential):
+            _join(module)
+    for module in list(folded.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and previous is not None and isinstance(previous[1], nn.Conv2d):
-                setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child).requires_grad_(False))
-                setattr(module, name, nn.Identity())
-            previous = (name, child)
+            if type(child) in (BasicBlock, Bottleneck):
+                setattr(module, name, ResidualBlock(cast(Any, child)))
     return folded.to(memory_format=torch.channels_last)
+
+
+def adds_bias(x: Tensor) -> bool:
+    """Whether convolutions of x add a bias on their way: oneDNN's do, cuDNN's leave it to a slow pass of PyTorch's."""
+    return x.device.type == "cpu"
+
+
+class ConvBiasReLU(nn.Conv2d):
+    """A convolution with bias, then ReLU: conv and one pass. Its parameters are those of a convolution."""
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "ConvBiasReLU":
+        """The same convolution, whose parameters it shares."""
+        joined = copy.copy(conv)
+        joined.__class__ = cls
+        return cast(ConvBiasReLU, joined)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if adds_bias(x):
+            return F.relu(self._conv_forward(x, self.weight, self.bias), inplace=True)
+        return noise_bias_act(self._conv_forward(x, self.weight, None), bias=self.bias, act="relu")
+
+
+class ChannelAffine(nn.Module):
+    """A batch normalisation of fixed statistics: x (N,C,H,W) times and plus a number a channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight.detach())
+        self.register_buffer("scale", scale[None])
+        self.register_buffer("shift", (0.0 if norm.bias is None else norm.bias.detach()) - norm.running_mean * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return noise_bias_act(x, self.scale.expand(x.shape[0], -1), bias=self.shift, act="linear")
+
+
+class ResidualBlock(nn.Module):
+    """torchvision's BasicBlock or Bottleneck with folded normalisations: ReLU(branch + way round).
+
+    The biases of the last convolution and of the way round are added with the ReLU, in one pass.
+    """
+
+    bias: Tensor
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        convs = [conv for name in ("conv1", "conv2", "conv3") if (conv := getattr(block, name, None)) is not None]
+        *inner, self.last = convs
+        self.inner = nn.Sequential(*map(ConvBiasReLU.of, inner))
+        self.way_round = nn.Identity() if block.downsample is None else block.downsample
+        ends = [self.last, *(m for m in self.way_round.modules() if isinstance(m, nn.Conv2d))]
+        self.register_buffer("bias", sum(conv.bias.detach() for conv in ends))
+        for conv in ends:
+            conv.bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, inner = self.last, self.inner(x)
+        if adds_bias(x):
+            return F.relu(last._conv_forward(inner, last.weight, self.bias).add_(self.way_round(x)), inplace=True)
+        return noise_bias_act(last(inner).add_(self.way_round(x)), bias=self.bias, act="relu")
+
+
+def _fold_batch_norms(module: nn.Module) -> None:
+    previous: tuple[str, nn.Module] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and previous is not None and isinstance(previous[1], nn.Conv2d):
+            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child).requires_grad_(False))
+            setattr(module, name, nn.Identity())
+        previous = (name, child)
+
+
+def _join(layers: nn.Sequential) -> None:
+    """Join what stands behind each other in a Sequential, where positions are names: what has gone is an identity."""
+    conv: str | None = None
+    for name, child in list(layers.named_children()):
+        if conv is not None and type(child) is nn.ReLU:
+            setattr(layers, conv, ConvBiasReLU.of(cast(nn.Conv2d, layers.get_submodule(conv))))
+            setattr(layers, name, nn.Identity())
+        elif isinstance(child, nn.BatchNorm2d):
+            setattr(layers, name, ChannelAffine(child))
+        if not isinstance(child, nn.Identity):
+            conv = name if type(child) is nn.Conv2d and child.bias is not None else None

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Networks made ready for inference: the same values and gradients, in fewer passes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from faceedit.maskfacegan.networks import AttributeJudge, RegionParser, _halved
+from faceedit.networks import folding
+from faceedit.networks.attribute_cnn import AttributeCNN, AttributeCNNConfig
+from faceedit.networks.attribute_tree import AttributeTreeClassifier, AttributeTreeConfig
+from faceedit.networks.fcn import FCNConfig, FCNParser
+from faceedit.networks.folding import ChannelAffine, ConvBiasReLU, ResidualBlock, for_inference
+
+
+def _way_round(width: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(4, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "conv bn relu": lambda: nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(inplace=True)),
+    "conv relu bn pool": lambda: nn.Sequential(
+        nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(inplace=True), nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.Conv2d(6, 3, 1)
+    ),
+    "plain norm": lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 2, 1), nn.Tanh()),
+    "basic": lambda: nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4)),
+    "basic, halved": lambda: nn.Sequential(BasicBlock(4, 8, 2, _way_round(8, 2))),
+    "bottleneck": lambda: nn.Sequential(Bottleneck(4, 1), nn.AvgPool2d(2)),
+    "bottleneck, halved": lambda: nn.Sequential(Bottleneck(4, 2, 2, _way_round(8, 2))),
+}
+
+
+class _Calls(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found[function._schema.name.split("::")[1].rstrip("_")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def calls(function: Callable[[], Any]) -> Counter[str]:
+    with _Calls() as mode:
+        function()
+    return mode.found
+
+
+def lived_in(network: nn.Module) -> nn.Module:
+    """The network with normalisations whose statistics and weights are anything but neutral."""
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                if tensor is not None:
+                    tensor.data.copy_(torch.rand(tensor.shape, generator=generator) + 0.3)
+            if module.weight is not None:
+                module.weight.data[::2].neg_()
+    return network.eval()
+
+
+@pytest.fixture(params=["cpu's way", "cuda's way"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of adding biases, whatever the device."""
+    monkeypatch.setattr(folding, "adds_bias", lambda x: request.param == "cpu's way")
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_values_and_gradients_stay(name: str) -> None:
+    torch.manual_seed(0)
+    network = lived_in(NETWORKS[name]()).double()
+    folded = for_inference(network)
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.ReLU) for module in folded.modules() if name != "plain norm")
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64, requires_grad=True)
+    wanted, found = network(x), folded(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(wanted)
+    expected, gradient = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (wanted, found))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_original_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    network = lived_in(NETWORKS["bottleneck, halved"]()).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    for_inference(network)
+    assert network.training
+    assert isinstance(network[0], Bottleneck)
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_what_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "adds_bias", lambda x: False)
+    joined = for_inference(lived_in(NETWORKS["conv relu bn pool"]()))
+    assert [type(layer) for layer in joined] == [ConvBiasReLU, nn.Identity, ChannelAffine, nn.MaxPool2d, nn.Conv2d]
+    assert isinstance(for_inference(lived_in(NETWORKS["basic"]()))[1], ResidualBlock)
+    x = torch.randn(1, 4, 8, 8)
+    found = calls(lambda: joined(x))
+    assert found["noise_bias_act"] == 2
+    assert not found["relu"]
+    assert not found["native_batch_norm"]
+
+
+def test_a_shared_order_is_not_taken_for_a_sequence() -> None:
+    """Outside a Sequential the order of registration says nothing about what follows what."""
+
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.relu = nn.Conv2d(4, 4, 1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.relu(x))
+
+    torch.manual_seed(0)
+    network = Apart()
+    x = torch.randn(1, 4, 3, 3)
+    torch.testing.assert_close(for_inference(network)(x), network(x))
+
+
+@pytest.mark.parametrize("backbone", ["tree", "resnet34", "vgg16"])
+def test_a_classifier_can_still_be_pruned(backbone: str) -> None:
+    torch.manual_seed(0)
+    network: Any
+    if backbone == "tree":
+        network = AttributeTreeClassifier(AttributeTreeConfig(size_px=32, width=4, hidden_width=8))
+    else:
+        width = 1.0 if backbone == "resnet34" else 1 / 16
+        network = AttributeCNN(AttributeCNNConfig(size_px=32, backbone=backbone, width=width))
+    lived_in(network).double()
+    folded = network.for_inference()
+    image = torch.rand(2, 3, 40, 40, dtype=torch.float64) * 2 - 1
+    names = ("Smiling", "Wavy_Hair")
+    wanted = AttributeJudge(network).select(names)(image)
+    assert wanted.std() > 0
+    torch.testing.assert_close(AttributeJudge(folded).select(names)(image), wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(
+        folded.select(names)(image), folded(image)[:, [folded.config.attributes.index(n) for n in names]]
+    )
+
+
+def test_half_precision_rounds_no_bias_of_a_joined_layer_and_casts_nothing_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folding, "adds_bias", lambda x: False)
+    torch.manual_seed(0)
+    parser = lived_in(FCNParser(FCNConfig(size_px=32, width=1 / 16)))
+    judge = RegionParser(parser.for_inference())
+    judge.network, judge.is_half = _halved(judge.network), True
+    joined = [module for module in judge.network.modules() if type(module) is ConvBiasReLU]
+    assert joined
+    assert all(module.weight.dtype is torch.bfloat16 and module.bias.dtype is torch.float32 for module in joined)
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert calls(lambda: judge(image))["_to_copy"] <= 3  # of the image and of the logits, there and back
+    wanted, rounded = RegionParser(parser)(image), RegionParser(parser)
+    rounded.is_half = True
+    errors = [(found(image) - wanted).norm().item() for found in (judge, rounded)]
+    assert 0 < errors[0] <= errors[1]  # measured: 0.6 of it
