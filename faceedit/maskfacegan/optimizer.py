@@ -25,6 +25,7 @@ from faceedit.maskfacegan.config import MaskFaceGANConfig
 from faceedit.maskfacegan.graph import GraphedIteration
 from faceedit.maskfacegan.masks import EditMasks, check_regions
 from faceedit.maskfacegan.networks import Networks, encode, in_precision, mean_latent
+from faceedit.maskfacegan.noise_maps import NoiseMaps
 from faceedit.maskfacegan.outcome import (
     TERMS,
     EditCancelledError,
@@ -45,12 +46,12 @@ Terms = dict[str, tuple[float, Tensor]]
 class _State:
     """What the iterations change, in place.
 
-    ws (N,L,W); noises, maps (N,1,r,r); image (N,3,S,S), the last I_G; terms, the last values (N) of those that act.
+    ws (N,L,W); noise, the maps; image (N,3,S,S), the last I_G; terms, the last values (N) of those that act.
     is_finite (N), which edits are; counter (), iterations of this stage; lost_at (N), when an edit was lost, else -1.
     """
 
     ws: Tensor
-    noises: list[Tensor]
+    noise: NoiseMaps
     image: Tensor
     is_finite: Tensor
     counter: Tensor
@@ -59,12 +60,12 @@ class _State:
     optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
-    def of(cls, ws: Tensor, noises: list[Tensor], image: Tensor) -> _State:
+    def of(cls, ws: Tensor, noise: NoiseMaps, image: Tensor) -> _State:
         """The state before the first iteration."""
         device, count = ws.device, ws.shape[0]
         return cls(
             ws,
-            noises,
+            noise,
             image,
             torch.ones(count, dtype=torch.bool, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
@@ -143,8 +144,8 @@ class _Run:
         self.has_shape = any(plan.shape for plan in plans) and config.shape_weight > 0
         self.has_size = any(plan.scale for plan in plans) and config.size_weight > 0
         ws, self.from_mean = self._start(start)
-        noises = _draw_noise(networks, len(plans), seed, source.device)
-        self.state = _State.of(ws, noises, torch.zeros_like(source))
+        noise = NoiseMaps(len(plans), networks.generator.config.noise_px, seed, source.device)
+        self.state = _State.of(ws, noise, torch.zeros_like(source))
         self.phases = latent_phases(config, is_global=self.is_global, from_mean=self.from_mean)
         self.total = sum(phase.stop - phase.start for phase in self.phases) + config.noise_steps
         self.done = 0
@@ -204,7 +205,7 @@ class _Run:
         state.counter.fill_(self.phases[0].start)
         for phase in self.phases:
             if state.optimizer is None or phase.restarts:
-                state.optimizer = self._adam([state.ws], config.latent_rate)
+                state.optimizer = self._adam(state.ws, config.latent_rate)
             state.terms = {}
             self._iterate("latent", partial(self._latent_step, phase), phase.start, phase.stop)
         state.ws.requires_grad_(False)
@@ -217,17 +218,16 @@ class _Run:
         self.last_latent = {name: value.clone() for name, value in state.terms.items()}
         if config.noise_steps == 0:
             return
-        for noise_map in state.noises:
-            noise_map.requires_grad_(True)
+        values = state.noise.values.requires_grad_(True)
         state.counter.zero_()
-        state.optimizer, state.terms = self._adam(state.noises, config.noise_rate), {}
+        state.optimizer, state.terms = self._adam(values, config.noise_rate), {}
         self._iterate("noise", self._noise_step, 0, config.noise_steps)
-        for noise_map in state.noises:
-            noise_map.requires_grad_(False)
+        values.requires_grad_(False)
 
     def _blend(self) -> None:
         """Stage three: I_G of the final state, B, and I' = B ⊙ I_G + (1 - B) ⊙ I (paper, eq. 12)."""
-        self.generated = self._generate(has_noise=self.phases[-1].has_noise or self.config.noise_steps > 0)
+        has_noise = self.phases[-1].has_noise or self.config.noise_steps > 0
+        self.generated = self._generate(self.state.noise.maps if has_noise else "zero")
         self.blend = self.masks.blend
         if any(plan.follows for plan in self.plans):
             self.blend = self.masks.blend_with(self.networks.parser(self.generated))
@@ -256,7 +256,7 @@ class _Run:
             generated=self.generated[one],
             blend=self.blend[one],
             ws=state.ws[one].detach().clone(),
-            noise=tuple(noise_map[one].detach().clone() for noise_map in state.noises),
+            noise=tuple(noise_map[one].detach().clone() for noise_map in state.noise.maps),
             losses={name: float(terms[name][row]) for name in TERMS if name in terms and name not in idle},
             iterations={"latent": self.total - self.config.noise_steps, "noise": self.config.noise_steps},
             seconds=dict(seconds),
@@ -287,7 +287,7 @@ class _Run:
 
     def _latent_step(self, phase: Phase) -> None:
         state, config, masks = self.state, self.config, self.masks
-        image = self._generate(phase.has_noise)
+        image = self._generate(state.noise.maps if phase.has_noise else "zero")
         terms: Terms = {}
         if self.perception is not None:
             terms["perceptual"] = config.perceptual_weight, self.perception(image, masks)
@@ -305,36 +305,44 @@ class _Run:
                 terms["shape"] = config.shape_weight, losses.shape(parsed, masks)
             if parsed is not None and self.has_size:
                 terms["size"] = config.size_weight, losses.size(parsed, masks, self.scales)
-        self._descend(image, terms, [state.ws])
+        self._descend(image, terms, state.ws, lambda: state.ws.detach().flatten(1).sum(1)[None], _spread_over_codes)
         if phase.updates_masks and parsed is not None:
             masks.relax(parsed.detach())
 
     def _noise_step(self) -> None:
-        state, config = self.state, self.config
-        image = self._generate(has_noise=True)
+        config, noise = self.config, self.state.noise
+        # Twice the same maps: each reader's gradients become one vector, and the two vectors one sum.
+        image = self._generate(noise.of(noise.values))
         weight = config.global_noise_appearance_weight if self.is_global else config.appearance_weight
         terms: Terms = {
             "appearance": (weight, losses.appearance(image, self.source, self.masks)),
-            "noise": (config.noise_weight, losses.noise(state.noises, config)),
+            "noise": (config.noise_weight, losses.noise(noise.of(noise.values), config)),
         }
         if config.compat:  # behind autograd's back: the backward pass sees other values than the forward pass did
-            normalize_noise_([noise_map.data for noise_map in state.noises])
-        self._descend(image, terms, state.noises)
+            normalize_noise_(noise.of(noise.values.data))
+        self._descend(image, terms, noise.values, noise.sums, noise.spread)
         if not config.compat:
-            normalize_noise_([noise_map.detach() for noise_map in state.noises])
+            normalize_noise_(noise.of(noise.values.detach()))
 
-    def _generate(self, has_noise: bool) -> Tensor:
-        maps: Sequence[Tensor] | str = self.state.noises if has_noise else "zero"
-        return self.networks.generator.synthesis(self.state.ws, noise=maps)
+    def _generate(self, noise: Sequence[Tensor] | str) -> Tensor:
+        return self.networks.generator.synthesis(self.state.ws, noise=noise)
 
-    def _descend(self, image: Tensor, terms: Terms, wanted: Sequence[Tensor]) -> None:
-        """Keep image and terms for observers and take a step of Adam. Edits that are not finite stay where they are."""
+    def _descend(
+        self,
+        image: Tensor,
+        terms: Terms,
+        wanted: Tensor,
+        sums: Callable[[], Tensor],
+        spread: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Keep image and terms for observers and take a step of Adam. Edits that are not finite stay where they are.
+
+        sums: of each edit's part of `wanted`, (parts, N); spread: what an edit has (N) for each value of `wanted`.
+        """
         state = self.state
         total = torch.stack([weight * term for weight, term in terms.values()]).sum(0)
-        gradients = torch.autograd.grad(total.sum(), wanted)
-        before = [tensor.detach().clone() for tensor in wanted]
-        for tensor, gradient in zip(wanted, gradients, strict=True):
-            tensor.grad = gradient
+        (wanted.grad,) = torch.autograd.grad(total.sum(), wanted)
+        before = wanted.detach().clone()
         assert state.optimizer is not None
         state.optimizer.step()
         with torch.no_grad():
@@ -343,25 +351,21 @@ class _Run:
                 state.terms.setdefault(name, torch.zeros_like(term)).copy_(term)
             state.is_finite &= total.isfinite()
             # A gradient that is not finite shows in what it moved, and that in its sum.
-            state.is_finite &= torch.stack([tensor.flatten(1).sum(1) for tensor in wanted]).isfinite().all(0)
-            for tensor, old in zip(wanted, before, strict=True):
-                kept = state.is_finite.view(-1, *[1] * (tensor.ndim - 1))
-                tensor.copy_(torch.where(kept, tensor, old))
+            state.is_finite &= sums().isfinite().all(0)
+            now = wanted.detach()
+            torch.where(spread(state.is_finite), now, before, out=now)
             newly_lost = ~state.is_finite & (state.lost_at < 0)
             state.lost_at.copy_(torch.where(newly_lost, state.counter, state.lost_at))
             state.counter += 1
 
-    def _adam(self, tensors: Sequence[Tensor], rate: float) -> torch.optim.Optimizer:
+    def _adam(self, wanted: Tensor, rate: float) -> torch.optim.Optimizer:
         is_cuda = self.source.is_cuda
         capturable = self.config.cuda_graph and is_cuda
-        return torch.optim.Adam(tensors, lr=rate, capturable=capturable, fused=True if is_cuda else None)
+        return torch.optim.Adam([wanted], lr=rate, capturable=capturable, fused=True if is_cuda else None)
 
 
-def _draw_noise(networks: Networks, count: int, seed: int, device: torch.device) -> list[Tensor]:
-    """N(0, 1) maps (N,1,r,r), the same for every edit and device, so that no edit's noise depends on its batch."""
-    generator = torch.Generator().manual_seed(seed)
-    sides = networks.generator.config.noise_px
-    return [torch.randn(1, 1, px, px, generator=generator).to(device).repeat(count, 1, 1, 1) for px in sides]
+def _spread_over_codes(edits: Tensor) -> Tensor:
+    return edits[:, None, None]
 
 
 def _describe(plan: EditPlan) -> str:
