@@ -9,6 +9,7 @@
 #include "kl.h"
 #include "masked_mse.h"
 #include "modulated_conv2d.h"
+#include "modulated_vectors.h"
 #include "noise_bias_act.h"
 #include "noise_regularizer.h"
 #include "norm_modulate.h"
@@ -31,6 +32,9 @@
   ENTRY(modulated_epilogue_fwd, ModulatedEpilogueParams) \
   ENTRY(modulated_epilogue_bwd, ModulatedEpilogueParams) \
   ENTRY(modulated_style_bwd, ModulatedStyleParams)       \
+  ENTRY(demodulation_fwd, DemodulationParams)            \
+  ENTRY(demodulation_bwd, DemodulationParams)            \
+  ENTRY(modulated_weight, ModulatedWeightParams)         \
   ENTRY(norm_modulate_fwd, NormModulateParams)           \
   ENTRY(norm_modulate_bwd, NormModulateParams)           \
   ENTRY(upfirdn2d_fwd, UpFirDnParams)                    \

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import native
+from faceedit.kernels.modulated_conv2d_parts import EPSILON
 from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import empty_float, empty_like, memory_format
 
@@ -141,3 +142,59 @@ def style_backward(x: Tensor, grad: Tensor, style: Tensor, wanted: bool) -> Tens
     workspace = empty_float(x, module.modulated_style_bwd_workspace(target, **call))
     module.modulated_style_bwd(target, **call, workspace=workspace.data_ptr())
     return grad_style
+
+
+def demodulate(style: Tensor, squares: Tensor) -> Tensor:
+    """Return (sum_i style^2 * squares + EPSILON)^-1/2, (N,O), of contiguous float32 (N,I) and (O,I)."""
+    (n, inputs), outputs = style.shape, squares.shape[0]
+    found = empty_float(style, n, outputs)
+    native.module().demodulation_fwd(
+        native.target(squares),
+        squares=squares.data_ptr(),
+        style=style.data_ptr(),
+        demodulation=found.data_ptr(),
+        batch=n,
+        outputs=outputs,
+        inputs=inputs,
+        epsilon=EPSILON,
+    )
+    return found
+
+
+def demodulate_backward(
+    grad_style: Tensor, grad: Tensor, demodulation: Tensor, style: Tensor, squares: Tensor
+) -> Tensor:
+    """Add what reaches style (N,I) through the demodulation to its gradient, in place; grad (N,O) is that of d."""
+    (n, inputs), outputs = style.shape, squares.shape[0]
+    native.module().demodulation_bwd(
+        native.target(squares),
+        squares=squares.data_ptr(),
+        style=style.data_ptr(),
+        demodulation=demodulation.data_ptr(),
+        grad=grad.data_ptr(),
+        grad_style=grad_style.data_ptr(),
+        batch=n,
+        outputs=outputs,
+        inputs=inputs,
+    )
+    return grad_style
+
+
+def modulate(weight: Tensor, style: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Return weight * style in dtype: (O,I,k,k), or (I,O,k,k) when transposed, contiguous float32, times (1,I)."""
+    y = torch.empty_like(weight, dtype=dtype)
+    channels, taps = style.shape[1], weight.shape[2] * weight.shape[3]
+    inner = weight.shape[1] * taps if transposed else taps
+    if not transposed and memory_format(weight) is torch.channels_last:
+        inner = 1
+    native.module().modulated_weight(
+        native.target(weight),
+        weight=weight.data_ptr(),
+        style=style.data_ptr(),
+        y=y.data_ptr(),
+        outer=weight.numel() // (channels * inner),
+        channels=channels,
+        inner=inner,
+        dtype=native.DTYPE_CODES[dtype],
+    )
+    return y

@@ -210,10 +210,29 @@ def fp16_factor(style: Tensor, demodulation: Tensor | None) -> Tensor:
     return torch.maximum(longest, largest)
 
 
-def vectors(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool) -> Vectors:
-    """Make the vectors from operands, with what is remembered of the weight."""
+def demodulate(style: Tensor, squares: Tensor) -> Tensor:
+    """Return (sum_i style^2 * squares + EPSILON)^-1/2, (N,O), of (N,I) and (O,I)."""
+    return F.linear(style * style, squares).add_(EPSILON).rsqrt_()
+
+
+def demodulate_backward(
+    grad_style: Tensor, grad: Tensor, demodulation: Tensor, style: Tensor, squares: Tensor
+) -> Tensor:
+    """Return the gradient to style (N,I) with what reaches it through the demodulation; grad (N,O) is that of d."""
+    return grad_style - style * ((grad * demodulation**3) @ squares)
+
+
+def modulate(weight: Tensor, style: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
+    """Return weight (O,I,k,k), or (I,O,k,k) when transposed, times the style (1,I) of one sample."""
+    return (weight * style.view(*((-1, 1) if transposed else (1, -1)), 1, 1)).to(dtype)
+
+
+def vectors(
+    x: Tensor, weight: Tensor, styles: Tensor, demodulate: Callable[[Tensor, Tensor], Tensor] | None
+) -> Vectors:
+    """Make the vectors from operands, with what is remembered of the weight. demodulate: a backend's, None for none."""
     s = in_format(styles, compute_dtype(x), torch.contiguous_format)
-    d = F.linear(s * s, squares(weight).to(s.dtype)).add_(EPSILON).rsqrt_() if demodulate else None
+    d = None if demodulate is None else demodulate(s, squares(weight).to(s.dtype))
     return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None, weight.shape[0])
 
 

@@ -61,6 +61,14 @@ class Passes(Protocol):
 
     def style_backward(self, x: Tensor, grad: Tensor, style: Tensor, wanted: bool) -> Tensor | None: ...
 
+    def demodulate(self, style: Tensor, squares: Tensor) -> Tensor: ...
+
+    def demodulate_backward(
+        self, grad_style: Tensor, grad: Tensor, demodulation: Tensor, style: Tensor, squares: Tensor
+    ) -> Tensor: ...
+
+    def modulate(self, weight: Tensor, style: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor: ...
+
 
 def output_tells_input(act: str, slope: float, gain: float) -> bool:
     """Return whether the output gives the activation's input back wherever the gradient is not zero."""
@@ -106,7 +114,7 @@ def forward(
     geometry, settings = Geometry(weight.shape[2], up, down), (act, slope, gain, clamp)
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
-    v = vectors(x, weight, styles, demodulate)
+    v = vectors(x, weight, styles, passes.demodulate if demodulate else None)
     factors = rgb_factors(rgb_weight, rgb_styles)
     noise, strength, bias = map(as_float, (noise, strength, bias))
     operands = (v.outer, noise, strength, bias)
@@ -155,8 +163,8 @@ def _convolve(
     """Return the convolution's result, for up = 2 without the FIR."""
     style = v.inner
     if folds_style(x, geometry):
-        w = ready(weight, weight.dtype, fmt, geometry.up == 2)
-        w = (w * style.view(*((-1, 1) if geometry.up == 2 else (1, -1)), 1, 1)).to(x.dtype)
+        transposed = geometry.up == 2
+        w = passes.modulate(ready(weight, style.dtype, fmt, transposed), style, x.dtype, transposed)
     else:
         w = ready(weight, x.dtype, fmt, geometry.up == 2)
         x = passes.scale(x, style)
@@ -232,10 +240,11 @@ def backward(
         )
     if grad_scale is not None and v.demodulation is not None:
         # d = (sum_i s^2 W2 + eps)^-1/2, so dd/ds = -d^3 s W2 and dd/dw = -d^3 s^2 w.
-        cubic = grad_scale * v.demodulation**3
         if want_styles and grad_styles is not None:
-            grad_styles = grad_styles - v.style * (cubic @ squares(weight).to(cubic.dtype))
+            of_weight = squares(weight).to(grad_scale.dtype)
+            grad_styles = passes.demodulate_backward(grad_styles, grad_scale, v.demodulation, v.style, of_weight)
         if want_weight and grad_weight is not None:
+            cubic = grad_scale * v.demodulation**3
             grad_weight = grad_weight - weight.detach() * (cubic.t() @ (v.style * v.style))[:, :, None, None]
 
     grad_rgb_weight = grad_rgb_styles = None

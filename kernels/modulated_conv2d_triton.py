@@ -7,8 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from faceedit.kernels.modulated_conv2d_parts import demodulate, demodulate_backward, modulate
 from faceedit.kernels.noise_bias_act_triton import ACT_CODES, _activate, _derivative
 from faceedit.kernels.tensors import empty_float, empty_like, memory_format
+
+__all__ = ["demodulate", "demodulate_backward", "dots", "epilogue", "epilogue_backward", "modulate", "scale"]
+__all__ += ["style_backward"]
 
 BLOCK_P, BLOCK_C = 64, 32
 
