@@ -82,7 +82,8 @@ class LossConfig:
     over the influence region, and over those of its pixels that the true edit changes, there as a share of that change:
     bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the region is
     smallest when nothing is done. `opacity` is the price of hiding the input, a mean over the image: without it a
-    layered output would repaint hair that only needs another colour. `features` is `moved` in feature space."""
+    layered output would repaint hair that only needs another colour. `features` is `moved` in feature space, and
+    `classes` what the same network makes of the edits, photos' included: the critic sees half the size at most."""
 
     adversarial: float = 1.0
     reconstruction: float = 100.0
@@ -91,6 +92,7 @@ class LossConfig:
     edit: float = 100.0
     moved: float = 0.0
     features: float = 0.0
+    classes: float = 0.0
     opacity: float = 0.0
     gradient_penalty: float = 10.0
     critic_attributes: float = 1.0
@@ -112,7 +114,8 @@ class AdversarialConfig:
 @dataclass(frozen=True, slots=True)
 class MagGANRecipe(Recipe):
     """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes;
-    `feature_network` those of an attribute classifier whose features `losses.features` compares (not the judge's);
+    `feature_network` those of an attribute classifier whose features `losses.features` compares, and whose logits
+    `losses.classes` asks for (not the judge's);
     `initial_weights` continues from an exported or registered generator (critic and optimisers start anew); one with a
     residual output can be continued with a layered one."""
 
@@ -163,10 +166,13 @@ class MagGANTask(Task[MagGANRecipe]):
         self.transplants = None
         if recipe.batch.transplants and self.photos is not None and self.photo_attributes is not None:
             self.transplants = Transplants(self.photos, self.data, self.photo_attributes, recipe.transplants)
-        self.features = None
-        if recipe.feature_network is not None and recipe.losses.features:
+        self.features = self.classes = None
+        if recipe.feature_network is not None:
             network = _load_classifier(recipe.feature_network, context.device)
-            self.features = StageFeatures(network.features, network.config.size_px)
+            if recipe.losses.features:
+                self.features = StageFeatures(network.features, network.config.size_px)
+            if recipe.losses.classes:
+                self.classes = _Classes(network)
         self.classify = None
         if recipe.validation_classifier is not None:
             judge = _load_classifier(recipe.validation_classifier, context.device)
@@ -258,6 +264,10 @@ class MagGANTask(Task[MagGANRecipe]):
         }
         if self.features is not None:
             parts["features"] = self._feature_distance(batch, made[:pairs])
+        if self.classes is not None:
+            with self.context.fabric.autocast():
+                logits = self.classes(self._edits(batch, made))
+            parts["classes"] = losses.attribute_bce(logits.float(), *self._wanted(batch))
         if copied.any():
             parts["reconstruction"] = (made[copied] - images[copied]).abs().mean()
         total = sum(getattr(weights, name) * value for name, value in parts.items())
@@ -301,19 +311,23 @@ class MagGANTask(Task[MagGANRecipe]):
 
         Real and made hold the same mix of drawings and photos, or the critic would only learn to tell those apart.
         """
-        pairs = len(batch["source"])
-        real, attributes, edits = [batch["target"]], [batch["target_attributes"]], [made[:pairs]]
+        real, attributes = [batch["target"]], [batch["target_attributes"]]
         if "photo_attributes" in batch:
-            start = pairs + self.recipe.batch.copies
-            count = len(batch["photo_attributes"])
-            real.append(batch["photo"][:count])
+            real.append(batch["photo"][: len(batch["photo_attributes"])])
             attributes.append(batch["photo_attributes"])
-            edits.append(made[start : start + count])
         size = self.recipe.critic.size_px
-        return resize(torch.cat(real), size), torch.cat(attributes), resize(torch.cat(edits), size)
+        return resize(torch.cat(real), size), torch.cat(attributes), resize(self._edits(batch, made), size)
+
+    def _edits(self, batch: dict[str, Tensor], made: Tensor) -> Tensor:
+        """The edits among what was made whose attributes are known: of pairs, then of photos that were classified."""
+        pairs = len(batch["source"])
+        if "photo_attributes" not in batch:
+            return made[:pairs]
+        start = pairs + self.recipe.batch.copies
+        return torch.cat([made[:pairs], made[start : start + len(batch["photo_attributes"])]])
 
     def _wanted(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Target attributes of the edits in `_judged` and which of them are known (1) or a guess (0)."""
+        """Target attributes of `_edits` and which of them are known (1) or a guess (0)."""
         wanted = [batch["target_attributes"]]
         known = [torch.ones_like(wanted[0])]
         if "photo_attributes" in batch:
@@ -397,6 +411,20 @@ class MagGANTask(Task[MagGANRecipe]):
             attributes=MAGGAN,
             metrics=metrics,
         )
+
+
+class _Classes:
+    """Logits (N,13) of images N×3×S×S by a frozen classifier that knows MagGAN's attributes."""
+
+    def __init__(self, network: Any) -> None:
+        known = network.config.attributes
+        missing = [name for name in MAGGAN if name not in known]
+        require(not missing, "feature_network", f"a classifier of MagGAN's attributes ({missing} are missing)", known)
+        self.network = network.eval().requires_grad_(False)
+        self.columns = [known.index(name) for name in MAGGAN]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.network(resize(image, self.network.config.size_px))[:, self.columns]
 
 
 def _critic_of(level: nn.Module) -> Callable[[Tensor], Tensor]:

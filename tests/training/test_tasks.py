@@ -14,7 +14,8 @@ from support.toy_task import FakeFace
 from faceedit import training
 from faceedit.attributes import MAGGAN
 from faceedit.errors import OutOfRangeError
-from faceedit.registry import load_network
+from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
+from faceedit.registry import load_network, save_weights
 from faceedit.training.checkpoint import load_checkpoint
 from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_at_random
 from faceedit.training.config import to_yaml
@@ -142,14 +143,19 @@ def test_maggan_run_resumes_exports_and_loads(photo_recipe: Any, tmp_path: Path)
     assert network(image, torch.ones(1, 13), mask).shape == (1, 3, 32, 32)
 
 
+def _classifier_of_the_13(folder: Path) -> str:
+    torch.manual_seed(0)
+    config = AttributeClassifierConfig(attributes=MAGGAN[::-1], size_px=32, base_width=8, stages=3, hidden_width=32)
+    network, path = AttributeClassifier(config), folder / "classifier.safetensors"
+    facts = {"licence": "Apache-2.0", "training_data": "none", "source": "tests"}
+    save_weights(path, "attribute-classifier", config, network.state_dict(), half=False, **facts)
+    return str(path)
+
+
 def test_transplants_and_features_join_the_step(
     photo_recipe: Any, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Photos with a known result stand behind the synthetic pairs, and every pair is compared in features."""
-    features = training.run(
-        _written(tiny_classifier(cache_dir, "trainer.steps=1"), tmp_path), output_dir=tmp_path / "run", report=quiet
-    )
-    assert features is not None
     monkeypatch.setattr(MagGANTask, "_estimate_attributes", lambda self: torch.zeros(len(self.photos), 13))
     recipe = replace(
         photo_recipe,
@@ -158,8 +164,8 @@ def test_transplants_and_features_join_the_step(
         pairs=replace(photo_recipe.pairs, idle_share=0.0),
         transplants=TransplantConfig(attributes=("Eyeglasses", "Bushy_Eyebrows"), removal_share=0.0),
         synthetic=replace(photo_recipe.synthetic, people=32),
-        feature_network=str(features.weights),
-        losses=replace(photo_recipe.losses, features=10.0),
+        feature_network=_classifier_of_the_13(tmp_path),
+        losses=replace(photo_recipe.losses, features=10.0, classes=2.0),
     )
     task = build(recipe, MagGANTask)
     batch = task.batch(0)
@@ -170,19 +176,41 @@ def test_transplants_and_features_join_the_step(
     scalars = task.training_step(batch, 0)
     assert all(value.isfinite() for value in scalars.values())
     assert scalars["features"] > 0.5
+    assert scalars["classes"] > 0
     assert not task.features.layers.training
     assert all(parameter.grad is None for parameter in task.features.layers.parameters())
+
+
+def test_classes_pull_an_edit_towards_what_is_asked(cache_dir: Path, tmp_path: Path) -> None:
+    """With no other term, the frozen classifier's own opinion of the edits rises, and its weights stay."""
+    judge = _classifier_of_the_13(tmp_path)
+    none = ", ".join(f"{name}: 0" for name in ("adversarial", "reconstruction", "attributes", "preserve", "edit"))
+    task = build(
+        tiny_maggan(
+            cache_dir, f"feature_network={judge}", f"losses={{{none}, classes: 1}}", "adversarial.start_step=99"
+        ),
+        MagGANTask,
+    )
+    before = [parameter.clone() for parameter in task.classes.network.parameters()]
+    batch = task.batch(0)
+    found = [task.training_step(batch, step)["classes"].item() for step in range(30)]
+    assert found[-1] < found[0]
+    assert all(map(torch.equal, before, task.classes.network.parameters()))
+
+
+def test_classes_need_a_classifier_of_all_attributes(cache_dir: Path, tmp_path: Path) -> None:
+    few = AttributeClassifierConfig(attributes=("Bald", "Young"), size_px=32, base_width=8, stages=3, hidden_width=32)
+    path = tmp_path / "few.safetensors"
+    facts = {"licence": "Apache-2.0", "training_data": "none", "source": "tests"}
+    save_weights(path, "attribute-classifier", few, AttributeClassifier(few).state_dict(), half=False, **facts)
+    recipe = tiny_maggan(cache_dir, f"feature_network={path}", "losses.classes=1")
+    with pytest.raises(OutOfRangeError, match="feature_network must be a classifier of MagGAN's attributes"):
+        build(recipe, MagGANTask)
 
 
 def test_transplants_need_photos_of_known_attributes(cache_dir: Path) -> None:
     with pytest.raises(OutOfRangeError, match=r"batch.transplants must be 0 without photos"):
         tiny_maggan(cache_dir, "batch.transplants=2")
-
-
-def _written(recipe: Any, folder: Path) -> Path:
-    path = folder / "recipe.yaml"
-    path.write_text(to_yaml(recipe))
-    return path
 
 
 def test_photo_edits_flip_one_known_attribute() -> None:
