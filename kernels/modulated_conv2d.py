@@ -18,8 +18,13 @@ from faceedit.kernels.modulated_conv2d_parts import (
     Vectors,
     compute_dtype,
     fp16_factor,
+    gradient_divisor,
+    largest,
+    lengths_of,
+    over_lengths,
     resampled,
     resampled_backward,
+    sum_divisor,
 )
 from faceedit.kernels.modulated_conv2d_passes import output_tells_input
 from faceedit.kernels.noise_bias_act import ACTIVATIONS
@@ -127,10 +132,12 @@ def modulated_conv2d(
 
 def _vectors(x: Tensor, weight: Tensor, styles: Tensor, demodulate: bool) -> Vectors:
     """Make the vectors in plain PyTorch, differentiable."""
-    s, d = styles.to(compute_dtype(x)), None
+    s, d, lengths, half = styles.to(compute_dtype(x)), None, None, x.dtype == torch.float16
     if demodulate:
-        d = ((s * s) @ weight.to(s.dtype).square().sum((2, 3)).t() + EPSILON).rsqrt()
-    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None, weight.shape[0])
+        squares = weight.to(s.dtype).square().sum((2, 3))
+        d = ((s * s) @ squares.t() + EPSILON).rsqrt()
+        lengths = lengths_of(squares.detach()) if half else None
+    return Vectors(s, d, weight.shape[0], fp16_factor(s, demodulate) if half else None, lengths)
 
 
 def _scaled(x: Tensor, style: Tensor) -> Tensor:
@@ -160,7 +167,8 @@ def reference(
     Returns: y, rgb, the demodulation, the convolution's result; what is absent is an empty tensor.
     """
     v = _vectors(x, weight, styles, demodulate)
-    core = resampled(_scaled(x, v.inner), weight.to(x.dtype), fir, Geometry(weight.shape[2], up, down))
+    w = over_lengths(weight, v.lengths).to(x.dtype)
+    core = resampled(_scaled(x, v.inner), w, fir, Geometry(weight.shape[2], up, down))
     y = epilogue(core, v.outer, noise, strength, bias, act, slope, gain, clamp)
     rgb = x.new_empty(0)
     if rgb_weight is not None and rgb_styles is not None:
@@ -263,7 +271,8 @@ def backward_reference(
     wanted: for x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles. What is not wanted is an empty tensor.
     """
     dtype, geometry = compute_dtype(x), Geometry(weight.shape[2], up, down)
-    v, w = _vectors(x, weight, styles, demodulate), weight.to(x.dtype)
+    v = _vectors(x, weight, styles, demodulate)
+    w = over_lengths(weight, v.lengths).to(x.dtype)
     scaled = _scaled(x, v.inner)
     core = resampled(scaled, w, fir, geometry)
     g = torch.zeros_like(core, dtype=dtype) if grad is None else grad.to(dtype)
@@ -277,28 +286,37 @@ def backward_reference(
         grad_rgb_styles = (sums * rgb_weight.to(dtype)).sum(1)
 
     want_x, want_weight, want_styles, *want_vectors = wanted[:6]
-    outer, style, divisor, common = v.outer, v.inner, v.factor, v.common_factor
-    if common is not None and outer is not None:  # see Vectors.factor_stands_alone
-        core, scaled = core.to(dtype) * outer[:, :, None, None], _scaled(x, v.style / common)
-        outer, style, divisor = None, v.style, None
-    core_grad, grad_outer, *gradients = epilogue_backward(
-        g, core, True, outer, noise, strength, bias, act, slope, gain, clamp,
+    outer, style, divisor = v.outer, v.inner, None
+    scale = outer
+    if v.factor is not None and outer is not None:  # fp16: float32 until the gradient is divided
+        core, scale = core.to(dtype) * outer[:, :, None, None], torch.ones_like(outer)
+        divisor = gradient_divisor(outer, largest(g), slope, gain)
+    core_grad, grad_scale, *gradients = epilogue_backward(
+        g, core, True, scale, noise, strength, bias, act, slope, gain, clamp,
         [True, v.demodulation is not None, *want_vectors],
     )  # fmt: skip
-    gx = grad_styles = grad_weight = None
+    gx = grad_styles = grad_weight = total = None
     if want_x or want_styles or want_weight:
+        if divisor is not None and outer is not None:
+            core_grad = core_grad * (outer / divisor)[:, :, None, None]
+            if want_weight:
+                total = sum_divisor(divisor, x)
+                scaled = _scaled(x, style * (divisor / total))
+            style = style * divisor
         data, grad_weight = resampled_backward(
             core_grad.to(x.dtype), scaled, w, fir, geometry, (want_x or want_styles, want_weight)
         )
         if want_x or want_styles:
             gx = data.to(dtype) * style[:, :, None, None]
             grad_styles = (data.to(dtype) * x.to(dtype)).sum((2, 3))
-            grad_styles = grad_styles if divisor is None else grad_styles / divisor
-        if want_weight and common is not None:
-            grad_weight = grad_weight.to(dtype) * common[:, :, None, None]
+            if divisor is not None and v.factor is not None:
+                grad_styles = grad_styles * (divisor / v.factor)
+        if want_weight and total is not None:
+            grad_weight = over_lengths(grad_weight.to(dtype) * total, v.lengths)
         if v.demodulation is not None:
             wide = weight.to(dtype)
-            cubic = (grad_outer if v.factor is None else grad_outer * v.factor) * v.demodulation**3
+            # fp16: the sum of dL/dz * z, made the gradient to demodulation.
+            cubic = (grad_scale if divisor is None else grad_scale / v.demodulation) * v.demodulation**3
             if want_styles and grad_styles is not None:
                 grad_styles = grad_styles - v.style * (cubic @ wide.square().sum((2, 3)))
             if want_weight:

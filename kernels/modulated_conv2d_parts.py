@@ -17,6 +17,12 @@ from faceedit.kernels.tensors import in_format
 from faceedit.kernels.upfirdn2d import filtered
 
 EPSILON = 1e-8  # under the root of the demodulation
+LEAST_LENGTH = 2.0**-18  # of a filter, in fp16: demodulation multiplies what is shorter by EPSILON^-1/2 at most
+# fp16, backward: how large the gradient may be that goes into a convolution. A data gradient adds at most outputs *
+# kernel such values, the filters being of length 1, and a FIR multiplies one by 4.
+GRADIENT_LIMIT = 4.0
+SUM_LIMIT = 2.0**15  # and what a weight's gradient adds up to at most, every term at its largest
+STEEPEST = 1.1  # slope of any activation but lrelu's own; silu's is
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -152,23 +158,44 @@ def squares(weight: Tensor) -> Tensor:
     return _from_weight(weight, "squares", lambda w: w.to(compute_dtype(w)).square().sum((2, 3)))
 
 
-def ready(weight: Tensor, dtype: torch.dtype, fmt: torch.memory_format, transposed: bool) -> Tensor:
-    """Return the weight as the convolution wants it, so that it is not cast and reordered at every call."""
+def lengths_of(squares: Tensor) -> Tensor:
+    """Return each filter's L2 norm, rounded up to a power of two, (O,): dividing by it loses no bit."""
+    return squares.sum(1).clamp(min=LEAST_LENGTH**2).log2().mul(0.5).ceil().exp2()
+
+
+def over_lengths(weight: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the weight (O,I,k,k), or a gradient to it, with each filter divided by its length."""
+    return weight if lengths is None else weight.to(lengths.dtype) / lengths[:, None, None, None]
+
+
+def ready(
+    weight: Tensor, dtype: torch.dtype, fmt: torch.memory_format, transposed: bool, lengths: Tensor | None
+) -> Tensor:
+    """Return the weight as the convolution wants it, so that it is not cast and reordered at every call.
+
+    lengths: what to divide the filters by, from `lengths_of`.
+    """
 
     def make(w: Tensor) -> Tensor:
+        w = over_lengths(w, lengths)
         return (w.transpose(0, 1) if transposed else w).to(dtype).contiguous(memory_format=fmt)
 
-    return _from_weight(weight, (dtype, fmt, transposed), make)
+    return _from_weight(weight, (dtype, fmt, transposed, lengths is not None), make)
 
 
 @dataclass(slots=True)
 class Vectors:
-    """Per sample and channel, in the computing dtype. z = demodulation * factor * conv(weight, style / factor * x)."""
+    """Per sample and channel, in the computing dtype.
+
+    z = demodulation * factor * lengths * conv(weight / lengths, style / factor * x). What is fp16's only keeps every
+    value on the way within a few times that of x or z: with demodulation a filter's scale is not in z.
+    """
 
     style: Tensor  # (N,I)
     demodulation: Tensor | None  # (N,O)
-    factor: Tensor | None  # (N,1), fp16 only
     outputs: int  # O
+    factor: Tensor | None = None  # (N,1), fp16 only
+    lengths: Tensor | None = None  # (O,), fp16 with demodulation only
 
     @property
     def inner(self) -> Tensor:
@@ -178,36 +205,22 @@ class Vectors:
     def outer(self) -> Tensor | None:
         if self.factor is None:
             return self.demodulation
-        if self.demodulation is None:
+        if self.demodulation is None or self.lengths is None:
             return self.factor.expand(-1, self.outputs).contiguous()
-        return self.demodulation * self.factor
-
-    @property
-    def factor_stands_alone(self) -> bool:
-        """Whether no demodulation balances the factor.
-
-        The gradient then goes through the convolution without it: times a large factor it would leave fp16's range.
-        """
-        return self.factor is not None and self.demodulation is None
-
-    @property
-    def common_factor(self) -> Tensor | None:
-        """What a weight's gradient is divided by, one factor for all samples, where that of each stands alone."""
-        if self.factor is None or self.demodulation is not None:
-            return None
-        return torch.cat([self.factor, self.factor.new_ones(1, 1)]).amax(0, keepdim=True)  # the batch may be empty
+        return self.demodulation * self.lengths * self.factor
 
 
-def fp16_factor(style: Tensor, demodulation: Tensor | None) -> Tensor:
-    """Return what to divide a sample's styles by, so that style * x does not leave fp16's range.
+def fp16_factor(style: Tensor, demodulate: bool) -> Tensor:
+    """Return what to divide a sample's styles by, (N,1), so that style * x does not leave fp16's range.
 
-    With demodulation the convolution does not either. Without, only what styles are above 1 is taken out.
+    With demodulation that is the largest style: through filters of length 1 no sum then passes the layer's result.
+    Without, only what styles are above 1 is taken out.
     """
-    largest = style.abs().amax(1, keepdim=True).detach()
-    if demodulation is None:
-        return torch.where(largest.isfinite(), largest.clamp(min=1.0), 1.0)
-    longest = 1.0 / demodulation.amin(1, keepdim=True).detach()  # of the modulated filters
-    return torch.maximum(longest, largest)
+    widest = style.detach().abs().amax(1, keepdim=True)
+    finite = widest.isfinite()
+    if demodulate:
+        return torch.where(finite & (widest > 0), widest, 1.0)
+    return torch.where(finite, widest.clamp(min=1.0), 1.0)
 
 
 def demodulate(style: Tensor, squares: Tensor) -> Tensor:
@@ -228,12 +241,51 @@ def modulate(weight: Tensor, style: Tensor, dtype: torch.dtype, transposed: bool
 
 
 def vectors(
-    x: Tensor, weight: Tensor, styles: Tensor, demodulate: Callable[[Tensor, Tensor], Tensor] | None
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    demodulate: Callable[[Tensor, Tensor], Tensor] | None,
+    demodulation: Tensor | None = None,
 ) -> Vectors:
-    """Make the vectors from operands, with what is remembered of the weight. demodulate: a backend's, None for none."""
+    """Make the vectors from operands, with what is remembered of the weight.
+
+    demodulate: a backend's, None for none. demodulation: as the forward pass returned it, where that has run.
+    """
     s = in_format(styles, compute_dtype(x), torch.contiguous_format)
-    d = None if demodulate is None else demodulate(s, squares(weight).to(s.dtype))
-    return Vectors(s, d, fp16_factor(s, d) if x.dtype == torch.float16 else None, weight.shape[0])
+    half, d, lengths = x.dtype == torch.float16, demodulation, None
+    if demodulate is not None and (half or d is None):
+        sums = squares(weight)
+        d = demodulate(s, sums.to(s.dtype)) if d is None else d
+        lengths = _from_weight(weight, "lengths", lambda _: lengths_of(sums).to(s.dtype)) if half else None
+    factor = fp16_factor(s, demodulate is not None) if half else None
+    return Vectors(s, d, weight.shape[0], factor, lengths)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return the largest magnitude of each sample, (N,1) float32; 1 where that is not finite."""
+    x = x.detach()
+    found = torch.maximum(x.amax((1, 2, 3)), -x.amin((1, 2, 3)))  # x.abs() would write a copy
+    return found[:, None].float().nan_to_num(1.0, posinf=1.0)
+
+
+def gradient_divisor(outer: Tensor, gradient: Tensor, slope: float, gain: float) -> Tensor:
+    """Return what to divide a sample's gradient by, (N,1), before it becomes fp16 and goes into the convolution.
+
+    gradient (N,1): its largest magnitude behind the activation. Times outer and the activation's slope, and divided by
+    this, it is GRADIENT_LIMIT at most, so that it neither overflows nor vanishes.
+    """
+    steepest = abs(gain) * max(STEEPEST, abs(slope)) / GRADIENT_LIMIT
+    widest = outer.detach().amax(1, keepdim=True).nan_to_num(1.0, posinf=1.0)
+    return widest * (gradient * steepest).clamp(min=1e-20)
+
+
+def sum_divisor(divisor: Tensor, x: Tensor) -> Tensor:
+    """Return what a weight's gradient is divided by, (1,1), one for all samples, while fp16 convolutions sum it.
+
+    divisor: of each sample's gradient, from `gradient_divisor`; its styles take on the quotient of the two.
+    """
+    bound = x.shape[2] * x.shape[3] * 4 * GRADIENT_LIMIT  # of a sample's sum where x is 1; 4: see GRADIENT_LIMIT
+    return (divisor * largest(x).clamp(min=1e-7)).sum(0, keepdim=True) * (bound / SUM_LIMIT)
 
 
 def folds_style(x: Tensor, geometry: Geometry) -> bool:

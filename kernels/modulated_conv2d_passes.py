@@ -17,13 +17,15 @@ from faceedit.kernels.fir_epilogue import fir_epilogue_op
 from faceedit.kernels.modulated_conv2d_parts import (
     Geometry,
     Vectors,
-    compute_dtype,
     fir_taps,
     folds_style,
-    fp16_factor,
+    gradient_divisor,
     is_rgb,
+    largest,
+    over_lengths,
     ready,
     squares,
+    sum_divisor,
     vectors,
 )
 from faceedit.kernels.noise_bias_act import PIECEWISE_LINEAR, noise_bias_act_backward_op
@@ -82,8 +84,8 @@ def rgb_factors(rgb_weight: Tensor | None, rgb_styles: Tensor | None) -> Tensor 
     return (rgb_weight.detach().float() * rgb_styles.detach().float()[:, None]).contiguous()
 
 
-def _rgb_factors_of(weight: Tensor, style: Tensor) -> Tensor:
-    return (weight.detach()[:, :, 0, 0].float() * style[:, None]).contiguous()
+def _rgb_factors_of(weight: Tensor, v: Vectors) -> Tensor:
+    return (over_lengths(weight.detach(), v.lengths)[:, :, 0, 0].float() * v.inner[:, None]).contiguous()
 
 
 def forward(
@@ -120,12 +122,12 @@ def forward(
     operands = (v.outer, noise, strength, bias)
     keeps_core = not output_tells_input(act, slope, gain)
     if layer is not None and not keeps_core and _fits_layer(weight, geometry, fmt):
-        w = ready(weight, x.dtype, fmt, False)
+        w = ready(weight, x.dtype, fmt, False, v.lengths)
         y, rgb = layer(x, w, v.inner, operands, factors, settings)
         found = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, None)]
         return y, found[0], found[1], found[2]
     if is_rgb(weight, geometry):
-        core = passes.dots(x, _rgb_factors_of(weight, v.inner))
+        core = passes.dots(x, _rgb_factors_of(weight, v))
     else:
         core = _convolve(passes, x, weight, v, fir, geometry, fmt)
     if up == 2 and not keeps_core:
@@ -164,9 +166,9 @@ def _convolve(
     style = v.inner
     if folds_style(x, geometry):
         transposed = geometry.up == 2
-        w = passes.modulate(ready(weight, style.dtype, fmt, transposed), style, x.dtype, transposed)
+        w = passes.modulate(ready(weight, style.dtype, fmt, transposed, v.lengths), style, x.dtype, transposed)
     else:
-        w = ready(weight, x.dtype, fmt, geometry.up == 2)
+        w = ready(weight, x.dtype, fmt, geometry.up == 2, v.lengths)
         x = passes.scale(x, style)
     if geometry.down == 2:
         x = _filter(x, fir, geometry.fir_pad, 1.0)
@@ -203,10 +205,10 @@ def backward(
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
     want_x, want_weight, want_styles, want_noise, want_strength, want_bias, want_rgb_weight, want_rgb_styles = wanted
-    v = vectors_from(x, weight, styles, demodulation if demodulate else None)
+    v = vectors(x, weight, styles, passes.demodulate if demodulate else None, demodulation if demodulate else None)
     plain_rgb = is_rgb(weight, geometry)
     factors = rgb_factors(rgb_weight, rgb_styles)
-    operands = (v.outer, as_float(noise), as_float(strength), as_float(bias))
+    scale, later, divisor = v.outer, None, None
     want_scale = demodulate and (want_weight or want_styles)
     wants = (want_scale, want_noise, want_strength, want_bias, want_rgb_weight or want_rgb_styles)
     if plain_rgb:
@@ -214,29 +216,36 @@ def backward(
         settings = (act, slope, gain, float(torch.tensor(clamp, dtype=y.dtype)))
         y, core = y.float().contiguous(), core.float().contiguous()
         grad = None if grad is None else grad.float().contiguous()
-    elif v.factor_stands_alone and v.outer is not None:
-        if core.dim() == 4:  # the activation needs its input whole, which fp16 may not hold
-            core = core.float() * v.outer[:, :, None, None]
-        operands = (None, *operands[1:])
+    elif v.factor is not None and scale is not None:
+        divisor = gradient_divisor(scale, _largest_gradient(grad, grad_rgb, factors), slope, gain)
+        if core.dim() == 4:  # what is computed from its input stays float32 until it is divided
+            y, core = y.float(), core.float() * scale[:, :, None, None]
+            scale, later = torch.ones_like(scale), scale / divisor
+        else:
+            scale = scale / divisor
+    operands = (scale, as_float(noise), as_float(strength), as_float(bias))
     core_grad, found = _epilogue_backward(passes, grad, y, core, operands, factors, grad_rgb, settings, wants)
     grad_scale, grad_noise, grad_strength, grad_bias, grad_factors = found
-    if grad_scale is not None and v.factor is not None:
-        grad_scale = grad_scale * v.factor  # the gradient to demodulation itself
+    if later is not None:
+        core_grad = (core_grad * later[:, :, None, None]).to(x.dtype)
+    if grad_scale is not None and v.factor is not None and scale is not None and v.demodulation is not None:
+        grad_scale = grad_scale * (scale / v.demodulation)  # the sum of dL/dz * z, over demodulation itself
 
     gx = grad_styles = grad_weight = None
     if plain_rgb and (want_x or want_styles or want_weight):
         # x takes the place of an output whose ToRGB sums were asked for.
         gx, sums = passes.epilogue_backward(
-            None, x, (None,) * 4, _rgb_factors_of(weight, v.inner), core_grad,
+            None, x, (None,) * 4, _rgb_factors_of(weight, v), core_grad,
             ("linear", 1.0, 1.0, -1.0), (False, False, False, False, want_styles or want_weight),
         )  # fmt: skip
         if sums[4] is not None:
-            grad_styles = (sums[4] * weight.detach()[:, :, 0, 0].float()).sum(1)
+            w = over_lengths(weight.detach(), v.lengths)
+            grad_styles = (sums[4] * w[:, :, 0, 0].float()).sum(1)
             grad_styles = grad_styles if v.factor is None else grad_styles / v.factor
-            grad_weight = (sums[4] * v.inner[:, None]).sum(0)[:, :, None, None]
+            grad_weight = over_lengths((sums[4] * v.inner[:, None]).sum(0)[:, :, None, None], v.lengths)
     elif want_x or want_styles or want_weight:
         gx, grad_styles, grad_weight = _convolve_backward(
-            passes, core_grad, x, weight, v, fir, geometry, fmt, (want_x, want_styles, want_weight)
+            passes, core_grad, x, weight, v, divisor, fir, geometry, fmt, (want_x, want_styles, want_weight)
         )
     if grad_scale is not None and v.demodulation is not None:
         # d = (sum_i s^2 W2 + eps)^-1/2, so dd/ds = -d^3 s W2 and dd/dw = -d^3 s^2 w.
@@ -263,10 +272,12 @@ def backward(
     )
 
 
-def vectors_from(x: Tensor, weight: Tensor, styles: Tensor, demodulation: Tensor | None) -> Vectors:
-    """Make the vectors again from the demodulation that the forward pass returned."""
-    s = in_format(styles, compute_dtype(x), torch.contiguous_format)
-    return Vectors(s, demodulation, fp16_factor(s, demodulation) if x.dtype == torch.float16 else None, weight.shape[0])
+def _largest_gradient(grad: Tensor | None, grad_rgb: Tensor | None, factors: Tensor | None) -> Tensor:
+    """Return a bound on each sample's gradient to y, ToRGB's part included, (N,1)."""
+    parts = [] if grad is None else [largest(grad)]
+    if grad_rgb is not None and factors is not None:
+        parts.append((largest(grad_rgb) * factors.abs().amax(2)).sum(1, keepdim=True))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _epilogue_backward(
@@ -304,19 +315,27 @@ def _convolve_backward(
     x: Tensor,
     weight: Tensor,
     v: Vectors,
+    divisor: Tensor | None,
     fir: Tensor | None,
     geometry: Geometry,
     fmt: torch.memory_format,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients to x, styles and weight without what passes through the demodulation."""
+    """Return the gradients to x, styles and weight without what passes through the demodulation.
+
+    divisor: what core_grad was divided by, (N,1).
+    """
     want_x, want_styles, want_weight = wanted
-    style, divisor, common = (v.style, None, v.common_factor) if v.factor_stands_alone else (v.inner, v.factor, None)
-    w = ready(weight, x.dtype, fmt, geometry.up == 2)
+    style = v.inner
+    own, total = style, None  # of the weight's gradient
+    if want_weight and divisor is not None:
+        total = sum_divisor(divisor, x)
+        own = style * (divisor / total)
+    w = ready(weight, x.dtype, fmt, geometry.up == 2, v.lengths)
     if geometry.up == 2:
         core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
     # Of the convolution's input only the shape counts, unless the weight's gradient is wanted.
-    source = passes.scale(x, style if common is None else style / common) if want_weight else x
+    source = passes.scale(x, own) if want_weight else x
     if geometry.down == 2 and want_weight:
         source = _filter(source, fir, geometry.fir_pad, 1.0)
     elif geometry.down == 2:
@@ -328,10 +347,10 @@ def _convolve_backward(
         if geometry.down == 2:
             data = _filter(data.contiguous(memory_format=fmt), fir, geometry.fir_pad_back, 1.0, flip=True)
         gx = data.contiguous(memory_format=fmt)
-        grad_styles = passes.style_backward(x, gx, style, want_styles)
-        if grad_styles is not None and divisor is not None:
-            grad_styles = grad_styles / divisor
+        grad_styles = passes.style_backward(x, gx, style if divisor is None else style * divisor, want_styles)
+        if grad_styles is not None and divisor is not None and v.factor is not None:
+            grad_styles = grad_styles * (divisor / v.factor)
     if not want_weight:
         return gx, grad_styles, None
     grad_weight = (grad_weight.transpose(0, 1) if geometry.up == 2 else grad_weight).to(style.dtype)
-    return gx, grad_styles, grad_weight if common is None else grad_weight * common[:, :, None, None]
+    return gx, grad_styles, grad_weight if total is None else over_lengths(grad_weight * total, v.lengths)

@@ -365,6 +365,123 @@ def test_half_precision_gradients_survive_large_styles_without_demodulation(
         assert_close(f"gradient of {name}", actual, e, relative_l2=TOLERANCE[torch.float16][1])
 
 
+def spread(filters: str, weight: Tensor) -> Tensor:
+    """Return the weight with its filters scaled: all alike, or each by its own factor between 1e-4 and 1e3."""
+    if filters == "mixed":
+        return weight * torch.logspace(-4, 3, len(weight))[:, None, None, None]
+    return weight * float(filters)
+
+
+@pytest.mark.parametrize("filters", ["1e-4", "1e-3", "1e3", "mixed"])
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, {}),
+        ({"up": 2, "clamp": 3.0}, {"rgb": False}),
+        ({"down": 2, "act": "silu"}, {}),
+        ({"act": "linear"}, {"n": 1, "i": 2, "o": 3, "h": 66, "w": 65}),  # the style is folded into the weight
+        ({"act": "linear", "gain": 1.0}, {"o": 3, "k": 1, "rgb": False}),
+        ({"act": "silu"}, {"o": 3, "k": 1}),
+    ],
+    ids=["plain", "up", "down-silu", "folded", "rgb", "rgb-silu"],
+)
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_survives_filters_of_any_scale(
+    place: Place, options: dict[str, Any], shape: dict[str, Any], filters: str
+) -> None:
+    """Demodulation takes the filters' scale out of the result, and 1 / scale into what a gradient passes through."""
+    resampling = {key: options[key] for key in ("up", "down") if key in options}
+    tensors = inputs(**shape, **resampling)
+    assert tensors[0] is not None
+    assert tensors[1] is not None
+    tensors[1] = spread(filters, tensors[1])
+    kinks = {key: value for key, value in options.items() if key in ("up", "down", "clamp")}
+    tensors = away_from_kinks(tensors, **kinks) if "act" not in options else tensors
+    tensors[0] = tensors[0].to(torch.float16).contiguous(memory_format=torch.channels_last)
+    wide = [None if t is None else t.double().requires_grad_() for t in tensors]
+    leaves = [t for t in wide if t is not None]
+    expected = oracle(**options)(*wide)
+    unit = draw(*expected.shape, seed=99, low=0.5)
+    for size in (1e-3, 1e2, 1e3):
+        weights = (unit * size).to(torch.float16)
+        found = iter(torch.autograd.grad(expected, leaves, weights.double(), retain_graph=True))
+        y, gradients = run(place, call(**options), tensors, weights)
+        forward, backward = TOLERANCE[torch.float16]
+        assert_close("output", y, expected, relative_l2=forward)
+        for name, leaf, actual in zip(NAMES, wide, gradients, strict=True):
+            if leaf is not None:
+                assert actual is not None
+                assert_close(f"gradient of {name} at {size}", actual, next(found), relative_l2=backward)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3])
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_gradients_of_small_filters_with_create_graph(place: Place, size: float) -> None:
+    """The composed backward pass; where gradients are of order 1, also what is differentiated again."""
+    x, weight, styles, *_ = inputs(rgb=False)
+    assert x is not None
+    assert weight is not None
+    tensors = [x.to(torch.float16), spread("mixed", weight), styles]
+
+    def gradients(function: Callable[..., Tensor], leaves: list[Tensor], weights: Tensor) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(*leaves), leaves, weights, create_graph=True)
+        return *first, *(torch.autograd.grad(first[2].square().sum(), leaves[2]) if size == 1.0 else ())
+
+    wide = [t.double().requires_grad_() for t in tensors if t is not None]
+    weights = (draw(2, 7, 6, 5, seed=99, low=0.5) * size).to(torch.float16)
+    expected = gradients(oracle(act="linear"), wide, weights.double())
+    leaves = [t.to(place.device).requires_grad_() for t in tensors if t is not None]
+    with kernels.backend(place.backend):
+        actual = gradients(call(act="linear"), leaves, weights.to(place.device))
+    names = [*NAMES[:3], "second of styles"][: len(expected)]
+    for name, a, e in zip(names, actual, expected, strict=True):
+        assert_close(f"gradient of {name}", a, e, relative_l2=TOLERANCE[torch.float16][1])
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_weight_gradient_of_a_long_sum(place: Place, demodulate: bool) -> None:
+    """A weight's gradient sums over pixels and samples: of float32 weights it may be far beyond fp16's range."""
+    x, weight, styles, *_ = inputs(n=3, i=2, o=3, h=64, w=64, rgb=False)
+    assert x is not None
+    tensors = [(x.abs() + 1).to(torch.float16), weight, styles]
+    wide = [None if t is None else t.double().requires_grad_() for t in tensors]
+    expected = oracle(act="linear", demodulate=demodulate)(*wide)
+    weights = (draw(*expected.shape, seed=99, low=0.5) * 1e3).to(torch.float16)
+    found = torch.autograd.grad(expected, [t for t in wide if t is not None], weights.double())
+    assert found[1].abs().max() > 65504
+    gradients = run(place, call(act="linear", demodulate=demodulate), tensors, weights)[1]
+    for name, actual, e in zip(NAMES, gradients, found, strict=False):
+        assert actual is not None
+        assert_close(f"gradient of {name}", actual, e, relative_l2=TOLERANCE[torch.float16][1])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_gradient_of_a_sample_without_one(place: Place) -> None:
+    """Zeros have no scale to be divided by; nor does an infinity, which stays in its sample."""
+    x, weight, styles, *_ = inputs(h=9, w=9, rgb=False)
+    assert x is not None
+    tensors = [x.to(torch.float16), weight, styles, *[None] * 5]
+    weights = torch.zeros(2, 7, 9, 9)
+    for gradient in run(place, call(act="linear"), tensors, weights)[1][:3]:
+        assert gradient is not None
+        assert not gradient.any()
+    weights[1, 2, 4, 4] = float("inf")
+    gx = run(place, call(act="linear"), tensors, weights)[1][0]
+    assert gx is not None
+    assert not gx[0].any()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_half_precision_survives_a_filter_of_zeros(place: Place) -> None:
+    x, weight, styles, *_ = inputs(rgb=False)
+    assert weight is not None
+    weight[1] = 0
+    weight[2] = 0
+    weight[2, 1, 1, 1] = 1e-7
+    check(place, [x, weight, styles, *[None] * 5], torch.float16, torch.channels_last, act="linear")
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_half_precision_keeps_an_infinite_style_infinite(place: Place) -> None:
     x, weight, styles, *_ = (None if t is None else t.abs() + 0.5 for t in inputs(rgb=False))
@@ -463,20 +580,42 @@ def test_no_gradient_has_the_size_of_a_weight_per_sample(monkeypatch: pytest.Mon
     assert asked == [(False, (7, 5, 3, 3)), (True, (7, 5, 3, 3))]
 
 
-def test_a_changed_weight_is_seen() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_changed_weight_is_seen(dtype: torch.dtype) -> None:
+    """With all that is kept of it: sums, copies, and fp16's lengths of its filters."""
     x, weight, styles, *_ = inputs()
     assert x is not None
     assert weight is not None
     assert styles is not None
+    x = x.to(dtype)
     for change in (
         lambda: weight.mul_(torch.linspace(0.5, 2, 3)),
+        lambda: weight.mul_(1e4),
         lambda: setattr(weight, "data", torch.ones_like(weight)),
         lambda: weight[0].zero_(),
     ):
         modulated_conv2d(x, weight, styles)
         change()
         y = modulated_conv2d(x, weight, styles)
-        assert_close("y", y, oracle()(x.double(), weight.double(), styles.double()), relative_l2=1e-5)
+        assert_close("y", y, oracle()(x.double(), weight.double(), styles.double()), relative_l2=TOLERANCE[dtype][0])
+
+
+@needs_cpp
+def test_what_is_kept_in_fp16_of_a_frozen_weight_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = parts.over_lengths
+    monkeypatch.setattr(parts, "over_lengths", lambda *arguments: made.append(arguments) or real(*arguments))
+    x, weight, styles, *_ = inputs()
+    assert x is not None
+    assert styles is not None
+    for _ in range(2):
+        modulated_conv2d(x.to(torch.float16), weight, styles.clone().requires_grad_()).sum().backward()
+    assert len(made) == 1
+    assert set(parts._made[id(weight)].tensors) == {
+        "squares",
+        "lengths",
+        (torch.float16, torch.contiguous_format, False, True),
+    }
 
 
 @needs_cpp
@@ -493,7 +632,7 @@ def test_what_is_kept_of_a_weight_goes_with_it() -> None:
     assert len(parts._made) == before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
 def test_opcheck(fmt: torch.memory_format, dtype: torch.dtype) -> None:
     x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles = (

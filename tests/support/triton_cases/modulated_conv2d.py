@@ -18,16 +18,22 @@ NAMES = ("x", "weight", "styles", "noise", "strength", "bias", "rgb_weight", "rg
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (1e-2, 5e-2), torch.float16: (5e-3, 2e-2)}
 # up, down, kernel, outputs: a layer each way, and ToRGB.
 LAYERS = [(1, 1, 3, 35), (2, 1, 3, 9), (1, 2, 3, 9), (1, 1, 1, 3)]
-ROWS = len(FORMATS) * len(TOLERANCE) * len(LAYERS) + 2
+ROWS = len(FORMATS) * len(TOLERANCE) * len(LAYERS) + 2 + 2 * len(LAYERS)
 
 
 def _row(
-    fmt: torch.memory_format, dtype: torch.dtype, layer: tuple[int, int, int, int], act: str, clamp: float
+    fmt: torch.memory_format,
+    dtype: torch.dtype,
+    layer: tuple[int, int, int, int],
+    act: str,
+    clamp: float,
+    filters: float = 1.0,
+    incoming: float = 1.0,
 ) -> bool:
     up, down, k, o = layer
     height, width = Geometry(k, up, down).output_size(9, 8)
     x = draw(2, 5, 9, 8, seed=1).to(dtype).contiguous(memory_format=fmt)
-    operands = [draw(o, 5, k, k, seed=2), draw(2, 5, seed=3) + 1, draw(1, 1, height, width, seed=4, low=3.0)]
+    operands = [filters * draw(o, 5, k, k, seed=2), draw(2, 5, seed=3) + 1, draw(1, 1, height, width, seed=4, low=3.0)]
     operands += [torch.tensor(0.3), draw(o, seed=5), draw(3, o, seed=6), draw(2, o, seed=7, low=0.5)]
 
     def function(*tensors: Tensor) -> Tensor:
@@ -39,7 +45,7 @@ def _row(
     settings = (up, down, True, act, 0.2, 2**0.5, clamp)
     y, rgb, _, _ = reference(*wide[:6], None, *wide[6:], *settings)
     expected = torch.cat([y.flatten(), rgb.flatten()])
-    weights = draw(*expected.shape, seed=99, low=0.5)
+    weights = incoming * draw(*expected.shape, seed=99, low=0.5)
     gradients = torch.autograd.grad(expected, wide, weights.double())
     actual, found = run(Place("triton"), function, [x, *operands], weights)
     forward, backward = TOLERANCE[dtype]
@@ -54,7 +60,11 @@ def numbers() -> int:
     # Linear: no kink within reach of a half type's rounding.
     rows = sum(_row(*row, "linear", -1.0) for row in itertools.product(FORMATS, TOLERANCE, LAYERS))
     rows += _row(torch.channels_last, torch.float32, LAYERS[0], "lrelu", 4.0)  # inverted, and clamped, from the output
-    return rows + _row(torch.channels_last, torch.float32, LAYERS[0], "silu", -1.0)  # from the kept input
+    rows += _row(torch.channels_last, torch.float32, LAYERS[0], "silu", -1.0)  # from the kept input
+    # fp16: what demodulation takes out of the result, and what comes back through it, pass the type's range.
+    for layer, filters in itertools.product(LAYERS, (1e-4, 1e3)):
+        rows += _row(torch.channels_last, torch.float16, layer, "linear", -1.0, filters, 1e3)
+    return rows
 
 
 def compile_all() -> None:
