@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
 from faceedit.kernels import noise_bias_act
 
@@ -22,6 +23,7 @@ def for_inference(network: Network) -> Network:
     - In an nn.Sequential a convolution's bias and the ReLU after it are one pass, and a BatchNorm2d that is left, as
       one behind the ReLU, is another; so are the bias and the ReLU at the end of torchvision's residual blocks. On a
       CPU, where the convolution adds the bias itself, what can be done in place is.
+    - The pooled branch of torchvision's ASPP keeps the layout of what it pools, its gradient too.
 
     Anything else stays as it is. Values differ by rounding.
     """
@@ -35,6 +37,8 @@ def for_inference(network: Network) -> Network:
         for name, child in list(module.named_children()):
             if type(child) in (BasicBlock, Bottleneck):
                 setattr(module, name, ResidualBlock(cast(Any, child)))
+            elif type(child) is ASPPPooling:
+                setattr(module, name, PooledBranch(child))
     return folded.to(memory_format=torch.channels_last)
 
 
@@ -101,6 +105,23 @@ class ResidualBlock(nn.Module):
         if adds_bias(x):
             return F.relu(last._conv_forward(inner, last.weight, self.bias).add_(self.way_round(x)), inplace=True)
         return noise_bias_act(last(inner).add_(self.way_round(x)), bias=self.bias, act="relu")
+
+
+class PooledBranch(nn.Module):
+    """torchvision's ASPPPooling: layers on the mean of each channel, spread over all positions, channels_last.
+
+    The original enlarges one pixel bilinearly, which is contiguous; its neighbours in the pyramid, and the gradients of
+    what they all read, would each be reordered to be joined with it.
+    """
+
+    def __init__(self, pooling: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*list(pooling)[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)[:, :, None, None]
+        spread = self.layers(pooled).expand(-1, -1, *x.shape[2:])
+        return spread.contiguous(memory_format=torch.channels_last)
 
 
 def _fold_batch_norms(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from faceedit.maskfacegan.networks import AttributeJudge, RegionParser, _halved
 from faceedit.networks import folding
@@ -34,6 +35,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "basic": lambda: nn.Sequential(BasicBlock(4, 4), BasicBlock(4, 4)),
     "basic, halved": lambda: nn.Sequential(BasicBlock(4, 8, 2, _way_round(8, 2))),
     "bottleneck": lambda: nn.Sequential(Bottleneck(4, 1), nn.AvgPool2d(2)),
+    "pyramid": lambda: nn.Sequential(ASPP(4, (1, 2), 6)),
     "bottleneck, halved": lambda: nn.Sequential(Bottleneck(4, 2, 2, _way_round(8, 2))),
 }
 
@@ -129,6 +131,25 @@ def test_a_shared_order_is_not_taken_for_a_sequence() -> None:
     network = Apart()
     x = torch.randn(1, 4, 3, 3)
     torch.testing.assert_close(for_inference(network)(x), network(x))
+
+
+def test_the_pyramid_reorders_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "adds_bias", lambda x: False)
+    torch.manual_seed(0)
+    network = for_inference(lived_in(nn.Sequential(nn.Conv2d(4, 8, 3), ASPP(8, (1, 2), 6))))
+    x = torch.randn(2, 4, 9, 9).to(memory_format=torch.channels_last).requires_grad_(True)
+    layouts: set[bool] = set()
+
+    class Layouts(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function._schema.name in ("aten::cat", "aten::add", "aten::convolution"):
+                layouts.add(result.is_contiguous(memory_format=torch.channels_last))
+            return result
+
+    with Layouts():
+        torch.autograd.grad(network(x).square().sum(), x)
+    assert layouts == {True}
 
 
 @pytest.mark.parametrize("backbone", ["tree", "resnet34", "vgg16"])
