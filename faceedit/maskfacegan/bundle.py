@@ -26,6 +26,7 @@ from faceedit.maskfacegan.config import MaskFaceGANConfig, preset
 from faceedit.maskfacegan.networks import AttributeJudge, Networks, RegionParser
 from faceedit.maskfacegan.perceptual import StageFeatures
 from faceedit.networks.classifier import AttributeClassifier
+from faceedit.networks.folding import for_inference
 
 # What each part is for an error message, and how to come by it.
 _PARTS = {
@@ -165,4 +166,4 @@ def _features(weights: str, device: torch.device) -> StageFeatures | None:
         return None  # needed by global edits alone, which say so
     network = _load("features", weights, device, "attribute-classifier")
     assert isinstance(network, AttributeClassifier)
-    return StageFeatures(network.features, network.config.size_px)
+    return StageFeatures(for_inference(network.features), network.config.size_px)
