@@ -175,7 +175,7 @@ def evaluate_editor(
             psnr = region_psnr_db(made, truth, region)
             unchanged = region_psnr_db(source, truth, region)
             outside = outside_error(made, source, region)
-            undone = _undone(made, source, truth, region)
+            missing = undone(made, source, truth, region)
             visible = (region.sum(dim=(1, 2, 3)) >= 1) & (unchanged < _MAX_PSNR_DB)
             right, truly_right = (_confirmed(classify, image, flip) for image in (made, truth))
             for row, name in enumerate(names):
@@ -183,7 +183,7 @@ def evaluate_editor(
                     skipped += 1
                     continue
                 score = {"psnr": psnr[row].item(), "unchanged": unchanged[row].item(), "mre": outside[row].item()}
-                score["undone"] = undone[row].item()
+                score["undone"] = missing[row].item()
                 if right is not None and truly_right is not None:
                     score |= {"success": float(right[row]), "truth": float(truly_right[row])}
                 scores[name].append(score)
@@ -221,7 +221,7 @@ def _confirmed(classify: Classify | None, image: Tensor, flip: Tensor) -> Tensor
     return ((seen == (flip > 0)) & (flip != 0)).any(dim=1)
 
 
-def _undone(image: Tensor, source: Tensor, truth: Tensor, region: Tensor) -> Tensor:
+def undone(image: Tensor, source: Tensor, truth: Tensor, region: Tensor) -> Tensor:
     """What of each true change is missing or wrong, N values; see `AttributeScore`."""
     moved = region * moved_pixels(source, truth)
     error, change = ((moved * (other - truth).abs()).sum(dim=(1, 2, 3)) for other in (image, source))

@@ -161,7 +161,8 @@ class MagGANTask(Task[MagGANRecipe]):
 
     def __init__(self, recipe: MagGANRecipe, context: TrainingContext) -> None:
         super().__init__(recipe, context)
-        self.data, self.validation, self.photos = _load_data(recipe, lambda line: None)
+        self.data, self.validation, photos = _load_data(recipe, lambda line: None)
+        self.photos = None if photos is None else photos.split()[0]
         self.photo_attributes = self._estimate_attributes()
         self.transplants = None
         if recipe.batch.transplants and self.photos is not None and self.photo_attributes is not None:

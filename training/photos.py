@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +36,19 @@ FindFace = Callable[[Path], Face]
 
 @dataclass(frozen=True, slots=True)
 class PhotosConfig:
-    """A folder of photos (searched recursively). `parser` names the weights that align and parse them."""
+    """A folder of photos (searched recursively). `parser` names the weights that align and parse them; every
+    `held_out_every`-th photo that shows a face is kept from training, to measure on (0: none)."""
 
     folder: str
     size_px: int = 128
     parser: str = "parser-starter"
     max_photos: int | None = None
+    held_out_every: int = 8
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         require(self.max_photos is None or self.max_photos > 0, "max_photos", "positive", self.max_photos)
+        require(self.held_out_every >= 0, "photos.held_out_every", "0 or more", self.held_out_every)
 
 
 class UnlabelledPhotos:
@@ -80,6 +84,7 @@ class UnlabelledPhotos:
         self._images, self._masks = arrays["images"], arrays["masks"]
         self.index = np.flatnonzero(arrays["usable"])
         self.refused = len(files) - len(self.index)
+        self._held_out_every = config.held_out_every
         if not len(self.index):
             raise UsageError(
                 f"train: photos.folder must show faces, got {len(files)} photos without one; check the parser"
@@ -87,6 +92,15 @@ class UnlabelledPhotos:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def split(self) -> tuple[UnlabelledPhotos, UnlabelledPhotos]:
+        """What is trained on, and what only measures."""
+        places = np.arange(len(self))
+        held_out = places % self._held_out_every == self._held_out_every - 1 if self._held_out_every else places < 0
+        parts = copy.copy(self), copy.copy(self)
+        for part, chosen in zip(parts, (~held_out, held_out), strict=True):
+            part.index = self.index[chosen]
+        return parts
 
     def read(self, positions: Sequence[int], mirrored: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
         """Crops N×3×S×S and masks N×19×S×S at `positions` (0 … len−1), some mirrored."""

@@ -38,7 +38,7 @@ def for_inference(network: Network) -> Network:
             if type(child) in (BasicBlock, Bottleneck):
                 setattr(module, name, ResidualBlock(cast(Any, child)))
             elif type(child) is ASPPPooling:
-                setattr(module, name, PooledBranch(child))
+                setattr(module, name, PooledBranch(cast(nn.Sequential, child)))
     return folded.to(memory_format=torch.channels_last)
 
 
