@@ -21,8 +21,9 @@ def for_inference(network: Network) -> Network:
 
     - A BatchNorm2d registered right after the Conv2d that feeds it becomes part of the convolution.
     - In an nn.Sequential a convolution's bias and the ReLU after it are one pass, and a BatchNorm2d that is left, as
-      one behind the ReLU, is another; so are the bias and the ReLU at the end of torchvision's residual blocks. On a
-      CPU, where the convolution adds the bias itself, what can be done in place is.
+      one behind the ReLU, is another; so are the bias and the ReLU at the end of torchvision's residual blocks, where
+      all their normalisations were folded. On a CPU, where the convolution adds the bias itself, what can be done in
+      place is.
     - The pooled branch of torchvision's ASPP keeps the layout of what it pools, its gradient too.
 
     Anything else stays as it is. Values differ by rounding.
@@ -31,14 +32,17 @@ def for_inference(network: Network) -> Network:
     for module in list(folded.modules()):
         _fold_batch_norms(module)
     for module in list(folded.modules()):
-        if isinstance(module, nn.Sequential):
-            _join(module)
+        if isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, ASPPPooling.forward):
+            _join(module)  # another forward may read what lies between two layers
+    made: dict[nn.Module, nn.Module] = {}  # of a block that stands in several places
     for module in list(folded.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) in (BasicBlock, Bottleneck):
-                setattr(module, name, ResidualBlock(cast(Any, child)))
+        for name, child in _children(module):
+            if type(child) in (BasicBlock, Bottleneck) and _has_only_biases(cast(Any, child)):
+                made[child] = made.get(child) or ResidualBlock(cast(Any, child))
             elif type(child) is ASPPPooling:
-                setattr(module, name, PooledBranch(cast(nn.Sequential, child)))
+                made[child] = made.get(child) or PooledBranch(cast(nn.Sequential, child))
+            if child in made:
+                setattr(module, name, made[child])
     return folded.to(memory_format=torch.channels_last)
 
 
@@ -91,11 +95,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, block: Any) -> None:
         super().__init__()
-        convs = [conv for name in ("conv1", "conv2", "conv3") if (conv := getattr(block, name, None)) is not None]
-        *inner, self.last = convs
+        block = copy.deepcopy(block)  # layers may be shared, and some lose their biases here
+        *inner, self.last = _convolutions(block)
         self.inner = nn.Sequential(*map(ConvBiasReLU.of, inner))
         self.way_round = nn.Identity() if block.downsample is None else block.downsample
-        ends = [self.last, *(m for m in self.way_round.modules() if isinstance(m, nn.Conv2d))]
+        ends = [self.last, *_last_of(block.downsample)]
         self.register_buffer("bias", sum(conv.bias.detach() for conv in ends))
         for conv in ends:
             conv.bias = None
@@ -124,11 +128,43 @@ class PooledBranch(nn.Module):
         return spread.contiguous(memory_format=torch.channels_last)
 
 
+def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children under every name they have; `named_children` leaves out all but the first."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
+def _has_statistics(norm: nn.Module) -> bool:
+    """Whether it is a BatchNorm2d that in evaluation mode does not depend on the batch."""
+    return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
+
+
+def _convolutions(block: Any) -> list[Any]:
+    return [conv for name in ("conv1", "conv2", "conv3") if (conv := getattr(block, name, None)) is not None]
+
+
+def _last_of(way_round: nn.Module | None) -> list[Any]:
+    """The layer that a way round ends with, identities apart; none where there is none."""
+    return [] if way_round is None else [layer for layer in way_round.children() if type(layer) is not nn.Identity][-1:]
+
+
+def _has_only_biases(block: Any) -> bool:
+    """Whether convolutions with biases, ReLUs and a sum are all that a residual block is."""
+    norms = [child for name, child in _children(block) if name.startswith("bn")]
+    convs = [*_convolutions(block), *_last_of(block.downsample)]
+    return (
+        type(block.relu) is nn.ReLU
+        and all(type(norm) is nn.Identity for norm in norms)
+        and all(type(conv) is nn.Conv2d and conv.bias is not None for conv in convs)
+        and (block.downsample is None or type(block.downsample) is nn.Sequential)
+    )
+
+
 def _fold_batch_norms(module: nn.Module) -> None:
     previous: tuple[str, nn.Module] | None = None
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.BatchNorm2d) and previous is not None and isinstance(previous[1], nn.Conv2d):
-            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], child).requires_grad_(False))
+    for name, child in _children(module):
+        if _has_statistics(child) and previous is not None and isinstance(previous[1], nn.Conv2d):
+            norm = cast(nn.BatchNorm2d, child)
+            setattr(module, previous[0], fuse_conv_bn_eval(previous[1], norm).requires_grad_(False))
             setattr(module, name, nn.Identity())
         previous = (name, child)
 
@@ -136,11 +172,11 @@ def _fold_batch_norms(module: nn.Module) -> None:
 def _join(layers: nn.Sequential) -> None:
     """Join what stands behind each other in a Sequential, where positions are names: what has gone is an identity."""
     conv: str | None = None
-    for name, child in list(layers.named_children()):
+    for name, child in _children(layers):
         if conv is not None and type(child) is nn.ReLU:
             setattr(layers, conv, ConvBiasReLU.of(cast(nn.Conv2d, layers.get_submodule(conv))))
             setattr(layers, name, nn.Identity())
-        elif isinstance(child, nn.BatchNorm2d):
-            setattr(layers, name, ChannelAffine(child))
+        elif _has_statistics(child):
+            setattr(layers, name, ChannelAffine(cast(nn.BatchNorm2d, child)))
         if not isinstance(child, nn.Identity):
             conv = name if type(child) is nn.Conv2d and child.bias is not None else None

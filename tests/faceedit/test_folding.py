@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -131,6 +132,58 @@ def test_a_shared_order_is_not_taken_for_a_sequence() -> None:
     network = Apart()
     x = torch.randn(1, 4, 3, 3)
     torch.testing.assert_close(for_inference(network)(x), network(x))
+
+
+class _Doubled(nn.Sequential):
+    """Reads a value between two of its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self[0](x)
+        return first + self[1](first)
+
+
+def _in_two_places(layer: nn.Module, *others: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Sequential(layer), nn.Sequential(layer, *others))
+
+
+def _with_activation(block: Any, activation: nn.Module) -> nn.Module:
+    block.relu = activation
+    return nn.Sequential(block)
+
+
+def _around(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(4, 4, 3), layer, nn.Conv2d(4, 4, 3), layer, nn.ReLU())
+
+
+ODD_NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "a layer twice, then a ReLU": lambda: _around(nn.AvgPool2d(2, 1)),
+    "a block twice": lambda: nn.Sequential(*[BasicBlock(4, 4)] * 2),
+    "a block in two places": lambda: _in_two_places(Bottleneck(4, 1), nn.Tanh()),
+    "a way round of several": lambda: nn.Sequential(
+        BasicBlock(4, 6, 1, nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)))
+    ),
+    "a way round that ends otherwise": lambda: nn.Sequential(
+        BasicBlock(4, 4, 1, nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh()))
+    ),
+    "a block of other normalisations": lambda: nn.Sequential(BasicBlock(4, 4, norm_layer=partial(nn.GroupNorm, 2))),
+    "a block of another activation": lambda: _with_activation(BasicBlock(4, 4), nn.SiLU()),
+    "statistics of the batch": lambda: nn.Sequential(
+        nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.BatchNorm2d(4)
+    ),
+    "a forward of its own": lambda: _Doubled(nn.Conv2d(4, 4, 1), nn.ReLU()),
+    "reflected borders": lambda: nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.ReLU()),
+}
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("name", ODD_NETWORKS)
+def test_what_cannot_be_joined_keeps_its_values(name: str) -> None:
+    torch.manual_seed(0)
+    network = lived_in(ODD_NETWORKS[name]()).double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    wanted = network(x)
+    assert wanted.std() > 0.05
+    torch.testing.assert_close(for_inference(network)(x), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_the_pyramid_reorders_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
