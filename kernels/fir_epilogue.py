@@ -207,14 +207,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(saved, fir, scale, noise, strength, bias)
 
 
+def _arranged(grad: Tensor, fmt: torch.memory_format) -> Tensor:
+    """Return the gradient in this format; vmap knows of channels_last by its strides alone."""
+    if fmt is torch.channels_last:
+        return grad.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return grad.contiguous()
+
+
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants = ctx.needs_input_grad
     wanted = [wants[0], *wants[7:11]]
     saved, fir, *operands = ctx.saved_tensors
     others: list[Tensor | None] = [None] * 4
+    if ctx.has_one_slope:
+        grad = _arranged(grad, ctx.format)
     with backend(ctx.backend):
         if ctx.has_one_slope and ctx.gain == 1.0 and operands[0] is None and not any(wanted[1:]):
-            gz = grad.contiguous(memory_format=ctx.format)
+            gz = grad
         else:
             # With one slope, any values will do.
             z = grad if ctx.has_one_slope else upfirdn2d_op(saved, fir, *ctx.geometry) if ctx.saved_is_input else saved

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -255,6 +256,22 @@ def test_gradgradcheck_with_one_slope() -> None:
     ):
         assert torch.autograd.gradcheck(case, leaves)
         assert torch.autograd.gradgradcheck(case, leaves)
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.4])
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("place", PLACES)
+def test_with_one_slope_the_gradient_has_the_inputs_format(place: Place, fmt: torch.memory_format, gain: float) -> None:
+    """A gradient may come in any layout, as one number for all, and many at once."""
+    x = inputs(SKIP, 2, 3, 6, 4, torch.float32, fmt)[0].to(place.device).requires_grad_()
+    with native.isa(place.isa) if place.isa else nullcontext(), kernels.backend(place.backend):
+        y = call(SKIP, act="linear", gain=gain)(x, *[None] * 5)
+        (gradient,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        assert memory_format(gradient) is fmt
+        grads = draw(3, *y.shape, seed=9).to(x.device)
+        (together,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+        alone = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+    torch.testing.assert_close(together, torch.stack(alone))
 
 
 @needs_cpp
