@@ -276,7 +276,7 @@ def gradient_divisor(outer: Tensor, gradient: Tensor, slope: float, gain: float)
     """
     steepest = abs(gain) * max(STEEPEST, abs(slope)) / GRADIENT_LIMIT
     widest = outer.detach().amax(1, keepdim=True).nan_to_num(1.0, posinf=1.0)
-    return widest * (gradient * steepest).clamp(min=1e-20)
+    return (widest * (gradient * steepest)).clamp(min=1e-25)  # the quotients must not leave float32 either
 
 
 def sum_divisor(divisor: Tensor, x: Tensor) -> Tensor:

@@ -483,6 +483,26 @@ def test_half_precision_survives_a_filter_of_zeros(place: Place) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_half_precision_survives_a_sample_that_is_not_asked_for(place: Place) -> None:
+    """Its gradient is 0, whatever its styles are."""
+    x, weight, styles, *_ = inputs(rgb=False)
+    assert x is not None
+    assert styles is not None
+    styles[0] *= 1e-36
+
+    def second(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
+        return modulated_conv2d(x, weight, styles, act="linear")[1]
+
+    _, gradients = run(place, second, [x.to(torch.float16), weight, styles])
+    for gradient in gradients:
+        assert gradient is not None
+        assert gradient.isfinite().all()
+    for index in (0, 2):
+        assert not gradients[index][0].any()
+        assert gradients[index][1].any()
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_half_precision_keeps_an_infinite_style_infinite(place: Place) -> None:
     x, weight, styles, *_ = (None if t is None else t.abs() + 0.5 for t in inputs(rgb=False))
     assert x is not None
