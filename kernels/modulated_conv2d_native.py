@@ -9,7 +9,7 @@ from torch import Tensor
 from faceedit.kernels import native
 from faceedit.kernels.modulated_conv2d_parts import EPSILON
 from faceedit.kernels.noise_bias_act import ACTIVATIONS
-from faceedit.kernels.tensors import empty_float, empty_like, memory_format
+from faceedit.kernels.tensors import empty, empty_float, empty_like, memory_format
 
 
 def _geometry(x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
@@ -181,8 +181,11 @@ def demodulate_backward(
 
 
 def modulate(weight: Tensor, style: Tensor, dtype: torch.dtype, transposed: bool) -> Tensor:
-    """Return weight * style in dtype: (O,I,k,k), or (I,O,k,k) when transposed, contiguous float32, times (1,I)."""
-    y = torch.empty_like(weight, dtype=dtype)
+    """Return weight * style in dtype: (O,I,k,k), or (I,O,k,k) when transposed, times (1,I).
+
+    weight and style are float32; the weight is contiguous in its format, which the result has too.
+    """
+    y = empty(tuple(weight.shape), weight, dtype, memory_format(weight))
     channels, taps = style.shape[1], weight.shape[2] * weight.shape[3]
     inner = weight.shape[1] * taps if transposed else taps
     if not transposed and memory_format(weight) is torch.channels_last:

@@ -11,6 +11,7 @@ from support.kernel_cases import draw
 from faceedit.kernels import modulated_conv2d_native as compiled
 from faceedit.kernels import modulated_conv2d_parts as plain
 from faceedit.kernels import native
+from faceedit.kernels.tensors import memory_format, poison
 
 pytestmark = pytest.mark.skipif(not native.build_report()["cpp"], reason="native module is missing")
 DEVICES = [
@@ -28,7 +29,9 @@ SIZES = [(1, 512, 512), (1, 3, 5), (2, 33, 130), (3, 130, 36), (9, 1, 1), (1, 70
 def test_demodulation(device: str, count: int, outputs: int, inputs: int) -> None:
     style, grad = draw(count, inputs, seed=1).to(device), draw(count, outputs, seed=2).to(device)
     squares, given = draw(outputs, inputs, seed=3, low=0.1).to(device), draw(count, inputs, seed=4).to(device)
-    found = compiled.demodulate(style, squares)
+    with poison() as guards:
+        found = compiled.demodulate(style, squares)
+    assert guards.untouched()
     wide = [t.cpu().double() for t in (style, squares)]
     expected = plain.demodulate(*wide)
     assert_close("demodulation", found.cpu(), expected, relative_l2=1e-6)
@@ -57,9 +60,12 @@ def test_modulated_weight_is_the_rounded_product(
     weight = draw(*shape, seed=1).to(memory_format=fmt)
     style = draw(1, shape[0 if transposed else 1], seed=2)
     expected = plain.modulate(weight, style, dtype, transposed)
-    found = compiled.modulate(weight.to(device), style.to(device), dtype, transposed)
+    with poison() as guards:
+        found = compiled.modulate(weight.to(device), style.to(device), dtype, transposed)
+    assert guards.buffers
+    assert guards.untouched()
     assert found.dtype is dtype
-    assert found.stride() == weight.stride()
+    assert memory_format(found) is memory_format(weight)
     assert torch.equal(found.cpu(), expected)
 
 
