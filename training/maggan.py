@@ -115,7 +115,7 @@ class AdversarialConfig:
 class MagGANRecipe(Recipe):
     """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes;
     `feature_network` those of an attribute classifier whose features `losses.features` compares, and whose logits
-    `losses.classes` asks for (not the judge's);
+    `losses.classes` asks for (not the judge's); without it neither takes part;
     `initial_weights` continues from an exported or registered generator (critic and optimisers start anew); one with a
     residual output can be continued with a layered one."""
 
