@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from support.family_photos import photos_of
 from torch import Tensor
 
 from faceedit.attributes import MAGGAN, attribute_index
@@ -16,17 +16,11 @@ from faceedit.errors import OutOfRangeError
 from faceedit.training import cache
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
 from faceedit.training.photo_evaluation import PhotoReport, evaluate_on_photos
-from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
+from faceedit.training.photos import PhotosConfig
 from faceedit.training.transplants import LOOKS, Transplants
 
 SIZE = 48
 ASKED = ("Eyeglasses", "Bushy_Eyebrows")
-
-
-@dataclass
-class DrawnFace:
-    crop: Tensor
-    mask: Tensor
 
 
 @pytest.fixture(scope="module")
@@ -34,20 +28,6 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPortraits:
     folder = str(tmp_path_factory.mktemp("families"))
     config = SyntheticConfig(size_px=SIZE, people=24, variants=len(LOOKS), attributes=tuple(LOOKS), cache_dir=folder)
     return SyntheticPortraits(config, report=lambda line: None)
-
-
-def photos_of(families: SyntheticPortraits, folder: Path, **options: int) -> UnlabelledPhotos:
-    """The families' first members as photos."""
-    folder.mkdir(exist_ok=True)
-    for number in range(len(families)):
-        (folder / f"{number:02}.png").write_bytes(b"x")
-
-    def find(path: Path) -> DrawnFace:
-        row = [int(path.stem)]
-        return DrawnFace(cache.unpack_image(families.images[row, 0]), cache.unpack_mask(families.masks[row, 0]))
-
-    config = PhotosConfig(str(folder), size_px=SIZE, cache_dir=str(folder), **options)
-    return UnlabelledPhotos(config, find, report=lambda line: None)
 
 
 class Nearest:

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from support.family_photos import photos_of
 from torch import Tensor
 
 from faceedit.attributes import MAGGAN, attribute_index
@@ -17,7 +15,7 @@ from faceedit.labels import CELEBAMASK_HQ
 from faceedit.relations import influence_mask
 from faceedit.training import cache
 from faceedit.training.data import AugmentConfig, SyntheticConfig, SyntheticPortraits
-from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
+from faceedit.training.photos import UnlabelledPhotos
 from faceedit.training.transplants import (
     LOOKS,
     TransplantConfig,
@@ -37,12 +35,6 @@ def quiet(line: str) -> None:
     """A report that keeps test output readable."""
 
 
-@dataclass
-class DrawnFace:
-    crop: Tensor
-    mask: Tensor
-
-
 @pytest.fixture(scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPortraits:
     config = SyntheticConfig(
@@ -57,16 +49,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> SyntheticPortraits:
 
 @pytest.fixture(scope="module")
 def photos(families: SyntheticPortraits, tmp_path_factory: pytest.TempPathFactory) -> UnlabelledPhotos:
-    """The families' first members as photos."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(len(families)):
-        (folder / f"{number:02}.png").write_bytes(b"x")
-
-    def find(path: Path) -> DrawnFace:
-        row = [int(path.stem)]
-        return DrawnFace(cache.unpack_image(families.images[row, 0]), cache.unpack_mask(families.masks[row, 0]))
-
-    return UnlabelledPhotos(PhotosConfig(str(folder), size_px=SIZE, cache_dir=str(folder)), find, report=quiet)
+    return photos_of(families, tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
