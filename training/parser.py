@@ -45,7 +45,7 @@ from faceedit.training.task import Task, TrainingContext, start_from
 # Cross-entropy weight by class: thin parts would otherwise be bought off by hair and ground.
 _WEIGHTS = {
     **dict.fromkeys(("l_brow", "r_brow", "l_eye", "r_eye", "mouth", "u_lip", "l_lip", "eye_g"), 1.5),
-    **dict.fromkeys(("ear_r", "neck_l"), 4.0),
+    **dict.fromkeys(("ear_r", "neck_l"), 1.5),  # 4 found twice as much necklace as there is
 }
 _FADING = ("l_eye", "r_eye", "l_brow", "r_brow", "nose", "mouth", "u_lip", "l_lip", "l_ear", "r_ear")
 
@@ -55,7 +55,8 @@ class ParserRecipe(SegmentationRecipe):
     """A `task: parser` recipe. `photos` None trains on synthetic portraits alone; `photo_contours` is a file of their
     landmarks, written by training/face_mesh.py. `photo_from` is the share of the run after which photos join;
     `photo_teacher` names weights that label the photos once, instead of the averaged network all along;
-    `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background."""
+    `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background;
+    `plain_share` is the share that is left as it was rendered: sharp, in its own colours, upright."""
 
     network: ParserConfig = field(default_factory=ParserConfig)
     optimizer: AdamConfig = field(
@@ -68,12 +69,14 @@ class ParserRecipe(SegmentationRecipe):
     photo_weight: float = 1.0
     photo_from: float = 0.3
     photo_backdrops: float = 0.55
+    plain_share: float = 0.3
     confident: float = 0.8
 
     def __post_init__(self) -> None:
         SegmentationRecipe.__post_init__(self)
         require(self.photo_batch > 0, "photo_batch", "positive", self.photo_batch)
         require(0 <= self.photo_from <= 1, "photo_from", "in [0, 1]", self.photo_from)
+        require(0 <= self.plain_share <= 1, "plain_share", "in [0, 1]", self.plain_share)
         require(0 < self.confident < 1, "confident", "in (0, 1)", self.confident)
         needed = self.photo_contours is None or self.photos is not None
         require(needed, "photos", "the folder that photo_contours belongs to", self.photos)
@@ -114,6 +117,7 @@ class ParserTask(Task[ParserRecipe]):
         rows = torch.randint(len(self.people), (self.recipe.batch,), generator=generator).tolist()
         image, labels = self.people.read(rows)
         image, labels = flip_some((image + 1) / 2, generator, labels)
+        rendered, plain = (image, labels), torch.rand(len(rows), generator=generator) < self.recipe.plain_share
         image = recolour_regions(image, labels, generator)
         if self.photos is not None:
             others = torch.randint(len(self.photos), (len(rows),), generator=generator).tolist()
@@ -122,7 +126,8 @@ class ParserTask(Task[ParserRecipe]):
             image = replace_background(image, labels, ground, chosen)
         grid = random_warp(len(rows), image.shape[-1], generator)
         image, labels = occlude(warp_image(image, grid), warp_labels(labels, grid), generator)
-        batch = {"image": photograph(image, generator) * 2 - 1, "labels": labels}
+        image = torch.where(plain[:, None, None, None], rendered[0], photograph(image, generator))
+        batch = {"image": image * 2 - 1, "labels": torch.where(plain[:, None, None], rendered[1], labels)}
         if self._photos_join(step):
             assert self.photos is not None
             rows = torch.randint(len(self.photos), (self.recipe.photo_batch,), generator=generator).tolist()

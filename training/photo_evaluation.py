@@ -22,6 +22,7 @@ from torch import Tensor
 
 from faceedit.attributes import MAGGAN
 from faceedit.classification import STARTER
+from faceedit.training.carry_over import LOOKS
 from faceedit.training.data import AugmentConfig, SyntheticPortraits
 from faceedit.training.evaluation import (
     Classify,
@@ -104,7 +105,7 @@ def evaluate_on_photos(
     count: int = 48,
     held_out: bool = True,
 ) -> PhotoReport:
-    """Edit pairs of photos, `count` for each attribute put on and as many taken off.
+    """Edit pairs of photos, `count` for each attribute put on and as many taken off (hair is only taken off).
 
     Args:    edit as for `evaluate_editor`; photos; drawings, who lends what is worn; classify tells what the photos
              show, so that nobody is given what they have, and judges.
@@ -117,7 +118,8 @@ def evaluate_on_photos(
         seen.append(classify(image).cpu())
     rows = []
     for name in attributes:
-        for removal in (0.0, 1.0):
+        one_way = LOOKS[name].how == "haircut"
+        for removal in (1.0,) if one_way else (0.0, 1.0):
             config = TransplantConfig(attributes=(name,), removal_share=removal)
             generator = torch.Generator().manual_seed(_SEED)
             pairs = Transplants(photos, drawings, torch.cat(seen), config).sample(count, generator, _AS_IT_IS)

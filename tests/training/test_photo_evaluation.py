@@ -14,10 +14,11 @@ from torch import Tensor
 from faceedit.attributes import MAGGAN, attribute_index
 from faceedit.errors import OutOfRangeError
 from faceedit.training import cache
+from faceedit.training.carry_over import LOOKS
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
 from faceedit.training.photo_evaluation import PhotoReport, evaluate_on_photos
 from faceedit.training.photos import PhotosConfig
-from faceedit.training.transplants import LOOKS, Transplants
+from faceedit.training.transplants import Transplants
 
 SIZE = 48
 ASKED = ("Eyeglasses", "Bushy_Eyebrows")

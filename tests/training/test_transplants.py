@@ -14,21 +14,22 @@ from faceedit.errors import OutOfRangeError, UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.relations import influence_mask
 from faceedit.training import cache
-from faceedit.training.data import AugmentConfig, SyntheticConfig, SyntheticPortraits
-from faceedit.training.photos import UnlabelledPhotos
-from faceedit.training.transplants import (
+from faceedit.training.carry_over import (
     LOOKS,
-    TransplantConfig,
-    Transplants,
     feature_points,
     fit_affine,
     transplant,
+    transplant_hair,
     transplant_mouth,
 )
+from faceedit.training.data import AugmentConfig, SyntheticConfig, SyntheticPortraits
+from faceedit.training.photos import UnlabelledPhotos
+from faceedit.training.transplants import TransplantConfig, Transplants
 
 PLAIN = AugmentConfig(flip=False, gain=0, gamma=0, tint=0, noise=0, soften_mask_share=0)
 SIZE = 64
 IDENTITY = torch.eye(2, 3)[None]
+DRAWN = tuple(name for name in LOOKS if LOOKS[name].how not in ("mouth", "haircut"))  # what drawn people lend
 
 
 def quiet(line: str) -> None:
@@ -97,13 +98,14 @@ def test_features_are_found_where_they_are() -> None:
     assert shown.tolist() == [[True] * 6, [False] * 6]
 
 
-@pytest.mark.parametrize("name", [name for name in LOOKS if LOOKS[name].how != "mouth"])
+@pytest.mark.parametrize("name", DRAWN)
 def test_a_person_given_their_own_thing_wears_it(families: SyntheticPortraits, name: str) -> None:
     """In place, on the same person, the result is the drawing with the thing, and nothing else changes."""
     look = LOOKS[name]
     images, masks = pair_of(families, name, dark=look.how == "strands")
     # Brows take their colour from the brows, so that of the same person's hair is the drawing's own.
-    made, mask = transplant(images[:1], masks[:1], images, masks, IDENTITY, look._replace(colour="hair"))
+    own = look._replace(colour="hair", density=1.0)
+    made, mask = transplant(images[:1], masks[:1], images, masks, IDENTITY, own)
     allowed = masks[:1, [CELEBAMASK_HQ.id(part) for part in look.parts.split()]].sum(1, keepdim=True)
     untouched = (allowed == 0).expand_as(made)
     assert torch.equal(made[untouched], images[:1][untouched])
@@ -117,9 +119,10 @@ def test_a_person_given_their_own_thing_wears_it(families: SyntheticPortraits, n
 
 @pytest.mark.parametrize("name", ["Bangs", "Mustache"])
 def test_hair_takes_the_photos_colour(families: SyntheticPortraits, name: str) -> None:
-    """Where the drawing has it, red hair gives red bangs and a red moustache."""
+    """Where the drawing has it, red hair gives red bangs, and red brows a red moustache."""
     images, masks = pair_of(families, name, dark=True)
-    hair, red = masks[:1, CELEBAMASK_HQ.id("hair")][:, None], torch.tensor([0.6, -0.7, -0.9]).view(1, 3, 1, 1)
+    parts = [CELEBAMASK_HQ.id(part) for part in LOOKS[name].colour.split()]
+    hair, red = masks[:1, parts].sum(1, keepdim=True), torch.tensor([0.6, -0.7, -0.9]).view(1, 3, 1, 1)
     dyed = torch.lerp(images[:1], red.expand_as(images[:1]), hair)
     made, made_dyed = (
         transplant(photo, masks[:1], images, masks, IDENTITY, LOOKS[name])[0] for photo in (images[:1], dyed)
@@ -145,12 +148,83 @@ def test_a_mouth_takes_the_colour_of_the_skin_around_it(families: SyntheticPortr
     torch.testing.assert_close(mask[:, lips].sum(1)[mouth[:, 0]], masks[1:, lips].sum(1)[mouth[:, 0]])
 
 
+def test_a_moustache_is_denser_than_drawn(families: SyntheticPortraits) -> None:
+    images, masks = pair_of(families, "Mustache", dark=True)
+    look = LOOKS["Mustache"]
+    thin, made = (
+        transplant(images[:1], masks[:1], images, masks, IDENTITY, look._replace(density=density))[0]
+        for density in (1.0, look.density)
+    )
+    darker = (images[:1] - made).clamp_min(0).sum(), (images[:1] - thin).clamp_min(0).sum()
+    assert darker[0] > 1.3 * darker[1] > 1
+
+
+def test_ageing_draws_no_light(families: SyntheticPortraits) -> None:
+    """A lip that moves in the drawing is bright against the skin: it is no wrinkle."""
+    images, masks = pair_of(families, "Young")
+    grey = torch.full_like(images[:1], 0.0)
+    bright = torch.where(torch.rand(images[1:].shape, generator=torch.Generator().manual_seed(0)) < 0.5, 1.0, -1.0)
+    made, _ = transplant(grey, masks[:1], torch.cat([grey, bright]), masks, IDENTITY, LOOKS["Young"])
+    assert ((made + 1) / 2).max() <= 0.5 * 1.15 + 1e-6
+    assert ((made + 1) / 2).min() < 0.3
+
+
+def test_hair_of_another_photo_spares_the_features(families: SyntheticPortraits) -> None:
+    """In place, a bald head that gets the same person's hair has it, all but its rim."""
+    images, masks = pair_of(families, "Bald")  # with hair, then bald
+    made, mask = transplant_hair(images[1:], masks[1:], images[:1], masks[:1], IDENTITY)
+    hair = CELEBAMASK_HQ.id("hair")
+    covered = masks[1:, [CELEBAMASK_HQ.id(part) for part in LOOKS["Bald"].parts.split()]].sum(1, keepdim=True)
+    full = ((masks[:1, hair : hair + 1] > 0.9) & (covered > 0.999)).expand_as(made)
+    assert full.sum() > 100
+    torch.testing.assert_close(made[full], images[:1][full])
+    torch.testing.assert_close(mask[:, hair][full[:, 0]], masks[:1, hair][full[:, 0]])
+    bare = (masks[:1, hair : hair + 1] < 0.3).expand_as(made)
+    assert torch.equal(made[bare], images[1:][bare])
+    torch.testing.assert_close(mask.sum(1), torch.ones(1, SIZE, SIZE))
+    everywhere = torch.zeros_like(masks[:1])
+    everywhere[:, hair] = 1
+    made, mask = transplant_hair(images[1:], masks[1:], torch.ones_like(images[:1]), everywhere, IDENTITY)
+    features = (covered < 0.02).expand_as(made)
+    assert features.sum() > 100
+    assert ((made - images[1:])[features]).abs().max() <= 2 * 0.02
+    assert (made > 0.9).float().mean() > 0.5
+
+
+def test_hair_is_only_taken_off(photos: UnlabelledPhotos, families: SyntheticPortraits, attributes: Tensor) -> None:
+    """Whatever the share of removals: the bald photo is the result, and the source has the lender's hair colour."""
+    columns = {name: MAGGAN.index(name) for name in ("Bald", "Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair")}
+    bald = families.masks[:, 0]
+    shown = cache.unpack_mask(np.array(bald))[:, CELEBAMASK_HQ.id("hair")].mean((1, 2))
+    known = attributes.clone()
+    known[:, columns["Bald"]] = (shown < 0.02).float()
+    known[:, columns["Bangs"]] = 1 - known[:, columns["Bald"]]
+    assert known[:, columns["Bald"]].sum() > 0
+    pool = Transplants(photos, families, known, TransplantConfig(attributes=("Bald",), removal_share=0.0))
+    batch = pool.sample(16, torch.Generator().manual_seed(1), PLAIN)
+    untouched = {families.images[person, 0].tobytes(): person for person in range(24)}
+    for pixels in cache.pack_image(batch["target"]):
+        assert known[untouched[pixels.tobytes()], columns["Bald"]] == 1
+    assert (batch["difference"][:, columns["Bald"]] == 1).all()
+    assert (batch["mask"][:, CELEBAMASK_HQ.id("hair")].mean((1, 2)) > 0.03).all()
+    colours = [columns[name] for name in ("Black_Hair", "Blond_Hair", "Brown_Hair")]
+    assert (batch["attributes"][:, colours].sum(1) > 0).any()
+    assert (batch["target_attributes"][:, colours] == 0).all()
+    # Half of the edits also say that the bangs go; no other column is asked for.
+    bangs = batch["difference"][:, columns["Bangs"]]
+    assert set(bangs.tolist()) == {-1.0, 0.0}
+    assert (batch["difference"].abs().sum(1) == 1 + bangs.abs()).all()
+    everyone = known.clone()
+    everyone[:, columns["Bald"]] = 0
+    with pytest.raises(UsageError, match="Bald with no photos with it"):
+        Transplants(photos, families, everyone, TransplantConfig(attributes=("Bald",)))
+
+
 @pytest.mark.parametrize("removal_share", [0.0, 1.0])
 def test_one_end_of_every_pair_is_an_untouched_photo(
     photos: UnlabelledPhotos, families: SyntheticPortraits, attributes: Tensor, removal_share: float
 ) -> None:
-    names = tuple(name for name in LOOKS if name != "Mouth_Slightly_Open")
-    config = TransplantConfig(attributes=names, removal_share=removal_share)
+    config = TransplantConfig(attributes=DRAWN, removal_share=removal_share)
     batch = Transplants(photos, families, attributes, config).sample(24, torch.Generator().manual_seed(3), PLAIN)
     untouched = batch["target" if removal_share else "source"]
     known = {families.images[person, 0].tobytes(): person for person in range(24)}
@@ -215,8 +289,8 @@ def test_nobody_to_draw_is_refused(photos: UnlabelledPhotos, families: Synthetic
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(UsageError, match="Bald"):
-        TransplantConfig(attributes=("Bald",))
+    with pytest.raises(UsageError, match="Male"):
+        TransplantConfig(attributes=("Male",))
     with pytest.raises(UsageError, match="not empty"):
         TransplantConfig(attributes=())
     with pytest.raises((UsageError, OutOfRangeError), match="removal_share"):

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Edits of real photos with a known result: what a drawn person wears, or another photo's mouth or hair, is carried
+over to where the photo's own brows, eyes, nose and lips are.
+
+Colours are carried over as the ratio of the two drawings, which keeps the photo's light and grain (the expression ratio
+images of Liu, Shan and Zhang 2001); what hides the face (glasses, hair on the forehead) covers it. Drawn mouths are too
+unlike photographed ones, so an open mouth comes from a photo, in the skin colour of the one that it is given to. From a
+photo also comes the hair that bald heads get: without it they show a real scalp and what was really behind the hair.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from faceedit.labels import CELEBAMASK_HQ
+
+_FEATURES = (("l_brow",), ("r_brow",), ("l_eye",), ("r_eye",), ("nose",), ("u_lip", "mouth", "l_lip"))
+_SMALLEST = 5e-5  # share of the image below which a feature's centre is noise
+_STRANDS = 0.7  # hair of a beard or a brow is this much darker than the mean of what it takes its colour from
+_ANCHOR = 3.0  # how much more than the others a thing's own features count in the fit
+
+
+class Look(NamedTuple):
+    """How one thing is carried over.
+
+    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `hair` (opaque, above the eyes), `strands`
+    (as dense as the drawing's are dark), `shade` (the ratio of the drawings), `mouth` (from another photo) or `haircut`
+    (another photo's hair, on a photo that shows the attribute: this photo is always the result, since nothing in it
+    tells which hair it would have).
+    parts: of the photo, what it may change.  anchors: the features that must lie best.  colour: the parts of the photo
+    whose colour hair and strands take; the drawing's own would be a look that nothing in the photo tells.  density: of
+    strands, in times the drawing's.
+    """
+
+    shown_as: int
+    how: Literal["cover", "hair", "strands", "shade", "mouth", "haircut"]
+    parts: str
+    anchors: str
+    colour: str = "hair"
+    density: float = 1.0
+
+
+_SKIN = "skin nose u_lip l_lip"
+_AROUND_HAIR = "background skin l_ear r_ear ear_r neck neck_l hair cloth"
+LOOKS: dict[str, Look] = {
+    "Bald": Look(1, "haircut", _AROUND_HAIR, "l_brow r_brow l_eye r_eye"),
+    "Bangs": Look(1, "hair", "skin nose l_brow r_brow eye_g", "l_brow r_brow"),
+    "Bushy_Eyebrows": Look(1, "strands", "skin nose l_brow r_brow eye_g", "l_brow r_brow", "l_brow r_brow"),
+    "Eyeglasses": Look(1, "cover", "skin nose l_brow r_brow l_eye r_eye l_ear r_ear hair", "l_eye r_eye"),
+    "Mouth_Slightly_Open": Look(1, "mouth", "u_lip mouth l_lip", "mouth"),
+    # As thin as it is drawn and as grey as hair, a moustache would hardly be seen.
+    "Mustache": Look(1, "strands", "skin nose u_lip", "nose mouth", "l_brow r_brow", 2.0),
+    "No_Beard": Look(0, "strands", f"{_SKIN} neck", "nose mouth"),
+    "Young": Look(0, "shade", "skin nose", "l_brow r_brow nose mouth"),
+}
+
+
+def transplant(
+    photo: Tensor, mask: Tensor, images: Tensor, masks: Tensor, transform: Tensor, look: Look
+) -> tuple[Tensor, Tensor]:
+    """The photo with what the second drawing wears and the first does not, and its mask.
+
+    Args:    photo 1×3×S×S in [-1, 1], mask 1×19×S×S; images 2×3×R×R and masks 2×19×R×R, one drawn person without and
+             with the thing; transform 1×2×3, the photo's coordinates in [-1, 1] to the drawings'.
+    Returns: image 1×3×S×S, mask 1×19×S×S.
+    """
+    bare, worn = ((_moved(images, transform, photo) + 1) / 2).clamp(0, 1).split(1)
+    worn_mask = _moved(masks[1:], transform, photo)
+    light = ((photo + 1) / 2).clamp(0, 1)
+    parts = [CELEBAMASK_HQ.id(part) for part in look.parts.split()]
+    where = mask[:, parts].sum(1, keepdim=True)
+    if look.how == "shade":
+        ratio = ((worn + 0.03) / (bare + 0.03)).clamp(0.4, 1.15)  # wrinkles; a lip that moved would be a white blot
+        return (light * torch.lerp(torch.ones_like(ratio), ratio, where)).clamp(0, 1) * 2 - 1, mask
+    if look.how == "cover":
+        changes = (worn - bare).abs().mean(1, keepdim=True)
+        opacity = where * ((changes - 0.03) / 0.1).clamp(0, 1)
+        return torch.lerp(light, worn, opacity) * 2 - 1, torch.lerp(mask, worn_mask, opacity)
+    hair = CELEBAMASK_HQ.id("hair")
+    colour = _mean_colour(light, mask[:, [CELEBAMASK_HQ.id(part) for part in look.colour.split()]].sum(1))
+    if look.how == "strands":
+        dark = _mean_colour(worn, worn_mask[:, hair]) * _STRANDS
+        share = (bare - worn).mean(1, keepdim=True) / (bare - dark).mean(1, keepdim=True).clamp_min(0.1)
+        return torch.lerp(light, colour * _STRANDS, where * (look.density * share).clamp(0, 1)) * 2 - 1, mask
+    rows = (torch.arange(light.shape[2]) + 0.5) / light.shape[2] * 2 - 1
+    above = (rows < feature_points(mask)[0][0, 2:4, 1].mean()).to(light).view(1, 1, -1, 1)
+    # Where the drawing's strands mix with its forehead, the forehead would shine through in hair's new colour.
+    opacity = where * above * (2 * worn_mask[:, hair : hair + 1] - 1).clamp_min(0)
+    worn = worn * colour / _mean_colour(worn, worn_mask[:, hair]).clamp_min(0.02)
+    made = torch.lerp(light, worn.clamp(0, 1), opacity)
+    return made * 2 - 1, torch.lerp(mask, worn_mask, opacity)
+
+
+def transplant_mouth(
+    photo: Tensor, mask: Tensor, lender: Tensor, lender_mask: Tensor, transform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The photo with another photo's mouth, in the colour of its own skin around it, and its mask.
+
+    Args:    photo, lender 1×3×S×S in [-1, 1] with masks 1×19×S×S; transform 1×2×3, the photo's coordinates to the
+             lender's.   Returns: image 1×3×S×S, mask 1×19×S×S.
+    """
+    lent, lent_mask = (_moved(x, transform, photo) for x in (lender, lender_mask))
+    either = torch.maximum(mask, lent_mask)[:, [CELEBAMASK_HQ.id(part) for part in ("u_lip", "mouth", "l_lip")]]
+    # In pixels of a crop of 128: two around the lips change, three more lend the skin's colour; a soft rim.
+    inside = either.sum(1, keepdim=True)
+    opacity, around = (F.avg_pool2d(F.max_pool2d(inside, 2 * r + 1, 1, r), 5, 1, 2).clamp(0, 1) for r in (2, 5))
+    skin = CELEBAMASK_HQ.id("skin")
+    ring = (around - opacity).clamp_min(0)[:, 0] * mask[:, skin] * lent_mask[:, skin]
+    light, other = ((x + 1) / 2 for x in (photo, lent))
+    ratio = _mean_colour(light, ring) / _mean_colour(other, ring).clamp_min(0.05)
+    made = torch.lerp(light, (other * ratio.clamp(0.4, 2.5)).clamp(0, 1), opacity)
+    return made * 2 - 1, torch.lerp(mask, lent_mask, opacity)
+
+
+def transplant_hair(
+    photo: Tensor, mask: Tensor, lender: Tensor, lender_mask: Tensor, transform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The photo with another photo's hair over everything but its features, and its mask.
+
+    Args and returns as `transplant_mouth`. Hair that covers less than a third of a pixel stays behind: it would bring
+    the lender's background along.
+    """
+    lent, lent_mask = (_moved(x, transform, photo) for x in (lender, lender_mask))
+    where = mask[:, [CELEBAMASK_HQ.id(part) for part in _AROUND_HAIR.split()]].sum(1, keepdim=True)
+    hair = CELEBAMASK_HQ.id("hair")
+    opacity = where * ((lent_mask[:, hair : hair + 1] - 0.3) / 0.6).clamp(0, 1)
+    return torch.lerp(photo, lent, opacity), torch.lerp(mask, lent_mask, opacity)
+
+
+def _moved(x: Tensor, transform: Tensor, photo: Tensor) -> Tensor:
+    """M×C×R×R resampled over the photo's pixels, M×C×S×S; edges repeat."""
+    grid = F.affine_grid(transform.expand(len(x), -1, -1), [len(x), *photo.shape[1:]], align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def _mean_colour(image: Tensor, weight: Tensor) -> Tensor:
+    weight = weight[:, None]
+    return (image * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1e-6)
+
+
+def feature_points(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres N×6×2 of brows, eyes, nose and mouth in [-1, 1] (x, y), and which of them a mask N×19×S×S shows, N×6."""
+    side = mask.shape[-1]
+    axis = (torch.arange(side, dtype=mask.dtype) + 0.5) / side * 2 - 1
+    points, shown = [], []
+    for names in _FEATURES:
+        weight = mask[:, [CELEBAMASK_HQ.id(name) for name in names]].sum(1)
+        area = weight.sum((1, 2))
+        centre = torch.stack([(weight.sum(1) * axis).sum(1), (weight.sum(2) * axis).sum(1)], dim=-1)
+        points.append(centre / area.clamp_min(1e-6)[:, None])
+        shown.append(area > _SMALLEST * side * side)
+    return torch.stack(points, dim=1), torch.stack(shown, dim=1)
+
+
+def fit_affine(points: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The affine map N×2×3 that takes points N×K×2 nearest to targets N×K×2 by weights (K,), and the farthest miss."""
+    ones = torch.cat([points, torch.ones_like(points[..., :1])], dim=-1)
+    solution = torch.linalg.lstsq(ones * weights[:, None], targets * weights[:, None]).solution
+    return solution.transpose(1, 2).contiguous(), (ones @ solution - targets).norm(dim=-1).amax(1)
+
+
+def anchor_weights(look: Look) -> Tensor:
+    anchors = look.anchors.split()
+    return torch.tensor([_ANCHOR if any(name in anchors for name in names) else 1.0 for names in _FEATURES])
