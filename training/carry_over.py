@@ -33,7 +33,7 @@ class Look(NamedTuple):
     tells which hair it would have).
     parts: of the photo, what it may change.  anchors: the features that must lie best.  colour: the parts of the photo
     whose colour hair and strands take; the drawing's own would be a look that nothing in the photo tells.  density: of
-    strands, in times the drawing's.
+    strands, in times the drawing's; of shades, the power of the ratio.
     """
 
     shown_as: int
@@ -55,7 +55,7 @@ LOOKS: dict[str, Look] = {
     # As thin as it is drawn and as grey as hair, a moustache would hardly be seen.
     "Mustache": Look(1, "strands", "skin nose u_lip", "nose mouth", "l_brow r_brow", 2.0),
     "No_Beard": Look(0, "strands", f"{_SKIN} neck", "nose mouth"),
-    "Young": Look(0, "shade", "skin nose", "l_brow r_brow nose mouth"),
+    "Young": Look(0, "shade", "skin nose", "l_brow r_brow nose mouth", density=1.7),
 }
 
 
@@ -74,7 +74,9 @@ def transplant(
     parts = [CELEBAMASK_HQ.id(part) for part in look.parts.split()]
     where = mask[:, parts].sum(1, keepdim=True)
     if look.how == "shade":
-        ratio = ((worn + 0.03) / (bare + 0.03)).clamp(0.4, 1.15)  # wrinkles; a lip that moved would be a white blot
+        ratio = (
+            ((worn + 0.03) / (bare + 0.03)).pow(look.density).clamp(0.4, 1.15)
+        )  # wrinkles; a lip that moved would be a white blot
         return (light * torch.lerp(torch.ones_like(ratio), ratio, where)).clamp(0, 1) * 2 - 1, mask
     if look.how == "cover":
         changes = (worn - bare).abs().mean(1, keepdim=True)
