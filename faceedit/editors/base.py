@@ -20,7 +20,7 @@ from torch import Tensor
 
 from faceedit.attributes import CELEBA, MAGGAN, check_attribute, complete_request
 from faceedit.devices import resolve_device
-from faceedit.errors import OutOfRangeError, UnknownNameError, UsageError, suggestion
+from faceedit.errors import OutOfRangeError, UnknownAttributeError, UnknownNameError, UsageError, suggestion
 
 if TYPE_CHECKING:
     from faceedit.alignment import Alignment
@@ -205,9 +205,22 @@ def check_request(spec: EditorSpec, request: EditRequest) -> None:
         raise UsageError(f"{spec.name}: request must be {wanted}, got {type(request).__name__}; {advice}")
     attributes = request if isinstance(request, AttributeEdit) else getattr(request, "attributes", None)
     if attributes is not None:
+        for attribute in attributes.values:
+            _check_known(spec, attribute, spec.attributes)
         complete_request(attributes.values, spec.attributes)
         for kept in attributes.keep:
-            check_attribute(kept, (*spec.attributes, "hair"))
+            _check_known(spec, kept, (*spec.attributes, "hair"))
+
+
+def _check_known(spec: EditorSpec, attribute: str, known: Sequence[str]) -> None:
+    """Refuse an attribute outside the editor's vocabulary; another editor that knows it is named."""
+    able = [other.name for other in EDITORS.values() if attribute in other.attributes]
+    if attribute not in known and able:
+        raise UnknownAttributeError(
+            f"{spec.name}: attribute must be one of {', '.join(spec.attributes)}, got {attribute}; "
+            f"the editor {' or '.join(able)} knows it"
+        )
+    check_attribute(attribute, known)
 
 
 def check_preset(spec: EditorSpec, preset: str) -> None:

@@ -67,6 +67,20 @@ def test_unknown_attribute_suggests_the_closest() -> None:
         check_request(editor_spec("maggan"), AttributeEdit({"Blonde_Hair": 1.0}))
 
 
+@pytest.mark.parametrize("request_", [AttributeEdit({"Smiling": 1.0}), AttributeEdit({"Bald": 1.0}, keep=("Smiling",))])
+def test_an_attribute_of_another_editor_names_that_editor(request_: AttributeEdit) -> None:
+    with pytest.raises(UnknownAttributeError, match="Young, got Smiling; the editor maskfacegan knows it") as caught:
+        check_request(editor_spec("maggan"), request_)
+    assert caught.value.exit_code == 2
+    check_request(editor_spec("maskfacegan"), request_)
+
+
+def test_hair_can_be_kept_and_not_set() -> None:
+    check_request(editor_spec("maggan"), AttributeEdit({"Bald": 1.0}, keep=("hair",)))
+    with pytest.raises(UnknownAttributeError, match="got 'hair'"):
+        check_request(editor_spec("maggan"), AttributeEdit({"hair": 1.0}))
+
+
 def test_device_that_is_missing_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match="use cpu"):
