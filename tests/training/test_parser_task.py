@@ -14,13 +14,18 @@ from PIL import Image
 
 from faceedit import detection, training
 from faceedit.detection import FaceBox
-from faceedit.errors import UsageError
+from faceedit.errors import OutOfRangeError, UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.registry import load_network
 from faceedit.training import parser_evaluation
+from faceedit.training.cache import pack_image
 from faceedit.training.degradation import flip_some
-from faceedit.training.parser import pseudo_labels
+from faceedit.training.parser import ParserTask, pseudo_labels
 from faceedit.training.segmentation import dice_loss
+from faceedit.training.task import TrainingContext
+from faceedit.training.trainer import make_fabric
+
+FLIP = torch.tensor(CELEBAMASK_HQ.flip_permutation)
 
 
 def quiet(line: str) -> None:
@@ -43,14 +48,45 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def train(cache_dir: Path, output_dir: Path, *more: str) -> Any:
-    overrides = [
+def tiny(cache_dir: Path, *more: str) -> list[str]:
+    return [
         "trainer={steps: 4, accelerator: cpu, precision: 32-true, cpu_threads: 1, log_every: 1, checkpoint_every: 0}",
         "trainer={sample_every: 0, validate_every: 0}",
         "network={size_px: 64, widths: [4, 4, 8, 8, 8], blocks: [1, 1, 1, 1, 1]}",
         *("people=8", "test_people=4", "batch=4", "photo_batch=2", f"cache_dir={cache_dir}"),
+        *more,
     ]
-    return training.run("parser-starter", [*overrides, *more], output_dir=output_dir, report=quiet)
+
+
+def train(cache_dir: Path, output_dir: Path, *more: str) -> Any:
+    return training.run("parser-starter", tiny(cache_dir, *more), output_dir=output_dir, report=quiet)
+
+
+def test_a_share_of_the_people_stays_as_rendered(cache_dir: Path) -> None:
+    """`plain_share` people come as they lie in the cache, or mirrored; all others went through a camera."""
+    shares = {}
+    for share in (0.0, 0.5, 1.0):
+        recipe = training.resolve("parser-starter", tiny(cache_dir, f"plain_share={share}", "batch=16"))
+        ParserTask.prepare(recipe, report=quiet)
+        task = ParserTask(recipe, TrainingContext(make_fabric(recipe.trainer), recipe.trainer))
+        image, labels = task.people.read(list(range(8)))
+        known = {pixels.tobytes(): turned for pixels, turned in zip(pack_image(image), labels, strict=True)}
+        batch = task.batch(3)
+        plain = 0
+        for made, names in zip(batch["image"], batch["labels"], strict=True):
+            for turned in (made, made.flip(-1)):
+                found = known.get(pack_image(turned[None])[0].tobytes())
+                if found is not None:
+                    # Mirrored labels have left and right exchanged; where both mean the same, nothing moved.
+                    same = names == found if turned is made else names.flip(-1) == FLIP[found]
+                    assert bool(same.all())
+                    plain += 1
+        shares[share] = plain / 16
+    assert shares[0.0] == 0
+    assert 0.1 < shares[0.5] < 0.9
+    assert shares[1.0] == 1
+    with pytest.raises(OutOfRangeError, match=r"plain_share must be in \[0, 1\], got 2"):
+        training.resolve("parser-starter", ["plain_share=2"])
 
 
 def test_a_run_with_few_photos_exports_what_loads(
