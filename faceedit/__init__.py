@@ -4,7 +4,7 @@
     import faceedit
     editor = faceedit.load_editor("maggan", weights="starter", device="cpu")
     result = faceedit.edit("me.jpg", attributes={"Blond_Hair": 1.0}, editor=editor)
-    result.image.save("out.png")
+    result.save("out.png")
 
 Importing this costs nothing: each public name is looked up when it is first used.
 """

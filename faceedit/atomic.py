@@ -30,6 +30,17 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             part.unlink(missing_ok=True)
 
 
+def unusable_name(path: str | os.PathLike[str]) -> str:
+    """Why the system takes `path` for no file's name at all (too long, say); "" when it does, whatever lies there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, PermissionError):
+        return ""
+    except (OSError, ValueError) as error:
+        return str(getattr(error, "strerror", None) or error)
+    return ""
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 text at once or not at all. Raises OSError."""
     with replacing(path) as file:

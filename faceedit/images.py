@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from faceedit.atomic import replacing
+from faceedit.atomic import replacing, unusable_name
 from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError
 from faceedit.provenance import save_arguments
 
 Source: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
 READ_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+LOSSY = frozenset({".jpg", ".jpeg", ".webp"})
+"""Suffixes that are written with loss: pixels that an edit left alone are then near the photo's, not equal to them."""
 WRITE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 # What a photographer would miss. Left out on purpose: GPS, serial numbers, maker notes, and the embedded thumbnail
@@ -46,6 +48,7 @@ _KEPT_EXIF_IFD = (
     "Flash",
     "LensModel",
 )
+_LONGEST_EXIF = 4096  # characters of one field; a JPEG has room for 64 KiB in all
 _TAG_IDS = {name: tag for tag, name in ExifTags.TAGS.items()}
 
 
@@ -119,6 +122,8 @@ def read_image(source: Source, limits: ImageLimits | None = None) -> Photo:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise ImageWriteError now if write_image could not write to path later: suffix, folder, permission."""
     path = Path(path)
+    if reason := unusable_name(path):
+        raise ImageWriteError(f"write_image: path must be writable, got {path} ({reason}); choose another place")
     if path.suffix.lower() not in WRITE_FORMATS:
         raise ImageWriteError(
             f"write_image: path must end in one of {', '.join(WRITE_FORMATS)}, got {path}; change the suffix"
@@ -206,7 +211,7 @@ def _named_errors(name: str, limits: ImageLimits) -> Iterator[None]:
     """Turn whatever a decoder raises into an ImageReadError that names the file."""
     try:
         yield
-    except ImageReadError:
+    except (ImageReadError, MemoryError):  # a machine without memory says nothing about the file
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLargeError(
@@ -248,15 +253,15 @@ def _from_array(array: NDArray[Any], limits: ImageLimits) -> Photo:
 
 def _decode(image: Image.Image, name: str) -> Photo:
     notes: list[str] = []
-    frames = int(getattr(image, "n_frames", 1))
-    if frames > 1 and image.format != "MPO":  # the further images of an MPO are previews of the first
-        notes.append(f"animated: the first of {frames} frames is used")
+    # Counting frames would read the whole file. The further images of an MPO are previews of the first.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        notes.append("animated: the first frame is used")
     info = dict(image.info)
     source_format = image.format
     try:
         exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation, 1)
-        kept = _kept_exif(exif)
+        kept = _kept_exif(exif, notes)
     except Exception:  # damaged metadata is no reason to refuse the picture
         orientation, kept = 1, None
         notes.append("damaged EXIF: ignored")
@@ -334,15 +339,21 @@ def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> tup
     return converted, srgb.tobytes()
 
 
-def _kept_exif(exif: Image.Exif) -> bytes | None:
+def _kept_exif(exif: Image.Exif, notes: list[str]) -> bytes | None:
     kept = Image.Exif()
-    for name in _KEPT_EXIF:
-        if _TAG_IDS[name] in exif:
-            kept[_TAG_IDS[name]] = exif[_TAG_IDS[name]]
-    source, target = exif.get_ifd(ExifTags.IFD.Exif), kept.get_ifd(ExifTags.IFD.Exif)
-    for name in _KEPT_EXIF_IFD:
-        if _TAG_IDS[name] in source:
-            target[_TAG_IDS[name]] = source[_TAG_IDS[name]]
+    parts = (
+        (exif, kept, _KEPT_EXIF),
+        (exif.get_ifd(ExifTags.IFD.Exif), kept.get_ifd(ExifTags.IFD.Exif), _KEPT_EXIF_IFD),
+    )
+    for source, target, names in parts:
+        for name in names:
+            value = source.get(_TAG_IDS[name])
+            if value is None:
+                continue
+            if isinstance(value, str | bytes) and len(value) > _LONGEST_EXIF:
+                notes.append(f"EXIF {name} of {len(value)} characters: left out")
+            else:
+                target[_TAG_IDS[name]] = value
     if not len(kept) and not target:
         return None
     kept[ExifTags.Base.Orientation] = 1

@@ -26,7 +26,7 @@ from faceedit.classification import STARTER, attribute_probabilities, load_class
 from faceedit.compositing import Composite, paste_back
 from faceedit.editors.base import AttributeEdit, ComponentSize, EditedFace, Editor, EditRequest, load_editor
 from faceedit.errors import UsageError
-from faceedit.images import Photo, read_image
+from faceedit.images import Photo, read_image, write_image
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.matting import refine_mask
 from faceedit.networks.classifier import AttributeClassifier
@@ -60,8 +60,16 @@ class EditResult:
 
     @property
     def image(self) -> Image.Image:
-        """The edited photo, same size as the input."""
+        """The edited photo, same size as the input: pixels alone, RGB."""
         return Image.fromarray(self.pixels)
+
+    def save(self, path: str | Path) -> None:
+        """Write the edited photo in the format of the suffix, with what `faceedit edit` writes: the photo's alpha,
+        resolution and camera data, and a note that a trained model made part of it. Raises ImageWriteError.
+
+        PNG and TIFF keep `pixels` exactly; JPEG and WebP are lossy everywhere.
+        """
+        write_image(path, self.pixels, self.photo)
 
 
 def read(source: str | Path | Image.Image | NDArray[np.uint8] | Photo) -> Photo:
@@ -171,7 +179,7 @@ def edit(
         "weights": {
             "editor": loaded.weights,
             "parser": parser.weights,
-            "classifier": STARTER if classifier is not None else None,
+            "classifier": _classifier_name(classifier, where),
         },
         "seed": seed,
         "device": where,
@@ -208,6 +216,13 @@ def _one_request(attributes: Mapping[str, float] | None, request: EditRequest | 
     if request is not None:
         return request
     return AttributeEdit(dict(attributes or {}))
+
+
+def _classifier_name(classifier: AttributeClassifier | None, device: str) -> str | None:
+    """What the report calls the network that measured: a network of the caller's own has no name."""
+    if classifier is None:
+        return None
+    return STARTER if classifier is load_classifier(device) else "custom"
 
 
 def _described(request: EditRequest) -> Any:

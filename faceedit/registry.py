@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from faceedit.atomic import replacing, write_text
+from faceedit.atomic import replacing, unusable_name, write_text
 from faceedit.config import from_dict, to_dict
 from faceedit.errors import FaceEditError, UnknownNameError, UsageError, WeightsError, suggestion
 from faceedit.networks import network_kind
@@ -134,6 +134,8 @@ def find(name_or_path: str | os.PathLike[str], kind: str = "") -> WeightSpec:
         if candidate in rows:
             return rows[candidate]
     path = Path(name)
+    if reason := unusable_name(path):
+        raise WeightsError(f"find: weights must be a registered name or a path, got {name} ({reason}); check the path")
     if path.suffix == ".safetensors" or path.is_file():
         if not path.is_file():
             raise WeightsError(f"find: weights must be a readable file, got {name}; check the path")

@@ -102,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output went away; leave quietly and keep the interpreter from flushing into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a full disk under stdout; what concerns a photo or weights has an error of its own
+        print_error(f"{error.strerror or type(error).__name__}{f': {error.filename}' if error.filename else ''}")
+        return 1
     except (MemoryError, RuntimeError) as error:
         # torch has no class of its own for memory that the CPU cannot give.
         if not isinstance(error, MemoryError) and not re.search("out of memory|not enough memory|allocate", str(error)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json as json_format
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from faceedit.cli import options
-from faceedit.cli.output import print_json, progress_bar
-from faceedit.errors import FaceEditError, ImageReadError, ImageWriteError, UsageError
+from faceedit.cli.editing import compare_path, write_outputs
+from faceedit.cli.output import print_json, print_note, progress_bar
+from faceedit.config import from_dict
+from faceedit.errors import FaceEditError, ImageReadError, ImageWriteError, OutOfRangeError, UsageError
 
 if TYPE_CHECKING:
     from faceedit.editors.base import Editor, EditRequest
@@ -69,13 +72,14 @@ class Manifest:
         self._separator = "" if not text or text.endswith("\n") else "\n"  # a torn last line stays by itself
         for line in text.splitlines():
             try:
-                entry = Entry(**json_format.loads(line))
-            except (ValueError, TypeError):
+                entry = from_dict(Entry, json_format.loads(line), where=MANIFEST)
+            except (ValueError, RecursionError):
                 continue  # a line torn by a crash, or another version's: that photo is simply done again
             self.entries[entry.photo] = entry
 
-    def is_done(self, name: str, source: Path, digest: str) -> bool:
-        """Was this very photo already edited with these very options, and is the result still there?"""
+    def is_done(self, name: str, source: Path, digest: str, compare: bool = False) -> bool:
+        """Was this very photo already edited with these very options, and is the result (with `compare` also its
+        sheet) still there?"""
         entry = self.entries.get(name)
         if entry is None or entry.status != "edited" or entry.options != digest:
             return False
@@ -87,6 +91,7 @@ class Manifest:
             (entry.size, entry.modified_ns) == (state.st_size, state.st_mtime_ns)
             and output.is_file()
             and output.stat().st_size == entry.output_size
+            and (not compare or compare_path(output).is_file())
         )
 
     def add(self, entry: Entry) -> None:
@@ -119,8 +124,6 @@ def output_name(name: Path) -> Path:
 
 def check_outputs(photos: list[Path], in_dir: Path, compare: bool) -> None:
     """Raise UsageError where one photo's result would overwrite another's, before anything is edited."""
-    from faceedit.cli.editing import compare_path
-
     written: dict[Path, Path] = {}
     for photo in photos:
         output = output_name(photo.relative_to(in_dir))
@@ -158,12 +161,15 @@ def batch(
     if in_dir.resolve() == out_dir.resolve():
         raise UsageError("batch: OUT_DIR must differ from IN_DIR, got the same folder; originals are never overwritten")
 
+    from faceedit.detection import YUNET_VARIABLE
     from faceedit.editors import load_editor
-    from faceedit.editors.base import check_preset, check_request, editor_spec, weight_files
+    from faceedit.editors.base import Watchable, check_preset, check_request, editor_spec, weight_files
     from faceedit.parsing import load_parser
     from faceedit.registry import find, sha256_of
 
     request, spec = options.parse_request(settings, size, keep), editor_spec(editor)
+    if face < 0:
+        raise OutOfRangeError(f"batch: --face must not be negative, got {face}; 0 is the largest")
     check_request(spec, request)
     check_preset(spec, preset)
     photos = find_photos(in_dir, out_dir)
@@ -182,9 +188,13 @@ def batch(
         ) from error
 
     loaded = load_editor(editor, weights, device, preset)
+    if isinstance(loaded, Watchable) and (caution := loaded.caution(request)):  # refuses what it cannot do
+        print_note(caution)
     parser = load_parser(device)
     # The weights' own checksums, not their names: a retrained file of the same name edits everything again.
     files = [sha256_of(path) for path in (*weight_files(loaded), find(parser.weights).path)]
+    if os.path.isfile(detector := os.environ.get(YUNET_VARIABLE, "")):
+        files.append(sha256_of(Path(detector)))
     choices = [editor, files, repr(request), face, compare, seed, preset]
     digest = hashlib.sha256(json_format.dumps(choices).encode()).hexdigest()[:16]
     job = Job(out_dir, request, loaded, parser, face, compare, seed, digest)
@@ -195,7 +205,7 @@ def batch(
             task = progress.add_task("editing", total=len(photos))
             for source in photos:
                 name = source.relative_to(in_dir)
-                if manifest.is_done(name.as_posix(), source, job.digest):
+                if manifest.is_done(name.as_posix(), source, job.digest, compare):
                     counts["skipped"] += 1
                 else:
                     entry = _edit_one(job, source, name)
@@ -224,7 +234,6 @@ def batch(
 
 def _edit_one(job: Job, source: Path, name: Path) -> Entry:
     """Edit one photo and say what happened, whatever happened."""
-    from faceedit.cli.editing import write_outputs
     from faceedit.pipeline import edit as edit_photo
 
     target = output_name(name)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from faceedit.cli import options
-from faceedit.cli.files import check_folder, write_text
+from faceedit.cli.files import check_distinct, check_folder, write_text
 from faceedit.cli.output import print_json, print_note, progress_bar
 from faceedit.errors import UsageError
 
@@ -97,7 +97,7 @@ def edit(
     device: options.Device = "cpu",
     json: options.Json = False,
 ) -> None:
-    """Edit one face of a photo; everything outside the edited region keeps its exact pixels.
+    """Edit one face of a photo; everything outside the edited region keeps its exact pixels (in a .png or .tif).
 
     Example: faceedit edit me.jpg -o out.jpg --set Blond_Hair=1 --set Pale_Skin=0.5 --compare
 
@@ -107,7 +107,7 @@ def edit(
 
     from faceedit.editors import load_editor
     from faceedit.editors.base import Watchable, check_preset, check_request, editor_spec
-    from faceedit.images import check_writable, read_image, write_image
+    from faceedit.images import LOSSY, check_writable, read_image, write_image
     from faceedit.pipeline import edit as edit_photo
 
     # Everything that can be refused without weights is refused before they are read.
@@ -116,10 +116,14 @@ def edit(
     check_preset(spec, preset)
     if save_trajectory is not None and not spec.presets:
         raise UsageError(f"edit: --save-trajectory needs an editor that optimises, got {editor}; use maskfacegan")
-    for path in (output, compare_path(output) if compare else None, save_trajectory):
+    sheet = compare_path(output) if compare else None
+    losses = losses_path(save_trajectory) if save_trajectory is not None else None
+    named = {"PHOTO": photo, "--output": output, "--compare": sheet, "--report": report}
+    check_distinct("edit", named | {"--save-trajectory": save_trajectory, "its .csv": losses})
+    for path in (output, sheet, save_trajectory):
         if path is not None:
             check_writable(path)
-    for path in (report, losses_path(save_trajectory) if save_trajectory is not None else None):
+    for path in (report, losses):
         if path is not None:
             check_folder(path)
     source = read_image(photo)
@@ -131,10 +135,12 @@ def edit(
     for name in result.report.get("details", {}).get("already_there", ()):
         print_note(f"{name} is there already, as the mask shows; nothing was changed for it")
     written = write_outputs(result, output, compare)
-    if save_trajectory is not None and trajectory is not None:
+    if output.suffix.lower() in LOSSY:
+        print_note(f"{output.suffix} is lossy everywhere; write .png or .tif to keep every other pixel exactly")
+    if save_trajectory is not None and losses is not None and trajectory is not None:
         write_image(save_trajectory, trajectory.strip())
-        write_text(losses_path(save_trajectory), trajectory.table())
-        written += [save_trajectory, losses_path(save_trajectory)]
+        write_text(losses, trajectory.table())
+        written += [save_trajectory, losses]
     if report is not None:
         write_text(report, json_format.dumps(result.report, indent=2) + "\n")
     if json:

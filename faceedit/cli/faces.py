@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from faceedit.cli import options
-from faceedit.cli.files import write_mask
+from faceedit.cli.files import check_distinct, write_mask
 from faceedit.cli.output import print_json
 from faceedit.errors import ImageWriteError, OutOfRangeError
 
@@ -36,6 +36,7 @@ def parse(
     wanted = find_scheme(scheme)
     if output.suffix.lower() != ".png":
         raise ImageWriteError(f"parse: OUT must end in .png, got {output}; masks are indexed PNGs")
+    check_distinct("parse", {"PHOTO": photo, "--output": output, "--overlay": overlay})
     for path in [output] if overlay is None else [output, overlay]:
         check_writable(path)
     source = read_image(photo)
@@ -74,6 +75,7 @@ def align(
     from faceedit.images import check_writable, read_image, write_image
     from faceedit.parsing import load_parser
 
+    check_distinct("align", {"PHOTO": photo, "--output": output})
     check_writable(output)
     source = read_image(photo)
     record = load_parser(device).find_face(source.pixels, face)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from faceedit.atomic import replacing
-from faceedit.errors import ImageWriteError
+from faceedit.atomic import replacing, unusable_name
+from faceedit.errors import ImageWriteError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,8 +34,26 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 def check_folder(path: Path) -> None:
     """Raise ImageWriteError now if `path` could not be written later, before any work is done for it."""
+    if reason := unusable_name(path):
+        raise ImageWriteError(f"write: path must be writable, got {path} ({reason}); choose another place")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise ImageWriteError(f"write: path must be a file in a writable folder, got {path}; choose another place")
+
+
+def check_distinct(command: str, files: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where two of a command's files are one: a result would replace the photo or another result.
+
+    Args: files by what the command line calls them; None is a file that was not asked for.
+    """
+    seen: dict[Path, str] = {}
+    for name, path in files.items():
+        if path is None:
+            continue
+        other = seen.setdefault(Path(os.path.realpath(path)), name)
+        if other != name:
+            raise UsageError(
+                f"{command}: {name} must be a file of its own, got {path}, which is {other} too; choose another name"
+            )
 
 
 def write_text(path: Path, text: str) -> None:

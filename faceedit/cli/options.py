@@ -58,6 +58,8 @@ def parse_request(settings: Iterable[str], size: str = "", keep: Iterable[str] =
     from faceedit.editors.base import AttributeEdit, ComponentSize
 
     values, kept = parse_settings(settings), tuple(keep)
+    if both := [name for name in kept if name in values]:
+        raise UsageError(f"--keep: must not name what --set changes, got {both[0]} in both; leave one of them out")
     if not size:
         return AttributeEdit(values, kept)
     component, separator, text = size.partition("=")
@@ -65,7 +67,7 @@ def parse_request(settings: Iterable[str], size: str = "", keep: Iterable[str] =
         scale = float(text)
     except ValueError:
         separator = ""
-    if not separator:
+    if not separator or not component.strip():
         raise UsageError(f"--size: must be PART=SCALE, got {size!r}; write e.g. --size mouth=1.5")
     if kept and not values:
         raise UsageError("--keep: must go with --set, got --size alone; a size changes no attribute by itself")

@@ -14,7 +14,7 @@ import typer
 
 from faceedit.cli import options
 from faceedit.cli.editing import compare_path
-from faceedit.cli.files import check_folder, write_tensors
+from faceedit.cli.files import check_distinct, check_folder, write_tensors
 from faceedit.cli.output import print_json, progress_bar
 from faceedit.errors import UnknownNameError, UsageError, suggestion
 
@@ -87,7 +87,9 @@ def project(
     from faceedit.projection import ProjectionConfig
     from faceedit.projection import project as project_image
 
-    for path in (output, compare_path(output) if compare else None):
+    sheet = compare_path(output) if compare else None
+    check_distinct("project", {"PHOTO": photo, "--output": output, "--compare": sheet, "--save-latents": save_latents})
+    for path in (output, sheet):
         if path is not None:
             check_writable(path)
     if save_latents is not None:
@@ -117,9 +119,9 @@ def project(
     pixels = _pixels(made)
     write_image(output, pixels)
     written = [output]
-    if compare:
-        write_image(compare_path(output), np.concatenate([crop, pixels], axis=1))
-        written.append(compare_path(output))
+    if sheet is not None:
+        write_image(sheet, np.concatenate([crop, pixels], axis=1))
+        written.append(sheet)
     if save_latents is not None:
         about = {"weights": weights, "framing": chosen, "encoder": encoder, "steps": str(steps), "seed": str(seed)}
         write_tensors(save_latents, found.tensors(), about)

@@ -234,8 +234,8 @@ def weight_files(editor: Editor) -> list[Path]:
     """The files that an editor's results depend on: its own list where it has several, else what its weights name."""
     from faceedit.registry import find
 
-    files: Sequence[Path] | None = getattr(editor, "files", None)
-    return list(files) if files is not None else [find(editor.weights).path]
+    files: Sequence[Path] = getattr(editor, "files", ())
+    return list(files) if files else [find(editor.weights).path]
 
 
 def load_editor(

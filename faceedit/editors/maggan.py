@@ -6,7 +6,7 @@ Source: Wei et al. 2020 (MagGAN); network in `faceedit.networks.maggan`, part re
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faceedit.attributes import MAGGAN, complete_request
-from faceedit.classification import attribute_probabilities, load_classifier
+from faceedit.classification import STARTER, attribute_probabilities, load_classifier
 from faceedit.editors.base import EDITORS, AttributeEdit, EditedFace, EditRequest, check_request
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.classifier import AttributeClassifier
@@ -70,18 +70,24 @@ class MagGANEditor:
     """Attribute editing by MagGAN's generator.
 
     Args: generator in any configuration that reads CelebAMask-HQ masks; weights is its name for reports; classifier
-          estimates which attributes the face has (None: none of them is assumed).
+          estimates which attributes the face has (None: none of them is assumed); files, what the networks were read
+          from.
     """
 
     name = "maggan"
     accepts: tuple[type, ...] = (AttributeEdit,)
 
     def __init__(
-        self, generator: MagGANGenerator, weights: str = "custom", classifier: AttributeClassifier | None = None
+        self,
+        generator: MagGANGenerator,
+        weights: str = "custom",
+        classifier: AttributeClassifier | None = None,
+        files: Sequence[Path] = (),
     ) -> None:
         self.generator = generator.eval()
         self.weights = weights
         self.classifier = classifier
+        self.files = tuple(files)
         self.device = generator.relation_plus.device
         # What the generator learned to read, unless that is the paper's.
         preset = generator.config.relation_preset
@@ -96,7 +102,9 @@ class MagGANEditor:
         generator = load_network(weights, device, kind="maggan")
         assert isinstance(generator, MagGANGenerator)
         row = find(weights, "maggan")
-        return cls(generator, row.name if row.sha256 else str(row.path), load_classifier(str(device)))
+        classifier = load_classifier(str(device))
+        files = [row.path] if classifier is None else [row.path, find(STARTER).path]
+        return cls(generator, row.name if row.sha256 else str(row.path), classifier, files)
 
     def forward(self, image: Tensor, difference: Tensor, mask: Tensor) -> Tensor:
         """The pure graph that is exported and served: N×3×S×S, N×13, N×19×H×W -> N×3×S×S in [-1, 1]."""

@@ -65,7 +65,7 @@ class Bundle:
         """The weights' files on this machine, in the order of the fields. Raises UnknownNameError, WeightsError."""
         from faceedit.registry import find
 
-        names = (self.generator, self.classifier, self.parser, self.encoder)
+        names = (self.generator, self.classifier, self.parser, self.encoder, self.features)
         return [find(name).path for name in names if name]
 
 

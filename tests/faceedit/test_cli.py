@@ -105,7 +105,67 @@ def test_edit_changes_the_region_only_and_reports(run: Run, photo: Path, drawn: 
 
 
 def test_edit_is_silent_without_json(run: Run, photo: Path, tmp_path: Path) -> None:
-    assert run("edit", photo, "-o", tmp_path / "out.jpg", *SET) == Outcome(0, "", "")
+    assert run("edit", photo, "-o", tmp_path / "out.png", *SET) == Outcome(0, "", "")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+def test_a_lossy_format_is_noted(run: Run, photo: Path, tmp_path: Path, suffix: str) -> None:
+    outcome = run("edit", photo, "-o", tmp_path / f"out{suffix}", *SET)
+    assert (outcome.code, outcome.out) == (0, "")
+    assert outcome.err.startswith(f"note: {suffix} is lossy everywhere")
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        ("edit", "{photo} -o {photo}", "--output must be a file of its own"),
+        ("edit", "{photo} -o {out}/../{out.name}/o.png --report {out}/o.png", "--report must be a file of its own"),
+        ("edit", "{photo} -o {out}/o.png --save-trajectory {out}/o.png -e maskfacegan", "which is --output too"),
+        (
+            "edit",
+            "{photo} -o {out}/o.png --save-trajectory {out}/t.png --report {out}/t.csv -e maskfacegan",
+            "its .csv",
+        ),
+        ("edit", "{out}/o_compare.png -o {out}/o.png --compare", "--compare must be a file of its own"),
+        ("parse", "{photo} -o {photo}", "which is PHOTO too"),
+        ("parse", "{photo} -o {out}/m.png --overlay {out}/m.png", "--overlay must be a file of its own"),
+        ("align", "{photo} -o {photo}", "which is PHOTO too"),
+        ("project", "{photo} -o {photo}", "which is PHOTO too"),
+    ],
+)
+def test_no_result_replaces_the_photo_or_another_result(
+    run: Run, photo: Path, tmp_path: Path, command: str, arguments: str, words: str
+) -> None:
+    before = photo.read_bytes()
+    (tmp_path / "o_compare.png").write_bytes(before)
+    settings = SET if command == "edit" else ()
+    run(command, *arguments.format(photo=photo, out=tmp_path).split(), *settings).refused(2, words)
+    assert photo.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "o_compare.png"]
+
+
+def test_names_too_long_are_one_line(run: Run, photo: Path, tmp_path: Path) -> None:
+    long = "x" * 300
+    for arguments in (
+        ("-o", tmp_path / f"{long}.png"),
+        ("-o", tmp_path / f"{'x' * 250}.png", "--compare"),
+        ("-o", tmp_path / "o.png", "--report", tmp_path / long),
+        ("-o", tmp_path / "o.png", "--weights", f"{long}.safetensors"),
+    ):
+        run("edit", photo, *arguments, *SET).refused(1, "File name too long")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_full_disk_under_stdout_is_one_line() -> None:
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "faceedit", "weights", "list", "--json"],
+            env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "error: No space left on device"
+    assert "Traceback" not in done.stderr
 
 
 def test_same_seed_same_bytes(run: Run, photo: Path, tmp_path: Path) -> None:
@@ -135,6 +195,12 @@ def test_wrong_settings_are_usage_errors(
 
 def test_no_attribute_at_all_is_a_usage_error(run: Run, photo: Path, tmp_path: Path) -> None:
     run("edit", photo, "-o", tmp_path / "out.png").refused(2, "at least one attribute")
+
+
+def test_contradictions_are_usage_errors(run: Run, photo: Path, tmp_path: Path) -> None:
+    out = ("edit", photo, "-o", tmp_path / "out.png", *SET)
+    run(*out, "--keep", "Blond_Hair").refused(2, "--keep: must not name what --set changes, got Blond_Hair")
+    run(*out, "--size", "=1.5", "-e", "maskfacegan").refused(2, "--size: must be PART=SCALE, got '=1.5'")
 
 
 def test_conflicting_attributes_are_a_usage_error(run: Run, photo: Path, tmp_path: Path) -> None:

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.command_line import BAD_FILES, SET, Run
 
+from faceedit.classification import STARTER, load_classifier
 from faceedit.cli.batch import MANIFEST
+from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
+from faceedit.registry import DIRECTORY_VARIABLE, pin_weights, save_weights
 
 
 @pytest.fixture
@@ -111,6 +115,58 @@ def test_finished_photos_are_skipped_until_something_changes(run: Run, folder: P
     os.utime(folder / "me.png", (1, 1))
     assert counts() == (1, 2)
     assert counts("--set", "Blond_Hair=0") == (3, 0)
+
+
+def test_a_missing_sheet_is_made_again(run: Run, folder: Path, tmp_path: Path) -> None:
+    command = ("batch", folder, tmp_path / "out", *SET, "--compare", "--json")
+    assert json.loads(run(*command).out)["edited"] == 3
+    (tmp_path / "out" / "a_compare.png").unlink()
+    again = json.loads(run(*command).out)
+    assert (again["edited"], again["skipped"]) == (1, 2)
+    assert (tmp_path / "out" / "a_compare.png").is_file()
+
+
+def test_other_weights_of_any_network_that_decides_edit_again(
+    run: Run, folder: Path, tmp_path: Path, weights_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The classifier tells the editor what a face has, the detector where it is."""
+    shutil.copytree(weights_dir, tmp_path / "weights")
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "weights"))
+    facts = {"licence": "Apache-2.0", "training_data": "none", "source": "tests"}
+    config = AttributeClassifierConfig(size_px=32, base_width=8, stages=3, hidden_width=32)
+
+    def edited(seed: int) -> int:
+        torch.manual_seed(seed)
+        network, path = AttributeClassifier(config), tmp_path / "weights" / "c.safetensors"
+        path.unlink(missing_ok=True)
+        save_weights(path, "attribute-classifier", config, network.state_dict(), **facts)
+        pin_weights(STARTER, path)
+        load_classifier.cache_clear()
+        return int(json.loads(run("batch", folder, tmp_path / "out", *SET, "--json").out)["edited"])
+
+    try:
+        assert [edited(0), edited(0), edited(1)] == [3, 0, 3]
+        (tmp_path / "detector.onnx").write_bytes(b"x")
+        monkeypatch.setenv("FACEEDIT_YUNET", str(tmp_path / "detector.onnx"))
+        assert edited(1) == 3  # the palette parser's own detection: nobody reads the file
+    finally:
+        load_classifier.cache_clear()
+
+
+def test_wrong_requests_are_refused_once(run: Run, folder: Path, tmp_path: Path) -> None:
+    out = ("batch", folder, tmp_path / "out")
+    run(*out, *SET, "--face", "-1").refused(2, "--face must not be negative, got -1; 0 is the largest")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ['{"photo": []}', "[]", "7", "[" * 100_000, "null"])
+def test_a_strange_manifest_line_is_another_versions(run: Run, folder: Path, tmp_path: Path, line: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / MANIFEST).write_text(line + "\n")
+    strange = {"photo": [], "size": 1, "modified_ns": 1, "options": "", "output": "", "output_size": 1, "status": ""}
+    with (tmp_path / "out" / MANIFEST).open("a") as lines:
+        lines.write(json.dumps(strange) + "\n")
+    assert json.loads(run("batch", folder, tmp_path / "out", *SET, "--json").out)["edited"] == 3
 
 
 def test_failed_photos_are_tried_again(run: Run, folder: Path, tmp_path: Path) -> None:

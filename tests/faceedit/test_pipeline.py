@@ -16,7 +16,9 @@ from faceedit.attributes import MAGGAN
 from faceedit.editors import AttributeEdit
 from faceedit.editors.maggan import MagGANEditor
 from faceedit.errors import NoFaceError, UsageError
+from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
 from faceedit.parsing import FaceParser
+from faceedit.provenance import read_provenance
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,28 @@ def test_pixels_outside_the_region_are_byte_identical(
     assert (~outside).any()
     assert np.array_equal(result.pixels[outside], drawn.pixels[outside])
     assert not np.array_equal(result.pixels, drawn.pixels)
+
+
+def test_a_result_saves_what_the_command_writes(
+    drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor, tmp_path: Path
+) -> None:
+    """Exact pixels, the photo's alpha, and a note of what was done to it."""
+    alpha = np.tile(np.arange(drawn.pixels.shape[1], dtype=np.uint8), (drawn.pixels.shape[0], 1))
+    result = pipeline.edit(np.dstack([drawn.pixels, alpha]), {"Blond_Hair": 1.0}, editor=editor, parser=parser)
+    result.save(tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as written:
+        assert np.array_equal(np.asarray(written), np.dstack([result.pixels, alpha]))
+    assert read_provenance(tmp_path / "out.png") is not None
+    assert result.image.mode == "RGB"
+    assert result.report["weights"]["classifier"] in (None, "attribute-classifier-starter")
+
+
+def test_the_report_does_not_name_a_classifier_of_the_callers_own(
+    drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor
+) -> None:
+    own = AttributeClassifier(AttributeClassifierConfig(size_px=32, base_width=8, stages=3, hidden_width=32)).eval()
+    result = pipeline.edit(drawn.pixels, {"Blond_Hair": 1.0}, editor=editor, parser=parser, classifier=own)
+    assert result.report["weights"]["classifier"] == "custom"
 
 
 def test_the_input_is_not_written_to(drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, GifImagePlugin, Image, ImageCms
 from skimage import data
 
 from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError
@@ -217,7 +217,38 @@ def test_the_first_frame_of_an_animation_is_used_and_noted(tmp_path: Path) -> No
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     photo = read_image(tmp_path / "a.gif")
     assert tuple(photo.pixels[4, 4]) == (255, 0, 0)
-    assert "first of 3 frames" in photo.notes[0]
+    assert photo.notes == ("animated: the first frame is used",)
+
+
+def test_a_long_animation_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [Image.new("RGB", (1, 1), ("red", "green")[number % 2]) for number in range(200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr(GifImagePlugin.GifImageFile, "n_frames", property(lambda _: pytest.fail("frames counted")))
+    assert read_image(tmp_path / "a.gif").notes == ("animated: the first frame is used",)
+
+
+def test_a_field_of_exif_that_fills_a_jpeg_is_left_out(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = "x" * 70_000
+    exif[ExifTags.Base.Artist] = "A. Painter"
+    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
+    photo = read_image(tmp_path / "a.png")
+    assert photo.notes == ("EXIF ImageDescription of 70000 characters: left out",)
+    write_image(tmp_path / "out.jpg", photo.pixels, photo)
+    kept = Image.open(tmp_path / "out.jpg").getexif()
+    assert kept[ExifTags.Base.Artist] == "A. Painter"
+    assert ExifTags.Base.ImageDescription not in kept
+
+
+def test_memory_that_cannot_be_had_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+
+    def starved(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("faceedit.images._to_8_bit", starved)
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -338,7 +369,7 @@ def test_authorship_and_resolution_stay_position_and_thumbnail_go(tmp_path: Path
         assert b"serial-4711" not in out.read_bytes()
 
 
-UNWRITABLE = ["none/out.png", "file.txt/out.png", "out.xyz", "out", "folder.png"]
+UNWRITABLE = [f"{'x' * 300}.png", "none/out.png", "file.txt/out.png", "out.xyz", "out", "folder.png"]
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)
