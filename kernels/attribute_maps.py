@@ -149,6 +149,8 @@ def _sizes(probs: Tensor, attr: Tensor, relation: Tensor) -> dict[str, int]:
 
 
 def _native(probs: Tensor, attr: Tensor, relation: Tensor) -> Tensor:
+    if not attr.shape[1]:  # no attributes, no maps: nothing that a kernel could write
+        return _eager(probs, attr, relation)
     fmt, planes = memory_format(probs), probs.contiguous()
     attr_f, relation_f = as_float(attr), as_float(relation)
     n, _, h, w = probs.shape
@@ -167,7 +169,7 @@ def _native(probs: Tensor, attr: Tensor, relation: Tensor) -> Tensor:
 def _triton(probs: Tensor, *arguments: Any) -> Tensor:
     from faceedit.kernels import attribute_maps_triton
 
-    return attribute_maps_triton.forward(probs, *arguments)
+    return attribute_maps_triton.forward(probs, *arguments) if arguments[0].shape[1] else _eager(probs, *arguments)
 
 
 _forward = dispatcher("attribute_maps", eager=_eager, cpu=_native, cuda=_native, triton=_triton)
@@ -210,6 +212,8 @@ def _backward_eager(probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _backward_native(
     probs: Tensor, grad: Tensor, attr: Tensor, relation: Tensor, wanted: list[bool]
 ) -> tuple[Tensor, Tensor]:
+    if not attr.shape[1]:
+        return _backward_eager(probs, grad, attr, relation, wanted)
     planes, grad = probs.contiguous(), grad.to(probs.dtype).contiguous()
     attr_f, relation_f = (in_format(t, torch.float32, torch.contiguous_format) for t in (attr, relation))
     transposed = (attr_f[:, :, None] * relation_f).mT.contiguous()
@@ -236,7 +240,8 @@ def _backward_native(
 def _backward_triton(probs: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from faceedit.kernels import attribute_maps_triton
 
-    return attribute_maps_triton.backward(probs, *arguments)
+    attributes = arguments[1].shape[1]
+    return attribute_maps_triton.backward(probs, *arguments) if attributes else _backward_eager(probs, *arguments)
 
 
 _backward = dispatcher(

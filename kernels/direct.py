@@ -6,16 +6,19 @@ watches calls: tracers, transforms, modes, tensor subclasses, profilers. Where n
 calling the body. The questions asked here are those that the dispatcher answers from its sets of keys.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 _keys_of: Any = getattr(torch._C, "_dispatch_keys", None)
 _scope_keys: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
 _profiling: Any = getattr(torch.autograd, "_profiler_enabled", None)
+_interpreters: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
 _is_excluded: Any = getattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded", None)
 _autograd_key: Any = getattr(getattr(torch._C, "DispatchKey", None), "AutogradFunctionality", None)
 
@@ -55,17 +58,42 @@ def _is_quiet() -> bool:
     )
 
 
+def _is_differentiated() -> bool:
+    """Return whether a transform of torch.func that differentiates (grad, vjp, jvp, jacrev, ...) is under way."""
+    stack = None if _interpreters is None else _interpreters()
+    return stack is not None and any(level.key().name in ("Grad", "Jvp") for level in stack)
+
+
+def has_tangent(arguments: Iterable[Any]) -> bool:
+    """Return whether forward-mode AD follows a tensor among these arguments, or in a list there."""
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return False
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            if has_tangent(argument):
+                return True
+        elif isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
+            return True
+    return False
+
+
 def way(arguments: tuple[Any, ...]) -> str:
     """Return how a call of an op with these arguments is to be made.
 
+    "composed": as PyTorch's own operators, where forward-mode AD or a transform of torch.func differentiates the call:
+    they need a rule for each op, which those operators have.
     "dispatched": through PyTorch, where a tracer, transform, mode or profiler of this thread would see the call, where
     a tensor is more than a dense CPU or CUDA tensor (a subclass, a wrapper, a negated view: its memory is not its
     value), where a gradient is wanted beside or within a list of tensors, which PyTorch knows how to spread out, and
     where one is wanted below autograd, in the body of another op.
     "recorded": through the op's autograd function. "plain": straight to its body.
     """
-    if not _is_quiet() or _profiling():
+    if torch.compiler.is_compiling():
         return "dispatched"
+    if has_tangent(arguments):
+        return "composed"
+    if not _is_quiet() or _profiling():
+        return "composed" if _is_differentiated() else "dispatched"
     watched = has_list = False
     for argument in arguments:
         kind = type(argument)

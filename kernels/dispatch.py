@@ -134,10 +134,15 @@ class Dispatcher:
         x = first if isinstance(first, Tensor) else first[0]
         chosen = self.choose(_requested.get() if asked == "auto" else asked, x)
         _last[self.name] = chosen
+        run = self.implementations[chosen]
+        if x.is_cuda and x.device.index != torch.cuda.current_device():
+            # Kernels are launched on the current device, which is the caller's to choose: it is back afterwards.
+            with torch.cuda.device(x.device), without_autocast(x):
+                return run(*arguments)
         if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             with without_autocast(x):
-                return self.implementations[chosen](*arguments)
-        return self.implementations[chosen](*arguments)
+                return run(*arguments)
+        return run(*arguments)
 
 
 def dispatcher(

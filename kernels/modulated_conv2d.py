@@ -31,7 +31,7 @@ from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.noise_bias_act import backward_reference as epilogue_backward
 from faceedit.kernels.noise_bias_act import reference as epilogue
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, check_shape, describe, memory_format
+from faceedit.kernels.tensors import apart_from, check_image, check_shape, describe, memory_format
 
 
 def modulated_conv2d(
@@ -184,7 +184,7 @@ def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y, rgb, demodulation, core = reference(x, *arguments)
     core = core.contiguous(memory_format=fmt) if core.dim() == 4 else core
     y = y.contiguous(memory_format=fmt)
-    y = y.clone() if y.data_ptr() == core.data_ptr() else y
+    y = apart_from(y, core)
     return y, rgb.contiguous(), demodulation.contiguous(), core
 
 

@@ -117,6 +117,7 @@ class _Made:
     """What was made from one weight tensor, while that tensor lives and is not written to.
 
     captured: what CUDA graphs read. They know addresses only, so it lives as long as the weight, whatever is written.
+    streams: by key, the CUDA stream that made a tensor and the event after which it has its values.
     """
 
     weight: weakref.ref[Tensor]
@@ -124,6 +125,24 @@ class _Made:
     address: int
     tensors: dict[Any, Tensor] = field(default_factory=dict)
     captured: list[Tensor] = field(default_factory=list)
+    streams: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+
+    def keep(self, key: Any, tensor: Tensor) -> None:
+        """Remember a tensor that the current stream makes."""
+        self.tensors[key] = tensor
+        if tensor.is_cuda:
+            stream = torch.cuda.current_stream(tensor.device)
+            self.streams[key] = stream, stream.record_event()
+
+    def take(self, key: Any) -> Tensor:
+        """Return a remembered tensor, ready for the current stream and alive until that has read it."""
+        tensor = self.tensors[key]
+        if tensor.is_cuda:
+            stream, (maker, made) = torch.cuda.current_stream(tensor.device), self.streams[key]
+            if stream != maker:
+                stream.wait_event(made)
+                tensor.record_stream(stream)
+        return tensor
 
 
 _made: dict[int, _Made] = {}
@@ -145,12 +164,14 @@ def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> 
         captured = [] if known is None or known.weight() is not weight else known.captured
         known = _made[identity] = _Made(reference, weight._version, weight.data_ptr(), captured=captured)
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Whoever captures warms up and synchronises first; an event of outside could not be waited for in here.
         if key not in known.tensors:
             return make(weight.detach())
         known.captured.append(known.tensors[key])
-    elif key not in known.tensors:
-        known.tensors[key] = make(weight.detach())
-    return known.tensors[key]
+        return known.tensors[key]
+    if key not in known.tensors:
+        known.keep(key, make(weight.detach()))
+    return known.take(key)
 
 
 def squares(weight: Tensor) -> Tensor:

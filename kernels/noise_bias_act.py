@@ -15,6 +15,7 @@ from faceedit.kernels.activations import ACTIVATIONS, activate, activation_slope
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
+    apart_from,
     as_float,
     check_image,
     check_shape,
@@ -112,9 +113,8 @@ def reference(
 
 
 def _eager(x: Tensor, *arguments: Any) -> Tensor:
-    # `contiguous` may hand x itself back (act="linear" with nothing to add): an op never returns its input.
-    y = reference(x, *arguments).contiguous(memory_format=memory_format(x))
-    return y.clone() if y.data_ptr() == x.data_ptr() else y
+    # `contiguous` may hand x itself back (act="linear" with nothing to add).
+    return apart_from(reference(x, *arguments).contiguous(memory_format=memory_format(x)), x)
 
 
 def _native(

@@ -254,6 +254,18 @@ def _vmap(info: Any, in_dims: tuple[Any, ...], noises: list[Tensor], stop: int) 
     return (loss.unflatten(0, (size, -1)), moments.unflatten(0, (size, -1))), (0, 0)
 
 
+@_backward_op.register_vmap
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], noises: list[Tensor], *arguments: Any) -> Any:
+    """Fold the mapped axis into N."""
+    size, (grad, moments, *settings) = info.batch_size, arguments
+    dims = [None] * len(noises) if in_dims[0] is None else in_dims[0]
+    mapped = [mapped_first(noise, dim, size) for noise, dim in zip(noises, dims, strict=True)]
+    folded = [noise.flatten(0, 1) for noise in mapped if noise is not None]
+    sums = (mapped_first(value, dim, size) for value, dim in zip((grad, moments), in_dims[1:3], strict=True))
+    found = _backward_op(folded, *(value.flatten(0, 1) for value in sums if value is not None), *settings)
+    return [gradient.unflatten(0, (size, -1)) for gradient in found], [0] * len(found)
+
+
 # Normalisation.
 
 
@@ -314,4 +326,19 @@ _normalize = dispatcher(
     triton=_normalize_triton,
 )
 
-define_in_place_op("normalize_noise_(Tensor(a!)[] noises) -> ()", _normalize, mutates=("noises",))
+_normalize_op = define_in_place_op("normalize_noise_(Tensor(a!)[] noises) -> ()", _normalize, mutates=("noises",))
+
+
+@_normalize_op.register_vmap
+def _normalize_vmap(info: Any, in_dims: tuple[Any, ...], noises: list[Tensor]) -> tuple[None, None]:
+    """Fold the mapped axis into N; a map that has none is normalised once."""
+    pairs = list(zip(noises, in_dims[0], strict=True))
+    if once := [noise for noise, dim in pairs if dim is None]:
+        _normalize_op(once)
+    mapped = [noise.movedim(dim, 0) for noise, dim in pairs if dim is not None]
+    folded = [noise.flatten(0, 1) for noise in mapped]
+    _normalize_op(folded)
+    for noise, values in zip(mapped, folded, strict=True):
+        if values.data_ptr() != noise.data_ptr():  # else `folded` is a view, and written already
+            noise.copy_(values.unflatten(0, (info.batch_size, -1)))
+    return None, None

@@ -24,6 +24,7 @@ from faceedit.kernels.norm_modulate_reference import (
 )
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
+    apart_from,
     as_float,
     check_image,
     check_shape,
@@ -91,7 +92,7 @@ def norm_modulate(
 def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     y, statistics = reference(x, *arguments)
     y = y.contiguous(memory_format=memory_format(x))
-    return (y.clone() if y.data_ptr() == x.data_ptr() else y), statistics
+    return apart_from(y, x), statistics
 
 
 def _operand(operand: Tensor | None, x: Tensor, fmt: torch.memory_format) -> Tensor | None:

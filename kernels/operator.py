@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from faceedit.kernels.direct import way
+from faceedit.kernels.direct import has_tangent, way
 from faceedit.kernels.dispatch import Dispatcher, without_autocast
 
 _decompositions: dict[Any, Callable[..., Any]] = {}
@@ -29,7 +29,9 @@ _opaque: Any = getattr(torch, "_disable_dynamo", lambda body: body)
 class Operator:
     """One op of the namespace `faceedit`, called like a function."""
 
-    def __init__(self, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self, schema: str, body: Callable[..., Any], fake: Callable[..., Any], composed: Callable[..., Any]
+    ) -> None:
         self.name = schema.partition("(")[0]
         self._library = torch.library.Library("faceedit", "FRAGMENT")
         self._library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -37,7 +39,7 @@ class Operator:
         self._library.impl(self.name, _opaque(body), "CompositeExplicitAutograd")
         torch.library.register_fake(f"faceedit::{self.name}", fake, lib=self._library)
         self.overload = getattr(torch.ops.faceedit, self.name).default
-        self._body = body
+        self._body, self._composed = body, composed
         self._recorded = self._recorded_body()
         _operators.append(self)
         # PyTorch's function knows how to spread a list of tensors out.
@@ -53,6 +55,8 @@ class Operator:
         taken = way(arguments)
         if taken == "plain":
             return self._body(*arguments)
+        if taken == "composed":
+            return self._composed(*arguments)
         return self._recorded(*arguments) if taken == "recorded" else self.overload(*arguments)
 
     def register_autograd(
@@ -125,6 +129,10 @@ class Operator:
         apply = self._function(forward, backward)
 
         def kernel(keys: Any, *arguments: Any) -> Any:
+            if has_tangent(arguments):
+                raise NotImplementedError(
+                    f"torch.ops.faceedit.{self.name} has no forward-mode derivative; call faceedit.kernels' function"
+                )
             if torch.is_grad_enabled():
                 for argument in arguments:
                     if isinstance(argument, Tensor) and argument.requires_grad:
@@ -150,17 +158,21 @@ def define_op(schema: str, implementations: Dispatcher, fake: Callable[..., Any]
     def told_body(*arguments: Any) -> Any:
         return implementations(*arguments[:-1], asked=arguments[-1])
 
-    return Operator(schema, told_body if "str backend)" in schema else body, fake)
+    def composed(*arguments: Any) -> Any:
+        return implementations(*arguments, asked="eager")
+
+    return Operator(schema, told_body if "str backend)" in schema else body, fake, composed)
 
 
-def define_in_place_op(schema: str, implementations: Dispatcher, mutates: Iterable[str]) -> None:
-    """Register an op that writes to the arguments named in `mutates` and returns nothing.
+def define_in_place_op(schema: str, implementations: Dispatcher, mutates: Iterable[str]) -> Any:
+    """Register an op that writes to the arguments named in `mutates` and returns nothing; return it.
 
     As PyTorch's own kind of op: it counts the writes.
     """
     name, _, rest = schema.partition("(")
     op = torch.library.custom_op(f"faceedit::{name}", implementations, mutates_args=mutates, schema=f"({rest}")
     op.register_fake(lambda *arguments: None)
+    return op
 
 
 def register_onnx_decomposition(op: Any, reference: Callable[..., Any]) -> None:

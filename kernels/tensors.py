@@ -38,6 +38,15 @@ def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
+def apart_from(y: Tensor, x: Tensor) -> Tensor:
+    """Return y, copied where it may lie in x's memory: an op never returns its input."""
+    try:
+        shared = y.data_ptr() == x.data_ptr()
+    except RuntimeError:  # a wrapper of torch.func, which does not show its memory
+        shared = True
+    return y.clone() if shared else y
+
+
 def describe(tensor: Tensor) -> str:
     """Return dtype and shape as error messages show them, e.g. `float32 of shape (2, 3)`."""
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
@@ -59,7 +68,7 @@ def check_shape(op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[i
         if len(given) == len(shape) and given == shape:
             break
     else:
-        wanted = " or ".join(str(tuple(shape)) for shape in allowed)
+        wanted = " or ".join(dict.fromkeys(str(tuple(shape)) for shape in allowed))
         raise ValueError(f"{op}: {name} must be of shape {wanted}, got {describe(tensor)}; reshape or expand it")
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}; move it there")

@@ -35,9 +35,15 @@ def upfirdn2d(
               computed in fp32 (fp64 for fp64).
     Grad:     x, to any order, by the same kernel. fir has none: ValueError when it requires grad.
     Backends: eager (any device), cpu, cuda, triton. Against fp64 eager: fp32 1e-6 * max|y|, fp16 and bf16 1 ulp.
-    Raises:   TypeError on a dtype that is not floating point; ValueError on shapes, up, down, pad, or no output pixel.
+    Raises:   TypeError on a dtype that is not floating point, on a gain that is a bool (NVlabs' order), on a flip that
+              is none; ValueError on shapes, up, down, pad, or no output pixel.
     Source:   Karras et al. 2020 (StyleGAN2), appendix B; its up/FIR/down with the zeros left out (polyphase).
     """
+    if isinstance(gain, bool) or not isinstance(flip, bool):
+        raise TypeError(
+            f"upfirdn2d: gain must be a number and flip a bool, got gain={gain!r} and flip={flip!r}; "
+            "NVlabs' order is flip_filter, gain: name them"
+        )
     sides = check_geometry("upfirdn2d", x, fir, up, down, pad)
     return upfirdn2d_op(x, fir, up, down, sides, gain, flip)
 

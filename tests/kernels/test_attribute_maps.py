@@ -95,6 +95,17 @@ def test_gradient_of_one_operand_only(place: Place) -> None:
         assert_close("gradient", alone, expected, relative_l2=1e-6)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_no_attributes_make_no_maps(place: Place) -> None:
+    attr, probs, relation = torch.zeros(2, 0), torch.rand(2, 3, 4, 5), torch.zeros(0, 3)
+    maps, (of_attr, of_probs) = run(place, lambda a, p: attribute_maps(a, p, relation.to(p.device)), [attr, probs])
+    assert maps.shape == (2, 0, 4, 5)
+    assert of_attr is not None
+    assert of_attr.shape == (2, 0)
+    assert of_probs is not None
+    assert not of_probs.any()
+
+
 def test_gradcheck_and_gradgradcheck() -> None:
     attr, probs, relation = (t.double().requires_grad_() for t in inputs(2, 3, 4, 2, 3, torch.float64))
     per_sample = draw(2, 3, 4, seed=7).double().requires_grad_()

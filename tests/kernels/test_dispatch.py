@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from faceedit import kernels
 from faceedit.kernels import benchmarking, dispatch, native
@@ -68,6 +69,31 @@ def test_backward_runs_where_the_forward_was_asked_to() -> None:
             y = kernels.noise_bias_act(x)
         y.sum().backward()
         assert kernels.last_backend("noise_bias_act_backward") == name
+
+
+def test_another_device_is_current_while_an_op_runs_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the current device. Fake tensors stand in for those of two GPUs."""
+    current = [0]
+
+    class Device:
+        def __init__(self, device: torch.device) -> None:
+            self.index = device.index
+
+        def __enter__(self) -> None:
+            current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    seen = []
+    op = dispatch.Dispatcher("looking", {"eager": lambda x: seen.append((x.device.index, current[-1]))})
+    with FakeTensorMode():
+        for index in (0, 1):
+            op(torch.empty(2, device=f"cuda:{index}"))
+            assert current == [0]
+    assert seen == [(0, 0), (1, 1)]
 
 
 def test_report_is_plain_and_covers_every_op() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from faceedit import kernels
 from faceedit.kernels.benchmarking import SMALL, benchmarks
 from faceedit.kernels.benchmarking.case import PASSES
 from faceedit.kernels.benchmarking.providers import Step, missing, step
@@ -84,10 +85,31 @@ def test_runs_on_the_current_stream(op: str, dtype: torch.dtype, provider: str, 
     assert same_bits(results, expected)
 
 
+@pytest.mark.parametrize("provider", ["cuda", "triton"])
+def test_a_frozen_weight_serves_two_streams(provider: str) -> None:
+    """What is made of it on one stream, behind a long wait, is ready on the other."""
+    x, styles = torch.randn(1, 64, 32, 32, device="cuda"), torch.randn(1, 64, device="cuda")
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    with kernels.backend(provider):
+        expected = kernels.modulated_conv2d(x, torch.ones(64, 64, 3, 3, device="cuda"), styles)
+        for _ in range(3):
+            weight = torch.ones(64, 64, 3, 3, device="cuda")
+            torch.cuda.synchronize()
+            with torch.cuda.stream(first):
+                torch.cuda._sleep(20_000_000)
+                kernels.modulated_conv2d(x, weight, styles)
+            with torch.cuda.stream(second):
+                found = kernels.modulated_conv2d(x, weight, styles)
+            torch.cuda.synchronize()
+            assert same_bits([found], [expected])
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one CUDA device")
 @rows
 def test_runs_on_a_second_device(op: str, dtype: torch.dtype, provider: str, name: str) -> None:
     """While the first device is the current one."""
+    torch.cuda.set_device(0)
     results = call_of(op, dtype, provider, name, "cuda:1")()
+    assert torch.cuda.current_device() == 0
     assert all(t.device == torch.device("cuda", 1) for t in results)
     assert same_bits(results, call_of(op, dtype, provider, name)())

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -313,6 +314,38 @@ def test_what_is_kept_in_fp16_of_a_frozen_weight_is_made_once(monkeypatch: pytes
         "lengths",
         (torch.float16, torch.contiguous_format, False, True),
     }
+
+
+def test_what_one_cuda_stream_made_another_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for tensors and streams: what is made once must be ready, and live, wherever it is read."""
+    log: list[str] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def record_event(self) -> str:
+            return f"made on {self.name}"
+
+        def wait_event(self, event: str) -> None:
+            log.append(f"{self.name} waits for: {event}")
+
+    class Made:
+        is_cuda, device = True, "cuda:0"
+
+        def record_stream(self, stream: Stream) -> None:
+            log.append(f"in use on {stream.name}")
+
+    streams = {name: Stream(name) for name in ("a", "b")}
+    weight = torch.zeros(1)
+    known, made = parts._Made(weakref.ref(weight), 0, 0), Made()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["a"])
+    known.keep("squares", made)  # type: ignore[arg-type]
+    assert known.take("squares") is made
+    assert log == []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["b"])
+    assert known.take("squares") is made
+    assert log == ["b waits for: made on a", "in use on b"]
 
 
 @needs_cpp

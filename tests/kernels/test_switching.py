@@ -38,6 +38,7 @@ X = draw(2, 5, 8, 6, seed=1)
 BIAS, NOISE = draw(5, seed=2), draw(2, 1, 8, 6, seed=3)
 WEIGHT, STYLES = draw(7, 5, 3, 3, seed=4), draw(2, 5, seed=5) + 1
 POINT, OUT_BIAS = draw(3, 5, 1, 1, seed=6), draw(7, seed=7)
+NOISE_CONST, RGB_BIAS = NOISE[0, 0], OUT_BIAS[:3].view(1, 3, 1, 1)  # in the shapes that the other libraries keep
 
 Row = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 ROWS: dict[str, Row] = {}
@@ -222,8 +223,12 @@ row(
 )
 row(
     "NVlabs `SynthesisLayer`",
-    lambda: activated(convolved(X, WEIGHT, STYLES) + 0.3 * NOISE.double() + per_channel(OUT_BIAS), "lrelu", ROOT2),
-    lambda: modulated_conv2d(X, WEIGHT, STYLES, noise=NOISE, strength=torch.tensor(0.3), bias=OUT_BIAS),
+    lambda: activated(
+        convolved(X, WEIGHT, STYLES) + 0.3 * NOISE_CONST.double() + per_channel(OUT_BIAS), "lrelu", ROOT2
+    ),
+    lambda: modulated_conv2d(
+        X, WEIGHT, STYLES, noise=NOISE_CONST[None, None], strength=torch.tensor(0.3), bias=OUT_BIAS
+    ),
 )
 SCALE = 1 / math.sqrt(5 * 9)
 RAW = WEIGHT[None]  # rosinality's parameter has a leading axis
@@ -248,7 +253,7 @@ row(
     "rosinality `ToRGB`",
     lambda: convolved(X, POINT.double() / math.sqrt(5), STYLES, demodulate=False) + per_channel(OUT_BIAS[:3]),
     lambda: modulated_conv2d(
-        X, POINT / math.sqrt(5), STYLES, bias=OUT_BIAS[:3], demodulate=False, act="linear", gain=1
+        X, POINT / math.sqrt(5), STYLES, bias=RGB_BIAS.flatten(), demodulate=False, act="linear", gain=1
     ),
 )
 

@@ -545,6 +545,14 @@ def test_resamplers_name_themselves(function: Any) -> None:
         function(torch.zeros(1, 1, 8, 8), torch.zeros(4), (1, 1))
 
 
+def test_the_other_order_of_the_last_two_arguments_is_refused() -> None:
+    """NVlabs' upfirdn2d ends with flip_filter, gain: by position, its False would be a gain of zero."""
+    x, fir = torch.zeros(1, 1, 8, 8), torch.zeros(3)
+    for last in ((False,), (True,), (1.0, 4.0), (False, 4.0)):
+        with pytest.raises(TypeError, match=r"NVlabs' order is flip_filter, gain: name them"):
+            upfirdn2d(x, fir, 1, 1, 1, *last)
+
+
 def test_setup_filter_rejects_more_axes() -> None:
     with pytest.raises(ValueError, match="setup_filter: taps must be of shape"):
         setup_filter(torch.zeros(1, 2, 3))
