@@ -71,6 +71,7 @@ def run(
     if dry_run:
         report(to_yaml(resolved).rstrip("\n"))
         return None
+    from faceedit.training.checkpoint import run_directory_of
     from faceedit.training.task import task_class
     from faceedit.training.trainer import train
 
@@ -78,7 +79,7 @@ def run(
     if output_dir is not None:
         directory = Path(output_dir)
     elif resume_path is not None:
-        directory = resume_path.resolve().parents[1] if resume_path.is_file() else resume_path
+        directory = run_directory_of(resume_path)
     else:
         directory = Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return train(task_class(resolved.task), resolved, directory, resume=resume_path, report=report)

@@ -138,7 +138,7 @@ def _read_folder(config: AlignedConfig, folder: str, report: Callable[[str], Any
     if not files:
         raise UsageError(f"train: images.folder must hold images, got {folder}; pass a folder of aligned faces")
     values: dict[str, Any] = {"size": config.size_px, "version": 1}
-    values["files"] = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
+    values["files"] = cache.file_states(files, root)
     name = f"folder-{config.size_px}px-{cache.fingerprint(values, [])}"
     shapes = {
         "images": ((len(files), config.size_px, config.size_px, 3), "uint8"),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,12 @@ def fingerprint(values: Mapping[str, Any], sources: list[Path]) -> str:
     for source in sorted(sources):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()
+
+
+def file_states(files: Sequence[Path], root: Path) -> list[tuple[str, int, int]]:
+    """What tells files from others of their names: path below root, bytes, time of the last change in ns."""
+    states = ((path, path.stat()) for path in files)
+    return [(str(path.relative_to(root)), state.st_size, state.st_mtime_ns) for path, state in states]
 
 
 def open_cache(folder: Path) -> Arrays:

@@ -26,10 +26,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(source: Path) -> Path:
-    """`source` itself if it is a file, else the newest checkpoint of the run directory `source`."""
+    """`source` itself if it is a file, else the newest checkpoint of the run directory, or of its `checkpoints`."""
     if source.is_file():
         return source
-    found = list_checkpoints(source / "checkpoints")
+    found = list_checkpoints(source / "checkpoints") or list_checkpoints(source)
     if not found:
         raise UsageError(
             f"train: resume must be a run directory with a checkpoint, got {source}; pass an earlier run's directory"
@@ -37,8 +37,23 @@ def find_checkpoint(source: Path) -> Path:
     return found[-1]
 
 
+def run_directory_of(source: Path) -> Path:
+    """The run directory that a run resumed from `source` goes on in.
+
+    Raises: UsageError for a checkpoint that lies in none.
+    """
+    folder = source.resolve().parent if source.is_file() else source
+    if folder.name == "checkpoints":
+        return folder.parent
+    if source.is_file():
+        raise UsageError(
+            f"train: resume must lie in the checkpoints of a run, got {source}; pass output_dir to go on elsewhere"
+        )
+    return source
+
+
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
-    """Write `state` under its step and delete all but the newest `keep` checkpoints.
+    """Write `state` under its step and delete all but it and the newest `keep` - 1 others.
 
     The file appears under its final name only once it is complete and on disk, so a run that is killed while saving
     leaves the previous checkpoint usable.
@@ -47,9 +62,19 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     path = checkpoint_path(folder, int(state["step"]))
     with replacing(path) as stream:
         torch.save({"format": FORMAT, **state}, stream)
-    for old in list_checkpoints(folder)[:-keep]:
+    others = [other for other in list_checkpoints(folder) if other != path]
+    for old in others[: max(0, len(others) - keep + 1)]:
         old.unlink()
     return path
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Move checkpoints past `step` into `folder`/abandoned: a run that goes back to `step` is another one then."""
+    for path in list_checkpoints(folder):
+        if path.name > checkpoint_path(folder, step).name:
+            aside = folder / "abandoned"
+            aside.mkdir(exist_ok=True)
+            path.replace(aside / path.name)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -132,6 +132,30 @@ def read_recipe(source: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
+# How long, on what and how often: changing these does not make another run of it.
+_FREE = {
+    f"trainer.{name}"
+    for name in (
+        *("steps", "max_minutes", "accelerator", "devices", "cpu_threads", "workers", "keep_checkpoints"),
+        *("log_every", "sample_every", "validate_every", "checkpoint_every"),
+    )
+}
+
+
+def recipe_changes(before: str, after: str) -> list[str]:
+    """One line `key: old -> new` for each value in which two recipes as YAML differ, but for how long and on what."""
+    old, new = (_flat("", OmegaConf.to_container(OmegaConf.create(text))) for text in (before, after))
+    keys = [key for key in {**old, **new} if key not in _FREE and old.get(key) != new.get(key)]
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys]
+
+
+def _flat(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    joined = (_flat(f"{prefix}.{key}" if prefix else str(key), item) for key, item in value.items())
+    return {key: item for part in joined for key, item in part.items()}
+
+
 def to_yaml(recipe: Any) -> str:
     """The fully resolved recipe as YAML that `read_recipe` reads back to the same values."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(recipe)))

@@ -8,6 +8,7 @@ identity. Differences between layers come in one by one, from coarse to fine (pr
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -103,6 +104,7 @@ class E4ETask(Task[E4ERecipe]):
         encoder = E4EEncoder(recipe.network)
         encoder.average.copy_(self.synthesiser.mapping.average.cpu().expand_as(encoder.average))
         self.encoder = context.add_network("encoder", encoder, recipe.adam, average=True)
+        self.stage = recipe.network.num_ws - 1  # of a run that is resumed at its end; training_step says
         with torch.no_grad():
             z = torch.randn(10_000, self.synthesiser.config.z_width, generator=torch.Generator().manual_seed(0))
             self.variance = self.synthesiser.mapping.w(z.to(context.device)).var(0).mean()
@@ -125,8 +127,8 @@ class E4ETask(Task[E4ERecipe]):
         wanted, image = self._known(batch["z"])
         if "face" in batch:
             image = torch.cat([image, batch["face"]])
-        stage = self.recipe.progressive.stage_at(step, self.recipe.network.num_ws)
-        ws = self.encoder(self._seen(image), stage).float()
+        self.stage = self.recipe.progressive.stage_at(step, self.recipe.network.num_ws)
+        ws = self.encoder(self._seen(image), self.stage).float()
         encoder = cast(E4EEncoder, self.context.networks["encoder"])
         differences = ws - encoder.average
         terms = {"delta": (differences - differences[:, :1]).square().sum((1, 2)).mean()}
@@ -156,7 +158,8 @@ class E4ETask(Task[E4ERecipe]):
 
     def _encode(self, image: Tensor) -> Tensor:
         with torch.no_grad():
-            return cast(E4EEncoder, self.context.best("encoder").eval())(self._seen(image.to(self.context.device)))
+            encoder = cast(E4EEncoder, self.context.best("encoder").eval())
+            return encoder(self._seen(image.to(self.context.device)), self.stage)
 
     def sample_sheet(self) -> Tensor:
         """Rows: images of the generator, then faces. Columns: image and reconstruction."""
@@ -186,11 +189,14 @@ class E4ETask(Task[E4ERecipe]):
         return {"latent": share.item(), "psnr_db": psnr.item()}
 
     def export(self, path: Path, metrics: dict[str, float]) -> None:
+        encoder = copy.deepcopy(cast(E4EEncoder, self.context.best("encoder")))
+        # A run that ended early has heads that never had a turn: they add nothing, instead of what chance gave them.
+        encoder.silence_after(self.stage)
         self.write_weights(
             path,
             "e4e",
             self.recipe.network,
-            self.context.best("encoder"),
+            encoder,
             training_data=f"images of {Path(self.recipe.generator).stem}; {self.faces.description}",
             metrics=metrics,
         )

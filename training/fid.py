@@ -10,6 +10,7 @@ weights are on this machine, otherwise the attribute classifier that ships with 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceedit.classification import STARTER
-from faceedit.errors import MissingExtraError, WeightsError
+from faceedit.errors import FaceEditError, MissingExtraError, WeightsError
 
 if TYPE_CHECKING:
     from faceedit.networks.stylegan2 import StyleGAN2Generator
@@ -87,7 +88,10 @@ class FID:
         """The distance of images N×3×H×W in [-1, 1] that come in batches."""
         self._metric.reset()  # the reference stays
         count = self._add(images, real=False)
-        return FIDResult(max(0.0, float(self._metric.compute())), self.network.name, count, self._references)
+        value = float(self._metric.compute())
+        if not math.isfinite(value):
+            raise FaceEditError(f"FID: the distance must be finite, got {value} for {count} images; look at the images")
+        return FIDResult(max(0.0, value), self.network.name, count, self._references)
 
     def _add(self, images: Iterable[Tensor], *, real: bool) -> int:
         count = 0
@@ -97,6 +101,14 @@ class FID:
         if count < _FEWEST:
             raise ValueError(
                 f"FID: images must be {_FEWEST} or more on either side, got {count}; a covariance needs them"
+            )
+        # Sums that are not finite would be a distance of 0 to some, and the end of the process to LAPACK.
+        side = "real" if real else "fake"
+        sums = (getattr(self._metric, f"{side}_features_{kind}") for kind in ("sum", "cov_sum"))
+        if not all(bool(total.isfinite().all()) for total in sums):
+            raise FaceEditError(
+                f"FID: features must be finite, got NaN or infinity in {count} {side} images; "
+                "the generator has diverged, or the network does not fit"
             )
         return count
 

@@ -96,7 +96,7 @@ def framed_photos(
 
     values: dict[str, Any] = {
         "size": size_px,
-        "files": [(path.name, path.stat().st_size) for path in files],
+        "files": cache.file_states(files, folder),
         "version": 2,
     }
     if contours is not None:

@@ -68,7 +68,7 @@ class UnlabelledPhotos:
                 f"train: photos.folder must hold photos, got {config.folder}; pass a folder of image files"
             )
         values = {"size": config.size_px, "parser": _parser_identity(config.parser), "version": 1}
-        values["files"] = [(str(path.relative_to(root)), path.stat().st_size) for path in files]
+        values["files"] = cache.file_states(files, root)
         name = f"photos-{config.size_px}px-{cache.fingerprint(values, [])}"
         shape = (len(files), config.size_px, config.size_px, 3)
         shapes = {"images": (shape, "uint8"), "masks": (shape, "uint8"), "usable": ((len(files),), "bool")}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from faceedit.atomic import write_text
 from faceedit.errors import MissingExtraError, UsageError
-from faceedit.training.checkpoint import list_checkpoints
+from faceedit.training.checkpoint import list_checkpoints, set_aside_after
 from faceedit.training.sheets import write_png
 
 
@@ -55,6 +55,14 @@ def _git_state(folder: Path) -> dict[str, Any]:
     return {"commit": commit, "commit_has_local_changes": bool(changes)}
 
 
+def check_unused(root: Path, resumed: Path | None) -> None:
+    """Raise UsageError where `root` holds a run other than that of the checkpoint `resumed`."""
+    used = (root / "metrics.jsonl").exists() or bool(list_checkpoints(root / "checkpoints"))
+    if used and (resumed is None or resumed.resolve().parent != (root / "checkpoints").resolve()):
+        advice = "pass resume or another directory" if resumed is None else f"{resumed} is not of it; pass another"
+        raise UsageError(f"train: output_dir must hold no earlier run, got {root}; {advice}")
+
+
 class RunDirectory:
     """Layout and writers of one run.
 
@@ -63,14 +71,10 @@ class RunDirectory:
     """
 
     def __init__(self, root: Path, *, resume_step: int | None) -> None:
-        """Open `root`; `resume_step` None starts a new run and refuses a directory that already holds one."""
+        """Open `root`, which `check_unused` let pass; with `resume_step` what came later is forgotten or set aside."""
         self.root = root
         self.checkpoints = root / "checkpoints"
         self._metrics = root / "metrics.jsonl"
-        if resume_step is None and (self._metrics.exists() or list_checkpoints(self.checkpoints)):
-            raise UsageError(
-                f"train: output_dir must hold no earlier run, got {root}; pass resume or another directory"
-            )
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -85,6 +89,7 @@ class RunDirectory:
             ) from error
         if resume_step is not None:
             self._forget_after(resume_step)
+            set_aside_after(self.checkpoints, resume_step)
         self._board = SummaryWriter(str(root / "tensorboard"), purge_step=resume_step)
 
     def _forget_after(self, step: int) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor
 from faceedit.errors import DeviceError, FaceEditError, MissingExtraError, UsageError
 from faceedit.training.batches import batches
 from faceedit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from faceedit.training.config import Recipe, TrainerConfig, to_yaml
-from faceedit.training.run_directory import RunDirectory, describe_environment
+from faceedit.training.config import Recipe, TrainerConfig, recipe_changes, to_yaml
+from faceedit.training.run_directory import RunDirectory, check_unused, describe_environment
 from faceedit.training.task import PATIENCE, Report, Task, TrainingContext, derive_seed
 
 _GRACE_S = 10.0  # for a process that failed to leave, so that its exit code can be read
@@ -91,6 +91,10 @@ class _Averager:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def not_finite(self) -> list[str]:
+        """Names of scalars that were not finite since the last flush; waits for a GPU."""
+        return [name for name, total in self._sums.items() if not math.isfinite(total.item())]
+
     def flush(self) -> dict[str, float]:
         means = {name: total.item() / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
@@ -155,9 +159,14 @@ def _train(
     task_type: type[Task[Any]], recipe: Recipe, directory: Path, resume: Path | None, report: Report
 ) -> TrainingResult:
     config = recipe.trainer
-    state = load_checkpoint(find_checkpoint(resume)) if resume is not None else None
+    checkpoint = find_checkpoint(resume) if resume is not None else None
+    check_unused(directory, checkpoint)
+    state = load_checkpoint(checkpoint) if checkpoint is not None else None
     if state is not None and state["task"] != recipe.task:
         raise UsageError(f"train: checkpoint must be of task {recipe.task}, got {state['task']}; resume another run")
+    if state is not None:
+        for change in recipe_changes(state["recipe"], to_yaml(recipe)):
+            report(f"resumed with another recipe: {change}")
     task_type.prepare(recipe, report=report)
     fabric = make_fabric(config)
     try:
@@ -277,12 +286,14 @@ class _Loop:
                     logged_step, logged_s = step, elapsed
                     self._log(step, "train", scalars)
                 if _due(step, config.checkpoint_every):
+                    self._check_finite(averager, step)
                     self._save(step, elapsed)
                     saved_step = step
                 if step < config.steps and _due(step, config.sample_every):
                     self._look(step)
                 if step < config.steps and _due(step, config.validate_every):
                     self._validate(step)
+            self._check_finite(averager, step)
             checkpoint = self._save(step, elapsed) if saved_step != step else self._path(step)
         weights: Path | None = None
         metrics: dict[str, float] = {}
@@ -309,13 +320,20 @@ class _Loop:
             pinned=self.context.device.type == "cuda",
         )
 
-    def _log(self, step: int, split: str, scalars: dict[str, float]) -> None:
-        bad = [name for name, value in scalars.items() if not math.isfinite(value)]
-        if split == "train" and bad:
+    def _check_finite(self, averager: _Averager, step: int) -> None:
+        """Raise TrainingDivergedError before what has diverged takes the place of a checkpoint that has not."""
+        self._refuse(averager.not_finite(), step)
+
+    def _refuse(self, bad: list[str], step: int) -> None:
+        if bad:
             raise TrainingDivergedError(
                 f"train: {', '.join(bad)} must be finite, got nan or inf by step {step}; lower the learning rate or "
                 f"resume from {self.directory / 'checkpoints'} with another seed"
             )
+
+    def _log(self, step: int, split: str, scalars: dict[str, float]) -> None:
+        if split == "train":
+            self._refuse([name for name, value in scalars.items() if not math.isfinite(value)], step)
         if self.files is not None:
             self.files.log(step, split, scalars)
         self.report(f"step {step} {split} " + " ".join(f"{name}={value:.4g}" for name, value in scalars.items()))

@@ -29,6 +29,7 @@ _ZIP = b"PK\x03\x04"
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # PyTorch's magic number, pickled
 _SAFETENSORS_HEADER = 8  # bytes of the length in front of the JSON header
 _SCALARS = (bool, int, float, str)
+_DEEPEST, _MOST_LEAVES = 40, 50_000  # far beyond any network; a few hundred bytes of pickle can claim 2^100 of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,11 @@ def flatten(name: str, content: Any) -> State:
     A leading "module." of data-parallel training goes. Raises WeightsError when there is no tensor in it.
     """
     state = State(name, {}, {})
-    for key, value in _leaves("", content):
+    for number, (key, value) in enumerate(_leaves("", content)):
+        if number >= _MOST_LEAVES:
+            raise WeightsError(
+                f"import_weights: {name} must hold fewer than {_MOST_LEAVES} values, got more; check the file"
+            )
         plain = key.removeprefix("module.")
         if isinstance(value, Tensor):
             state.tensors[plain] = value
@@ -97,16 +102,21 @@ def flatten(name: str, content: Any) -> State:
     return state
 
 
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _leaves(prefix: str, value: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    if depth > _DEEPEST:
+        raise WeightsError(
+            f"import_weights: a network must be nested at most {_DEEPEST} deep, got more at {prefix[:40]!r}; "
+            "check the file"
+        )
     if isinstance(value, Record):
         for group in ("_parameters", "_buffers", "_modules"):
-            yield from _leaves(prefix, value.state.get(group) or {})
+            yield from _leaves(prefix, value.state.get(group) or {}, depth + 1)
         yield from ((f"{prefix}{key}", item) for key, item in value.state.items() if isinstance(item, _SCALARS))
     elif isinstance(value, Mapping):
         for key, item in value.items():
             below = f"{prefix}{key}"
             if isinstance(item, Record | Mapping):
-                yield from _leaves(f"{below}.", item)
+                yield from _leaves(f"{below}.", item, depth + 1)
             elif isinstance(item, (Tensor, *_SCALARS)):
                 yield below, item
 

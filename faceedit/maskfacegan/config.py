@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 from faceedit.errors import OutOfRangeError, UnknownNameError, suggestion
 
@@ -37,7 +37,7 @@ class MaskFaceGANConfig:
     Computation: precision, "bfloat16": convolutions of all three networks in bfloat16, statistics, losses, latent code,
       maps and Adam in float32; cuda_graph: on a GPU, each phase's iteration is captured once and replayed; False: run.
 
-    Raises: OutOfRangeError.
+    Raises: OutOfRangeError, UnknownNameError.
     """
 
     latent_steps: int = 1000
@@ -73,8 +73,19 @@ class MaskFaceGANConfig:
     cuda_graph: bool = True
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(type(self))
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, kind = getattr(self, field.name), kinds[field.name]
+            if (choices := get_args(kind)) and value not in choices:
+                raise UnknownNameError(
+                    f"MaskFaceGANConfig: {field.name} must be one of {', '.join(choices)}, got {value!r}; "
+                    f"{suggestion(str(value), choices)}"
+                )
+            if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise OutOfRangeError(
+                    f"MaskFaceGANConfig: {field.name} must be a whole number, got {value!r}; "
+                    f"the default is {field.default}"
+                )
             if isinstance(value, int | float) and not isinstance(value, bool) and not 0 <= value < math.inf:
                 raise OutOfRangeError(
                     f"MaskFaceGANConfig: {field.name} must be finite and not negative, got {value:g}; "

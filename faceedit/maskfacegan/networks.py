@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -136,30 +136,44 @@ def encode(encoder: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 def in_precision(networks: Networks, dtype: str) -> Iterator[Networks]:
     """The networks in float32, or with convolutions in bfloat16.
 
-    The generator's from 64 px on, by its own policy, which is put back at the end; the parser's and the classifier's by
-    autocast. Logits, statistics and losses stay fp32.
+    The generator's from 64 px on, by its own policy; the parser's and the classifier's by autocast. Logits, statistics
+    and losses stay fp32. The networks given are not changed: other edits may be running on them.
     """
     if dtype == "float32":
         yield networks
         return
     from faceedit.networks.stylegan2 import Precision
 
-    synthesis: Any = networks.generator.synthesis
-    before = getattr(synthesis, "precision", None)
+    synthesis: Any = copy.copy(networks.generator.synthesis)
     synthesis.precision = Precision("bfloat16")
+    generator: Any = copy.copy(networks.generator)
+    if isinstance(generator, nn.Module):
+        generator._modules = generator._modules.copy()  # else the copy's synthesis would become the original's too
+    generator.synthesis = synthesis
     parser, classifier = copy.copy(networks.parser), copy.copy(networks.classifier)
     parser.network, classifier.network = _halved(parser.network), _halved(classifier.network)
     parser.is_half = classifier.is_half = True
-    try:
-        yield replace(networks, parser=parser, classifier=classifier)
-    finally:
-        synthesis.precision = before
+    yield replace(networks, generator=generator, parser=parser, classifier=classifier)
 
 
-@lru_cache(maxsize=4)
+_means: weakref.WeakKeyDictionary[Any, dict[Any, Tensor]] = weakref.WeakKeyDictionary()
+
+
 def mean_latent(mapping: Any, samples: int) -> Tensor:
-    """The mean of w (W) over random latents, the same whenever asked; 0 samples: the average kept with the weights."""
-    return mapping.estimate_average(samples) if samples else mapping.average
+    """The mean of w (W) over random latents, the same whenever asked; 0 samples: the average kept with the weights.
+
+    It is remembered as long as the mapping network lives and its weights are not written to.
+    """
+    if not samples:
+        average: Tensor = mapping.average
+        return average
+    state = tuple((weight._version, weight.data_ptr()) for weight in mapping.parameters())
+    known = _means.setdefault(mapping, {})
+    if (samples, state) not in known:
+        for key in [key for key in known if key[1] != state]:
+            del known[key]
+        known[samples, state] = mapping.estimate_average(samples)
+    return known[samples, state]
 
 
 def _run(network: nn.Module, image: Tensor, is_half: bool) -> Tensor:

@@ -105,6 +105,10 @@ def optimize(
     groups = [[i for i, plan in enumerate(plans) if plan.is_global == is_global] for is_global in (False, True)]
     chunks = [group[at : at + batch] for group in groups for at in range(0, len(group), batch)]
     outcomes: dict[int, EditOutcome | OptimizationError] = {}
+    for chunk in chunks:  # all of them first: what the last one lacks must not cost the work of the others
+        _check_networks(networks, [plans[i] for i in chunk], config, has_start=start is not None)
+    for chunk in chunks[1:]:  # the first one looks at its own before it begins
+        check_regions(_parsed(networks, source[chunk]), [plans[i] for i in chunk], config)
     for chunk in chunks:
         given = None if start is None else start[chunk].to(networks.device)
         with in_precision(networks, config.precision) as running:
@@ -133,8 +137,7 @@ class _Run:
     ) -> None:
         self.networks, self.source, self.plans, self.config = networks, source, plans, config
         self.is_global = plans[0].is_global
-        with torch.no_grad():
-            parsed = networks.parser(source)
+        parsed = _parsed(networks, source)
         check_regions(parsed, plans, config)
         self.masks = EditMasks.of(parsed, plans, source.shape[-1])
         asks = any(plan.attributes for plan in plans)
@@ -153,11 +156,7 @@ class _Run:
     # Set up
 
     def _perception(self) -> losses.Perception:
-        if self.networks.features is None:
-            raise UsageError(
-                f"maskfacegan: {', '.join(self.plans[0].values)} edits the whole face and needs a feature network, got "
-                "none; install attribute-classifier-starter or pass Networks(features=...)"
-            )
+        assert self.networks.features is not None  # _check_networks
         return losses.Perception.of(self.networks.features, self.source)
 
     def _start(self, start: Tensor | None) -> tuple[Tensor, bool]:
@@ -167,11 +166,7 @@ class _Run:
             return start.clone(), False
         wants_encoder = config.start == "encoder" or (self.is_global and networks.encoder is not None)
         if wants_encoder:
-            if networks.encoder is None:
-                raise UsageError(
-                    'maskfacegan: start "encoder" must have an encoder, got none; name one in the weights or start '
-                    'from the "mean"'
-                )
+            assert networks.encoder is not None  # _check_networks
             ws = encode(networks.encoder, self.source).float().clone()
             _check_codes("the encoder", ws, len(self.plans), generator.config)
             return ws, False
@@ -226,8 +221,8 @@ class _Run:
 
     def _blend(self) -> None:
         """Stage three: I_G of the final state, B, and I' = B ⊙ I_G + (1 - B) ⊙ I (paper, eq. 12)."""
-        has_noise = self.phases[-1].has_noise or self.config.noise_steps > 0
-        self.generated = self._generate(self.state.noise.maps if has_noise else "zero")
+        self.has_noise = self.phases[-1].has_noise or self.config.noise_steps > 0
+        self.generated = self._generate(self.state.noise.maps if self.has_noise else "zero")
         self.blend = self.masks.blend
         if any(plan.follows for plan in self.plans):
             self.blend = self.masks.blend_with(self.networks.parser(self.generated))
@@ -256,7 +251,7 @@ class _Run:
             generated=self.generated[one],
             blend=self.blend[one],
             ws=state.ws[one].detach().clone(),
-            noise=tuple(noise_map[one].detach().clone() for noise_map in state.noise.maps),
+            noise=tuple(noise_map[one].detach() * float(self.has_noise) for noise_map in state.noise.maps),
             losses={name: float(terms[name][row]) for name in TERMS if name in terms and name not in idle},
             iterations={"latent": self.total - self.config.noise_steps, "noise": self.config.noise_steps},
             seconds=dict(seconds),
@@ -382,6 +377,30 @@ def _check(networks: Networks, source: Tensor, plans: Sequence[EditPlan], start:
         )
     if start is not None:
         _check_codes("start", start, len(plans), config)
+
+
+@torch.no_grad()
+def _parsed(networks: Networks, source: Tensor) -> Tensor:
+    return networks.parser(source)
+
+
+def _check_networks(
+    networks: Networks, plans: Sequence[EditPlan], config: MaskFaceGANConfig, *, has_start: bool
+) -> None:
+    """Raise where edits of one kind need what the networks lack: an attribute, features, an encoder."""
+    for plan in plans:
+        if plan.attributes:
+            networks.classifier.select(plan.attributes)
+    if plans[0].is_global and networks.features is None:
+        raise UsageError(
+            f"maskfacegan: {', '.join(plans[0].values)} edits the whole face and needs a feature network, got "
+            "none; install attribute-classifier-starter or pass Networks(features=...)"
+        )
+    if config.start == "encoder" and networks.encoder is None and not has_start:
+        raise UsageError(
+            'maskfacegan: start "encoder" must have an encoder, got none; name one in the weights or start '
+            'from the "mean"'
+        )
 
 
 def _check_codes(what: str, ws: Tensor, count: int, config: Any) -> None:

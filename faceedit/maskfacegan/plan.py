@@ -73,13 +73,17 @@ def make_plan(
     Args:    values, attribute -> intensity in [0, 1], several at once; component, scale, a class of `COMPONENTS` (or a
              local attribute, standing for its class) and how large it shall be, 1 as it is; keep, attributes to hold at
              what the classifier sees, "hair" for the other hair attributes (colours while the shape is edited, shape
-             while the colour is); force_global, treat local attributes as ones of the whole face.
+             while the colour is, both while the whole face is, none where the hair is not reached); force_global, treat
+             local attributes as ones of the whole face.
     Returns: a plan that is global when any of its attributes is: regions, shape and dynamic masks are then the face's.
     Raises:  UnknownAttributeError, UnknownNameError for the component, OutOfRangeError, UsageError when nothing is
              asked for, attributes exclude each other, or a global edit sets a size.
     """
     config = config or MaskFaceGANConfig()
     complete_request(values, CELEBA)  # refuses unknown names and contradictions; nothing is added to the request
+    for name, value in values.items():
+        if not 0.0 <= value <= 1.0:
+            raise OutOfRangeError(f"make_plan: {name} must be between 0 and 1, got {value:g}; 1 sets it fully")
     if not values and not component:
         raise UsageError("make_plan: an edit must set an attribute or a size, got neither; set e.g. Smiling=1")
     component = _component(component)
@@ -87,7 +91,7 @@ def make_plan(
         raise OutOfRangeError(f"make_plan: scale must lie between 0 and 4, got {scale:g}; 1 keeps the size")
     rules = {name: maskfacegan_region(name) for name in values}
     is_global = config.force_global or any(rule.is_global for rule in rules.values())
-    kept = _kept(keep, values)
+    kept = _kept(keep, values, is_global)
     if is_global:
         if component:
             raise UsageError(
@@ -150,7 +154,7 @@ def _component(name: str) -> str:
     )
 
 
-def _kept(keep: Collection[str], values: Mapping[str, float]) -> tuple[str, ...]:
+def _kept(keep: Collection[str], values: Mapping[str, float], is_global: bool) -> tuple[str, ...]:
     names: list[str] = []
     for name in keep:
         if name != "hair":
@@ -158,8 +162,14 @@ def _kept(keep: Collection[str], values: Mapping[str, float]) -> tuple[str, ...]
             continue
         edits_shape = any(value in HAIR_SHAPES for value in values)
         edits_colour = any(value in HAIR_COLOURS for value in values)
-        names += HAIR_COLOURS if edits_shape and not edits_colour else ()
-        names += HAIR_SHAPES if edits_colour and not edits_shape else ()
+        if edits_shape and edits_colour:
+            raise UsageError(
+                "make_plan: keep must leave something of the hair to hold, got hair while shape and colour are set; "
+                "leave it out"
+            )
+        # An edit of another part does not reach the hair: there is nothing to hold.
+        names += HAIR_COLOURS if edits_shape or (is_global and not edits_colour) else ()
+        names += HAIR_SHAPES if edits_colour or (is_global and not edits_shape) else ()
     return tuple(name for name in dict.fromkeys(names) if name not in values)
 
 

@@ -138,6 +138,14 @@ class E4EEncoder(nn.Module):
         self.latlayer2 = nn.Conv2d(widths[1], top, 1)
         self.register_buffer("average", torch.zeros(config.num_ws, config.w_width))
 
+    @torch.no_grad()
+    def silence_after(self, stage: int) -> None:
+        """Make the heads past `stage` add nothing, as in a forward pass at that stage."""
+        for head in self.styles[stage + 1 :]:
+            assert isinstance(head, StyleHead)
+            head.linear.weight.zero_()
+            head.linear.bias.zero_()
+
     def forward(self, image: Tensor, stage: int | None = None) -> Tensor:
         side = self.config.size_px
         if image.ndim != 4 or image.shape[1:] != (3, side, side):

@@ -255,11 +255,12 @@ def test_lpips_proper_is_made_of_own_copies() -> None:
 # Precision
 
 
-def test_half_precision_is_put_back_and_leaves_outputs_in_fp32() -> None:
+def test_half_precision_is_of_copies_and_leaves_outputs_in_fp32() -> None:
     networks, image = standins(), torch.rand(1, 3, 16, 16)
     networks = replace(networks, parser=RegionParser(nn.Conv2d(3, 9, 1), 16))
     with in_precision(networks, "bfloat16") as half:
-        assert networks.generator.synthesis.precision.dtype == "bfloat16"
+        assert half.generator.synthesis.precision.dtype == "bfloat16"
+        assert networks.generator.synthesis.precision == "as loaded"
         rough = half.parser(image)
         assert half.classifier.select(["Smiling"]).is_half
         assert rough.dtype == half.classifier(image).dtype == torch.float32

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from faceedit.errors import UnknownAttributeError, UsageError
 from faceedit.maskfacegan.config import MaskFaceGANConfig
 from faceedit.maskfacegan.graph import WARM_UP, GraphedIteration
 from faceedit.maskfacegan.masks import MissingRegionError
-from faceedit.maskfacegan.networks import AttributeJudge, Networks, RegionParser
+from faceedit.maskfacegan.networks import AttributeJudge, Networks, RegionParser, _means, in_precision, mean_latent
 from faceedit.maskfacegan.optimizer import optimize
 from faceedit.maskfacegan.outcome import EditCancelledError, EditOutcome, OptimizationError, Progress
 from faceedit.maskfacegan.plan import EditPlan, make_plan
@@ -154,6 +155,15 @@ def test_no_noise_stage_is_allowed() -> None:
     assert set(clean.generator.synthesis.noise_was) == {"zero"}
 
 
+def test_an_outcome_is_synthesised_again_from_its_code_and_maps() -> None:
+    networks = small_stylegan2()
+    for noise_start in (8, 10):  # with maps, and without any
+        found = one(networks, config=replace(SHORT, noise_steps=0, noise_start=noise_start))
+        again = networks.generator.synthesis(found.ws, noise=found.noise)
+        torch.testing.assert_close(again, found.generated, atol=1e-5, rtol=1e-5)
+        assert any(bool(noise_map.any()) for noise_map in found.noise) == (noise_start == 8)
+
+
 def test_losses_fall() -> None:
     config = replace(SHORT, latent_steps=60, semantic_start=30, dynamic_stop=40, noise_start=40, noise_steps=20)
     seen = observed(SMILE, config)
@@ -244,6 +254,34 @@ def test_networks_are_left_as_they_were() -> None:
     assert all(torch.equal(value, before[name]) for name, value in networks.generator.state_dict().items())
     assert networks.generator.synthesis.precision == networks.generator.config.precision
     assert all(p.grad is None for p in networks.generator.parameters())
+
+
+def test_overlapping_edits_keep_their_own_precision() -> None:
+    networks = small_stylegan2()
+    own = networks.generator.synthesis.precision
+    first, second = (in_precision(networks, "bfloat16") for _ in range(2))
+    running, also = first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    assert also.generator.synthesis.precision.dtype == running.generator.synthesis.precision.dtype == "bfloat16"
+    assert networks.generator.synthesis.precision == own
+    second.__exit__(None, None, None)
+    assert networks.generator.synthesis.precision == own
+    assert running.generator.mapping is networks.generator.mapping
+
+
+def test_the_mean_follows_the_weights_and_is_forgotten_with_them() -> None:
+    mapping = small_stylegan2().generator.mapping
+    before = mean_latent(mapping, 100)
+    assert mean_latent(mapping, 100) is before
+    mapping.load_state_dict({name: 2 * value for name, value in mapping.state_dict().items()})
+    after = mean_latent(mapping, 100)
+    torch.testing.assert_close(after, mapping.estimate_average(100))
+    assert not torch.allclose(after, before)
+    assert len(_means[mapping]) == 1
+    known = len(_means)
+    del mapping
+    gc.collect()
+    assert len(_means) == known - 1
 
 
 # Observers
@@ -352,6 +390,23 @@ def test_unknown_attributes_and_missing_regions_are_refused_before_anything_runs
         run(networks, [make_plan({"Wavy_Hair": 1})], source=bald)
     with pytest.raises(UsageError, match="feature network"):
         run(replace(networks, features=None), [make_plan({"Male": 1})])
+    assert networks.generator.synthesis.noise_was == []
+
+
+def test_the_last_edit_is_checked_before_the_first_one_runs() -> None:
+    networks, seen = standins(), []
+    source = portrait(count=3)
+    source[2, 1] = -9  # bald
+    wavy = make_plan({"Wavy_Hair": 1})
+    with pytest.raises(MissingRegionError, match="hair must be in the picture"):
+        run(networks, [wavy] * 3, source=source, batch=1, observe=seen.append)
+    with pytest.raises(UnknownAttributeError, match="Straight_Hair"):
+        run(networks, [SMILE, make_plan({"Straight_Hair": 1})], batch=1, observe=seen.append)
+    with pytest.raises(UsageError, match="feature network"):
+        run(replace(networks, features=None), [SMILE, make_plan({"Male": 1})], observe=seen.append)
+    with pytest.raises(UsageError, match='start "encoder" must have an encoder'):
+        run(replace(networks, encoder=None), [SMILE], replace(SHORT, start="encoder"), observe=seen.append)
+    assert seen == []
     assert networks.generator.synthesis.noise_was == []
 
 

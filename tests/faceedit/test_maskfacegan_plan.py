@@ -88,7 +88,8 @@ def test_keeping_hair_pins_what_is_not_edited() -> None:
     colours = ("Black_Hair", "Brown_Hair", "Blond_Hair", "Gray_Hair")
     assert make_plan({"Wavy_Hair": 1}, keep=["hair"]).keep == colours
     assert make_plan({"Blond_Hair": 1}, keep=["hair"]).keep == ("Straight_Hair", "Wavy_Hair")
-    assert make_plan({"Blond_Hair": 1, "Wavy_Hair": 1}, keep=["hair"]).keep == ()
+    assert make_plan({"Young": 0}, keep=["hair"]).keep == (*colours, "Straight_Hair", "Wavy_Hair")
+    assert make_plan({"Smiling": 1}, keep=["hair"]).keep == (), "an edit of the mouth does not reach the hair"
     assert make_plan({"Smiling": 1}, keep=["Young", "Smiling"]).attributes == ("Smiling", "Young")
 
 
@@ -103,6 +104,9 @@ def test_keeping_hair_pins_what_is_not_edited() -> None:
         ({"values": {}, "component": "nose", "scale": 0.0}, OutOfRangeError, "scale"),
         ({"values": {"Male": 1}, "component": "nose", "scale": 1.5}, UsageError, "two edits"),
         ({"values": {"Smiling": 1}, "keep": ["hiar"]}, UnknownAttributeError, "hair"),
+        ({"values": {"Blond_Hair": 1, "Wavy_Hair": 1}, "keep": ["hair"]}, UsageError, "something of the hair to hold"),
+        ({"values": {"Smiling": 3}}, OutOfRangeError, "Smiling must be between 0 and 1, got 3"),
+        ({"values": {"Smiling": float("nan")}}, OutOfRangeError, "Smiling must be between 0 and 1"),
     ],
 )
 def test_nonsense_is_refused(arguments: dict, error: type, words: str) -> None:
@@ -181,10 +185,26 @@ def test_the_fast_preset_differs_in_counts_and_the_rate_alone() -> None:
         ({"epsilon": 0.5}, "epsilon"),
         ({"semantic_start": 1000}, "nothing would be edited"),
         ({"dynamic_stop": 499}, "dynamic_stop"),
+        ({"latent_steps": 1000.5}, "latent_steps must be a whole number, got 1000.5"),
+        ({"noise_steps": True}, "noise_steps must be a whole number"),
     ],
 )
 def test_wrong_numbers_are_refused(wrong: dict, word: str) -> None:
     with pytest.raises(OutOfRangeError, match=word):
+        MaskFaceGANConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"blend": "skn"}, "blend must be one of skin, target, targets, got 'skn'; did you mean skin"),
+        ({"hair_blend": "generatd"}, "hair_blend must be one of generated, original"),
+        ({"start": "encode"}, "start must be one of mean, encoder"),
+        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
+    ],
+)
+def test_wrong_choices_are_refused(wrong: dict, words: str) -> None:
+    with pytest.raises(UnknownNameError, match=words):
         MaskFaceGANConfig(**wrong)
 
 

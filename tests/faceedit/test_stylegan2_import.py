@@ -21,7 +21,7 @@ from support.command_line import Run
 from faceedit import registry
 from faceedit.errors import UnknownNameError, UsageError, WeightsError
 from faceedit.importers import import_weights
-from faceedit.importers.checkpoints import read_checkpoint
+from faceedit.importers.checkpoints import flatten, read_checkpoint
 from faceedit.importers.stylegan2 import convert
 from faceedit.networks.stylegan2 import StyleGAN2Config, StyleGAN2Discriminator, StyleGAN2Generator
 
@@ -302,6 +302,20 @@ def test_a_tensor_stays_within_its_storage(tmp_path: Path) -> None:
     for layout in ((0, (100,), (1,)), (3, (2,), (1,)), (-1, (2,), (1,)), (0, (2, 2), (2,)), (0, (2,), (-1,))):
         (tmp_path / "net.pkl").write_bytes(pickle.dumps({"a": Outside(*layout)}))
         refused(tmp_path / "net.pkl", tmp_path, "whole checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"), [("deep", "nested at most"), ("wide", "fewer than"), ("endless", "nested")]
+)
+def test_a_small_file_cannot_claim_endless_contents(shape: str, words: str, tmp_path: Path) -> None:
+    content: dict = {"weight": torch.zeros(2), "n": 1}
+    if shape == "endless":
+        content["again"] = content
+    else:
+        for _ in range(60 if shape == "deep" else 18):
+            content = {"a": content} if shape == "deep" else {"a": content, "b": content}
+    with pytest.raises(WeightsError, match=words):
+        flatten("G_ema", content)
 
 
 def test_a_number_cannot_take_all_memory(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,18 @@ def test_folder_is_read_shrunk_and_cached(tmp_path: Path) -> None:
     red, grey = faces.read([0, 1])
     torch.testing.assert_close(red.mean((1, 2)), torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
     torch.testing.assert_close(grey, torch.full((3, 16, 16), 200 / 127.5 - 1))
+
+
+def test_other_images_of_the_same_names_and_sizes_are_other_images(tmp_path: Path) -> None:
+    means = []
+    for number, grey in enumerate((10, 240)):
+        folder = tmp_path / str(grey)
+        folder.mkdir()
+        Image.new("RGB", (32, 32), (grey,) * 3).save(folder / "000.bmp")
+        os.utime(folder / "000.bmp", ns=(number, number))
+        config = AlignedConfig(size_px=16, folder=str(folder), cache_dir=str(tmp_path / "cache"))
+        means.append(AlignedFaces(config, quiet).read([0]).mean().item())
+    assert means == pytest.approx([10 / 127.5 - 1, 240 / 127.5 - 1])
 
 
 def test_folders_without_images_are_refused(tmp_path: Path) -> None:

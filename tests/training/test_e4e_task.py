@@ -97,6 +97,23 @@ def test_layers_come_in_one_by_one() -> None:
     assert [progressive.stage_at(step, 4) for step in (0, 9, 10, 14, 15, 20, 1000)] == [0, 0, 1, 1, 2, 3, 3]
 
 
+def test_heads_that_wait_say_nothing(folder: Path, tmp_path: Path) -> None:
+    """Neither in validation nor in what a run that ended early exports: their weights are chance's."""
+    task = build(tiny(folder, "progressive={start: 100, every: 2}"))
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    batch = task.context.to_device(task.batch(0))
+    task.training_step(batch, 0)
+    ws = task._encode(image)
+    assert torch.equal(ws, ws[:, :1].expand_as(ws))
+    task.export(tmp_path / "w.safetensors", {})
+    encoder: Any = load_network(tmp_path / "w.safetensors")
+    alone = encoder(image)
+    torch.testing.assert_close(alone, alone[:, :1].expand_as(alone))
+    task.training_step(batch, 1000)
+    ws = task._encode(image)
+    assert not torch.allclose(ws, ws[:, :1].expand_as(ws))
+
+
 def test_run_exports_what_loads(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(to_yaml(tiny(folder)))

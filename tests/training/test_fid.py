@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from faceedit.errors import UnknownNameError, WeightsError
+from faceedit.errors import FaceEditError, UnknownNameError, WeightsError
 from faceedit.networks.stylegan2 import StyleGAN2Config, StyleGAN2Generator
 from faceedit.training import fid as fid_module
 from faceedit.training.fid import FID, FeatureNetwork, feature_network, generated_images
@@ -52,6 +52,18 @@ def test_distance_of_gaussians_that_do_not_commute() -> None:
     assert distance(sample(zero, a), sample(zero, b)) == pytest.approx(expected)
     assert distance(sample(zero, b), sample(zero, a)) == pytest.approx(expected)
     assert distance(sample(zero, a), sample(zero, a)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+def test_what_is_not_finite_has_no_distance(value: float) -> None:
+    """It was 0.000 once, a perfect score."""
+    good = sample(torch.zeros(4), torch.eye(4))
+    bad = good.clone()
+    bad[3, 1] = value
+    for one, other in ((good, bad), (bad, good)):
+        with pytest.raises(FaceEditError, match=r"FID: (features|the distance) must be finite"):
+            distance(one, other)
+    assert distance(good, good) == pytest.approx(0, abs=1e-6)
 
 
 def test_fewer_images_than_features_are_exact() -> None:

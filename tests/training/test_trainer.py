@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,7 +20,7 @@ from support.toy_task import ToyTask
 from faceedit import training
 from faceedit.errors import DeviceError, UsageError, WeightsError
 from faceedit.training import trainer
-from faceedit.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from faceedit.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import TrainingDivergedError
 
@@ -231,6 +232,66 @@ def test_used_directory_is_refused(toy_recipe: Path, tmp_path: Path) -> None:
         training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
 
 
+def test_another_runs_directory_is_refused_for_resuming_too(toy_recipe: Path, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for run in (one, other):
+        training.run(toy_recipe, output_dir=run, report=quiet)
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"output_dir must hold no earlier run, got .*other; .* is not of it"):
+        training.run(toy_recipe, ["trainer.steps=16"], resume=one, output_dir=other, report=quiet)
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    # A checkpoint by itself has no run to go on in.
+    alone = tmp_path / "downloads" / "x.pt"
+    alone.parent.mkdir()
+    shutil.copy(list_checkpoints(one / "checkpoints")[-1], alone)
+    with pytest.raises(UsageError, match="resume must lie in the checkpoints of a run"):
+        training.run(toy_recipe, ["trainer.steps=16"], resume=alone, report=quiet)
+    moved = training.run(toy_recipe, ["trainer.steps=16"], resume=alone, output_dir=tmp_path / "new", report=quiet)
+    assert moved is not None
+    assert (moved.step, moved.directory) == (16, tmp_path / "new")
+
+
+def test_going_back_sets_later_checkpoints_aside(toy_recipe: Path, tmp_path: Path) -> None:
+    run, often = tmp_path / "run", ["trainer.checkpoint_every=4", "trainer.keep_checkpoints=3"]
+    training.run(toy_recipe, often, output_dir=run, report=quiet)
+    earlier = run / "checkpoints" / "step_00000004.pt"
+    resumed = training.run(toy_recipe, [*often, "trainer.steps=7"], resume=earlier, report=quiet)
+    assert resumed is not None
+    assert resumed.checkpoint.is_file()
+    assert resumed.directory.resolve() == run.resolve()
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000004.pt", "step_00000007.pt"]
+    aside = run / "checkpoints" / "abandoned"
+    assert [path.name for path in list_checkpoints(aside)] == ["step_00000008.pt", "step_00000012.pt"]
+    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == resumed.checkpoint
+
+
+def test_another_recipe_is_said_when_resuming(toy_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    training.run(toy_recipe, output_dir=run, report=quiet)
+    lines: list[str] = []
+    more = ["trainer.steps=16", "trainer.log_every=1", "adam.rate=0.5", "trainer.seed=9"]
+    training.run(toy_recipe, more, resume=run, report=lines.append)
+    said = [line for line in lines if "another recipe" in line]
+    seed = training.resolve(toy_recipe).trainer.seed
+    assert said == [
+        f"resumed with another recipe: trainer.seed: {seed} -> 9",
+        "resumed with another recipe: adam.rate: 0.01 -> 0.5",
+    ]
+
+
+def test_what_diverged_takes_no_checkpoints_place(toy_recipe: Path, tmp_path: Path) -> None:
+    """Between two logged steps, and when the time is up."""
+    often = ["trainer.checkpoint_every=2", "trainer.log_every=100", "explode_at=5"]
+    with pytest.raises(TrainingDivergedError, match=r"fit must be finite, got nan or inf by step 6; .*checkpoints"):
+        training.run(toy_recipe, often, output_dir=tmp_path / "run", report=quiet)
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2, 4]
+    timed = ["trainer.max_minutes=0.005", "trainer.steps=100000", "trainer.log_every=0", "explode_at=0"]
+    timed += ["trainer.checkpoint_every=0"]
+    with pytest.raises(TrainingDivergedError, match="fit must be finite"):
+        training.run(toy_recipe, timed, output_dir=tmp_path / "timed", report=quiet)
+    assert not (tmp_path / "timed" / "weights.safetensors").exists()
+
+
 def test_a_metrics_line_torn_by_a_crash_does_not_keep_a_run_from_resuming(toy_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     training.run(toy_recipe, output_dir=run, report=quiet)
@@ -263,6 +324,8 @@ def test_checkpoints_rotate_and_refuse_damage(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, {"step": step, "value": torch.ones(2)}, keep=2)
     kept = list_checkpoints(tmp_path)
     assert [load_checkpoint(path)["step"] for path in kept] == [2, 3]
+    assert save_checkpoint(tmp_path / "one", {"step": 5}, keep=1).is_file()
+    assert save_checkpoint(tmp_path / "one", {"step": 4}, keep=1).is_file(), "what was just written stays"
     kept[0].write_bytes(kept[0].read_bytes()[:50])
     with pytest.raises(WeightsError, match="checkpoint must be readable"):
         load_checkpoint(kept[0])
