@@ -321,22 +321,35 @@ def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> tup
         return image.convert("RGB"), None
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     try:
-        embedded = ImageCms.ImageCmsProfile(BytesIO(profile))
-        if image.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(embedded).lower():
-            return image, srgb.tobytes()  # a conversion to itself would only add rounding
-        converted = ImageCms.profileToProfile(
-            image,
-            embedded,
+        conversion = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(BytesIO(profile)),
             srgb,
+            image.mode,
+            "RGB",
             renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-            outputMode="RGB",
             flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
+        if image.mode == "RGB" and _changes_nothing(conversion):
+            return image, srgb.tobytes()  # a conversion to itself would only add rounding
+        converted = ImageCms.applyTransform(image, conversion)
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         notes.append("unusable ICC profile: colours taken as sRGB")
         return image.convert("RGB"), None
     assert converted is not None  # only in-place conversion returns nothing
     return converted, srgb.tobytes()
+
+
+def _changes_nothing(conversion: ImageCms.ImageCmsTransform) -> bool:
+    """Whether an RGB conversion leaves greys, primaries and their mixtures within a level of what they are.
+
+    Only the content tells: profiles that are called "Linear sRGB" are not sRGB, and many that are sRGB are not called
+    so. A level is what tabulated curves and rounded matrices of plain sRGB profiles differ by.
+    """
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(len(levels), -1, 3)
+    shown = ImageCms.applyTransform(Image.fromarray(colours), conversion)
+    assert shown is not None  # only in-place conversion returns nothing
+    return int(np.abs(np.asarray(shown).astype(np.int16) - colours).max()) <= 1
 
 
 def _kept_exif(exif: Image.Exif, notes: list[str]) -> bytes | None:

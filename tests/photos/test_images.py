@@ -319,6 +319,43 @@ def test_an_srgb_profile_changes_nothing_and_a_broken_one_is_noted(tmp_path: Pat
     assert "ICC" in broken.notes[0]
 
 
+def renamed_srgb(curve: bytes, name: str = "sRGB") -> bytes:
+    """Pillow's sRGB profile with another transfer curve and description."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = struct.unpack(">I", profile[128:132])[0]
+    for entry in range(132, 132 + 12 * count, 12):
+        if profile[entry + 1 : entry + 4] == b"TRC":
+            profile[entry + 4 : entry + 12] = struct.pack(">II", len(profile), len(curve))
+    profile = profile.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
+    profile += curve + b"\0" * (-len(curve) % 4)
+    profile[:4] = struct.pack(">I", len(profile))
+    return bytes(profile)
+
+
+def encoded(linear: np.ndarray) -> np.ndarray:
+    """sRGB's transfer function (IEC 61966-2-1) from linear light to signal, both in [0, 1]."""
+    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def test_a_linear_profile_is_converted_although_it_is_called_srgb(tmp_path: Path) -> None:
+    straight = struct.pack(">4sII", b"curv", 0, 0)  # no entries: the identity
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+    Image.fromarray(ramp).save(tmp_path / "linear.png", icc_profile=renamed_srgb(straight))
+    shown = read_image(tmp_path / "linear.png").pixels.astype(float)
+    np.testing.assert_allclose(shown, 255 * encoded(ramp / 255), atol=1)
+
+
+def test_an_srgb_profile_under_another_name_changes_nothing(tmp_path: Path) -> None:
+    """A coarse table of the curve: converting by it moves some colours by a level."""
+    values = np.interp(np.linspace(0, 1, 24), encoded(np.linspace(0, 1, 4096)), np.linspace(0, 1, 4096))
+    table = struct.pack(">4sII", b"curv", 0, 24) + np.rint(values * 65535).astype(">u2").tobytes()
+    Image.fromarray(RGB).save(tmp_path / "other.png", icc_profile=renamed_srgb(table, "uRGB"))
+    photo = read_image(tmp_path / "other.png")
+    np.testing.assert_array_equal(photo.pixels, RGB)
+    assert photo.icc_profile is not None
+    assert photo.notes == ()
+
+
 # --- what is written ---------------------------------------------------------------------------------------------
 
 
