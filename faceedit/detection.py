@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ MIN_FACE_PX = 24
 
 CONFIDENT = 0.5
 """Boxes that score at least this come first; a photo without one is searched again for tilted heads."""
+
+MOST_PROPOSALS = 64
+"""The best-scored proposals that one search gives at most, which bounds the time that a hostile photo can take. Photos
+without a face gave up to 20."""
 
 _CASCADES = ("haarcascade_frontalface_default.xml", "haarcascade_frontalface_alt2.xml")
 _WORK_PX = 512  # long side that is searched; a portrait's face is still some 100 px there, and time stays bounded
@@ -58,6 +63,11 @@ class FaceBox:
     angle_deg: float = 0.0
     landmarks: tuple[tuple[float, float], ...] | None = None
 
+    @property
+    def side(self) -> float:
+        """Side of the square of equal area, photo pixels."""
+        return float(np.sqrt(self.w * self.h))
+
     def overlap(self, other: FaceBox) -> float:
         """Intersection over union with another box, both taken as upright."""
         width = min(self.x + self.w, other.x + other.w) - max(self.x, other.x)
@@ -74,28 +84,83 @@ def detect_faces(
     With `yunet`, or the environment variable FACEEDIT_YUNET, naming YuNet's ONNX file, that network is asked instead
     of the cascades. Raises WeightsError when the named file is missing or unusable.
     """
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise ValueError(
-            f"detect_faces: pixels must be uint8 of shape (H, W, 3), got {pixels.dtype} {pixels.shape}; use read_image"
-        )
-    model = yunet or os.environ.get(YUNET_VARIABLE)
-    small, scale = _working_copy(pixels, _WORK_PX)
-    if model:
-        boxes = _yunet(small, scale, Path(model))
-    else:
+    return FaceSearch(pixels, yunet).first()[:max_faces]
+
+
+class Proposals:
+    """The boxes of a photo as a search gives them, the likely and the cheap ones first; here boxes that are known."""
+
+    def __init__(self, boxes: Sequence[FaceBox]) -> None:
+        self._boxes = list(boxes)
+
+    def first(self) -> list[FaceBox]:
+        """What the usual search finds: confident boxes first, each group largest first."""
+        return self._boxes
+
+    def larger(self, side_px: float) -> list[FaceBox]:
+        """Confident boxes of at least side_px that the usual search cannot see: tilted heads. Cheap where side_px is a
+        good part of the photo."""
+        return []
+
+    def rest(self) -> list[FaceBox]:
+        """Everything else that can be found at all; no box comes twice, but a face may."""
+        return []
+
+
+class FaceSearch(Proposals):
+    """Proposals in one photo uint8 (H,W,3) RGB, found as they are asked for; the arguments of `detect_faces`.
+
+    The cascades see upright heads at the size of a portrait. Small faces of large photos, and tilted heads, take
+    searches that cost several times as much and wait until a photo without a confident box, or `rest`, needs them.
+    """
+
+    def __init__(self, pixels: NDArray[np.uint8], yunet: str | os.PathLike[str] | None = None) -> None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+            raise ValueError(
+                f"detect_faces: pixels must be uint8 of shape (H, W, 3), got {pixels.dtype} {pixels.shape}; use "
+                "read_image"
+            )
+        self._pixels = pixels
+        model = yunet or os.environ.get(YUNET_VARIABLE)
+        self._yunet = Path(model) if model else None
+        # Searches that are still to be made, in this order; YuNet sees tilted heads by itself.
+        self._left = [self._fine] if self._yunet else [self._fine, self._tilted]
+
+    def first(self) -> list[FaceBox]:
+        boxes = self._look(_WORK_PX)
+        while self._yunet is None and self._left and not any(box.score >= CONFIDENT for box in boxes):
+            boxes = _distinct(boxes + self._left.pop(0)())
+        return _ordered(boxes)
+
+    def larger(self, side_px: float) -> list[FaceBox]:
+        if self._tilted not in self._left:
+            return []
+        return _ordered([box for box in self._tilted(side_px) if box.score >= CONFIDENT])
+
+    def rest(self) -> list[FaceBox]:
+        boxes: list[FaceBox] = []
+        while self._left:
+            boxes += self._left.pop(0)()
+        return _ordered(_distinct(boxes))
+
+    def _look(self, work_px: int) -> list[FaceBox]:
+        """Upright proposals at one size of the photo."""
+        small, scale = _working_copy(self._pixels, work_px)
+        return _yunet(small, scale, self._yunet) if self._yunet else _cascades(_equalised(small), scale)
+
+    def _fine(self) -> list[FaceBox]:
+        return self._look(_FINE_PX) if max(self._pixels.shape) > _WORK_PX else []
+
+    def _tilted(self, side_px: float = 0.0) -> list[FaceBox]:
+        small, scale = _working_copy(self._pixels, _WORK_PX)
         grey = _equalised(small)
-        boxes = _cascades(grey, scale)
-        if not _any_confident(boxes) and max(pixels.shape) > _WORK_PX:
-            fine, fine_scale = _working_copy(pixels, _FINE_PX)
-            boxes = _distinct(boxes + _cascades(_equalised(fine), fine_scale))
-        if not _any_confident(boxes):
-            boxes = _distinct(boxes + [box for angle in _TILTS_DEG for box in _tilted(grey, scale, angle)])
-    boxes = [box for box in boxes if min(box.w, box.h) >= MIN_FACE_PX]
-    return sorted(boxes, key=lambda box: (box.score < CONFIDENT, -box.w * box.h))[:max_faces]
+        return [box for angle in _TILTS_DEG for box in _tilted(grey, scale, angle, side_px)]
 
 
-def _any_confident(boxes: list[FaceBox]) -> bool:
-    return any(box.score >= CONFIDENT for box in boxes)
+def _ordered(boxes: list[FaceBox]) -> list[FaceBox]:
+    """Those large enough to be faces, of these the best-scored; confident ones first, each group largest first."""
+    best = sorted((box for box in boxes if min(box.w, box.h) >= MIN_FACE_PX), key=lambda box: -box.score)
+    return sorted(best[:MOST_PROPOSALS], key=lambda box: (box.score < CONFIDENT, -box.w * box.h))
 
 
 def _equalised(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -114,9 +179,10 @@ def _working_copy(pixels: NDArray[np.uint8], work_px: int) -> tuple[NDArray[np.u
     return np.asarray(cv2.resize(pixels, size, interpolation=interpolation), dtype=np.uint8), scale
 
 
-def _cascades(grey: NDArray[np.uint8], scale: float) -> list[FaceBox]:
-    """Proposals of all cascades on an equalised grey image, in photo pixels; agreeing cascades add their hits up."""
-    side = max(round(MIN_FACE_PX * min(scale, 1.0)), 24, round(_MIN_SHARE * min(grey.shape)))
+def _cascades(grey: NDArray[np.uint8], scale: float, side_px: float = 0.0) -> list[FaceBox]:
+    """Proposals of all cascades on an equalised grey image, in photo pixels, of at least side_px; agreeing cascades add
+    their hits up."""
+    side = max(round(MIN_FACE_PX * min(scale, 1.0)), 24, round(_MIN_SHARE * min(grey.shape)), round(side_px * scale))
     boxes: list[FaceBox] = []
     for cascade in _classifiers():
         found, hits = cascade.detectMultiScale2(grey, scaleFactor=1.1, minNeighbors=1, minSize=(side, side))
@@ -148,7 +214,7 @@ def _distinct(boxes: list[FaceBox]) -> list[FaceBox]:
     return kept
 
 
-def _tilted(grey: NDArray[np.uint8], scale: float, angle_deg: float) -> list[FaceBox]:
+def _tilted(grey: NDArray[np.uint8], scale: float, angle_deg: float, side_px: float) -> list[FaceBox]:
     """Proposals for heads rolled by angle_deg: the image is turned back, searched, and the boxes mapped."""
     height, width = grey.shape
     # OpenCV's positive angle is counter-clockwise, which is what rights a head rolled clockwise.
@@ -159,7 +225,7 @@ def _tilted(grey: NDArray[np.uint8], scale: float, angle_deg: float) -> list[Fac
     turned = cv2.warpAffine(grey, turn, (wide, high), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     back = cv2.invertAffineTransform(turn)
     boxes: list[FaceBox] = []
-    for box in _cascades(np.asarray(turned, dtype=np.uint8), 1.0):
+    for box in _cascades(np.asarray(turned, dtype=np.uint8), 1.0, side_px * scale):
         x, y = (back[:, :2] @ np.array([box.x + box.w / 2, box.y + box.h / 2]) + back[:, 2]).tolist()
         if 0 <= x < width and 0 <= y < height:
             w, h = box.w / scale, box.h / scale
@@ -172,7 +238,7 @@ def _yunet(small: NDArray[np.uint8], scale: float, model: Path) -> list[FaceBox]
     if not model.is_file():
         raise WeightsError(f"detect_faces: yunet must be an ONNX file, got {model}, which is missing; check the path")
     try:
-        detector = cv2.FaceDetectorYN.create(str(model), "", (small.shape[1], small.shape[0]), 0.6, 0.3, 50)
+        detector = cv2.FaceDetectorYN.create(str(model), "", (small.shape[1], small.shape[0]), 0.6, 0.3)
         _, rows = detector.detect(cv2.cvtColor(small, cv2.COLOR_RGB2BGR))
     except cv2.error as error:
         raise WeightsError(

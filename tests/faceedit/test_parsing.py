@@ -6,12 +6,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from skimage import data
 from support.drawn_faces import DrawnFace, PaletteParser, draw_face, palette_parser
 
-from faceedit.detection import FaceBox
+from faceedit.alignment import portrait_alignment
+from faceedit.detection import FaceBox, FaceSearch, Proposals
 from faceedit.errors import FaceCutOffError, FaceTooSmallError, NoFaceError, OutOfRangeError
 from faceedit.labels import CELEBAMASK_HQ, flip_soft
-from faceedit.parsing import CROP_PX, FaceParser, image_tensor, inside_photo
+from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, image_tensor, inside_photo
 
 
 def moved(box: FaceBox, dx: float = 0, dy: float = 0, grow: float = 1.0) -> FaceBox:
@@ -71,7 +73,7 @@ def test_a_mirrored_photo_gives_the_mirrored_mask(drawn: DrawnFace, parser: Face
 def test_flip_average_is_the_mean_of_both_views(drawn: DrawnFace) -> None:
     network = torch.nn.Conv2d(3, 19, 3, padding=1)
     crop = image_tensor(drawn.pixels[:256, :256])
-    one, both = (FaceParser(network, flip_average=flag, detect=lambda _: []) for flag in (False, True))
+    one, both = (FaceParser(network, flip_average=flag, detect=lambda _: Proposals([])) for flag in (False, True))
     expected = (one.parse_crop(crop) + flip_soft(one.parse_crop(crop.flip(-1)))) / 2
     torch.testing.assert_close(both.parse_crop(crop), expected)
 
@@ -86,14 +88,71 @@ def two_faces() -> tuple[DrawnFace, DrawnFace, np.ndarray]:
     return large, small, np.concatenate([large.pixels, small.pixels], axis=1)
 
 
-def test_faces_are_numbered_as_proposed_and_duplicates_counted_once() -> None:
+def test_faces_are_numbered_by_size_and_duplicates_counted_once() -> None:
     large, small, pixels = two_faces()
-    boxes = [large.box, moved(large.box, 4, 3), moved(small.box, 300)]
-    parser = palette_parser(*boxes)
+    parser = palette_parser(moved(small.box, 300), large.box, moved(large.box, 4, 3))
     assert parser.find_face(pixels, 0).landmarks[2, 0] < 300
     assert parser.find_face(pixels, 1).landmarks[2, 0] > 300
     with pytest.raises(NoFaceError, match="number of faces, 2, got 2"):
         parser.find_face(pixels, 2)
+
+
+class StagedSearch(Proposals):
+    """Boxes that come at the stage they are given for; it notes what it is asked."""
+
+    def __init__(self, first: list[FaceBox], larger: list[FaceBox], rest: list[FaceBox]) -> None:
+        super().__init__(first)
+        self.stages, self.asked = {"larger": larger, "rest": rest}, [0.0]
+
+    def larger(self, side_px: float) -> list[FaceBox]:
+        self.asked.append(side_px)
+        return self.stages["larger"]
+
+    def rest(self) -> list[FaceBox]:
+        self.asked.append(-1.0)
+        return self.stages["rest"]
+
+
+def believing(search: Proposals, monkeypatch: pytest.MonkeyPatch) -> FaceParser:
+    """A parser that takes every box for a face, whose eyes are a third of its side apart or, at score 0.99, a tenth."""
+
+    alignment = portrait_alignment(draw_face().landmarks, (420, 380), CROP_PX)
+
+    def align(self: FaceParser, pixels: np.ndarray, box: FaceBox) -> AlignedFace:
+        eyes = np.array([(-0.5, 0.0), (0.5, 0.0)]) * box.w / (10 if box.score == 0.99 else 3)
+        landmarks = np.array([box.x + box.w / 2, box.y + box.h / 2]) + eyes[[0, 1, 0, 1, 0]]
+        return AlignedFace(box, landmarks, alignment)
+
+    monkeypatch.setattr(FaceParser, "_align", align)
+    return FaceParser(torch.nn.Identity(), detect=lambda _: search)
+
+
+def square(x: float, side: float, score: float = 0.9) -> FaceBox:
+    return FaceBox(x, 0.0, side, side, score)
+
+
+def test_the_largest_face_is_number_0_wherever_the_search_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A doubtful box, one that is three times its face, a larger tilted head, and small faces of a closer look."""
+    doubtful, upright, oversized = square(0, 100, 0.1), square(200, 90), square(400, 150, 0.99)
+    tilted, near, far = square(600, 130), square(800, 95, 0.2), square(1000, 30)
+    search = StagedSearch([oversized, upright, doubtful], [tilted], [far, near])
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    parser = believing(search, monkeypatch)
+    assert parser.find(pixels, 0).box is tilted
+    assert search.asked == [0.0, 125.0], "a larger tilted head is asked for, the rest is not"
+    ranked = [tilted, doubtful, near, upright, oversized, far]
+    assert [parser.find(pixels, i).box for i in range(6)] == ranked
+    with pytest.raises(NoFaceError, match="number of faces, 6, got 6"):
+        parser.find(pixels, 6)
+
+
+def test_more_than_six_faces_of_a_photo_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = np.tile(data.astronaut()[:256:2, 96:352:2], (2, 4, 1))
+    search = FaceSearch(photo)
+    centres = [(box.x + box.w / 2, box.y + box.h / 2) for box in search.first()]
+    heads = {(x // 128, y // 128) for x, y in centres if abs(x % 128 - 64) < 20 and abs(y % 128 - 60) < 20}
+    assert len(heads) == 8
+    assert believing(search, monkeypatch).find(photo, 7).landmarks.shape == (5, 2)
 
 
 def test_a_false_alarm_does_not_hide_the_face(drawn: DrawnFace) -> None:

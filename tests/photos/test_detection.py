@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from skimage import data
 
-from faceedit.detection import CONFIDENT, MIN_FACE_PX, YUNET_VARIABLE, FaceBox, detect_faces
+from faceedit.detection import CONFIDENT, MIN_FACE_PX, YUNET_VARIABLE, FaceBox, FaceSearch, detect_faces
 from faceedit.errors import WeightsError
 
 ASTRONAUT = data.astronaut()
@@ -53,6 +53,50 @@ def test_a_tilted_head_is_found_with_its_angle(angle: float) -> None:
     hits = [box for box in detect_faces(photo) if box.overlap(FACE) > 0.4]
     assert hits
     assert np.sign(hits[0].angle_deg) == np.sign(angle)
+
+
+def tilted_beside_upright() -> np.ndarray:
+    """A head rolled by 30 degrees in 400 px, and beside it an upright one at 0.4 times its size."""
+    turn = cv2.getRotationMatrix2D((FACE.x + FACE.w / 2, FACE.y + FACE.h / 2), -30.0, 1.0)
+    photo = np.full((400, 560, 3), 110, np.uint8)
+    photo[:, :400] = cv2.warpAffine(ASTRONAUT, turn, (512, 512), borderMode=cv2.BORDER_REFLECT_101)[:400, 30:430]
+    photo[200:300, 440:540] = cv2.resize(ASTRONAUT[:250, 100:350], (100, 100), interpolation=cv2.INTER_AREA)
+    return photo
+
+
+BIG, SMALL = FaceBox(FACE.x - 30, FACE.y, FACE.w, FACE.h, 1.0), FaceBox(470.0, 227.0, 42.0, 42.0, 1.0)
+
+
+def test_a_tilted_head_that_is_larger_than_an_upright_one_is_proposed_when_asked_for() -> None:
+    search = FaceSearch(tilted_beside_upright())
+    first = search.first()
+    assert first[0].overlap(SMALL) > 0.5
+    assert not any(box.overlap(BIG) > 0.4 and box.score >= CONFIDENT for box in first)
+    larger = search.larger(1.25 * first[0].side)
+    assert larger[0].overlap(BIG) > 0.4
+    assert larger[0].angle_deg == 30.0
+    assert all(box.side >= 1.25 * first[0].side and box.score >= CONFIDENT for box in larger)
+
+
+def test_the_rest_holds_what_a_closer_and_a_tilted_look_find_and_comes_once() -> None:
+    photo = np.zeros((800, 1120, 3), np.uint8)
+    photo[:] = cv2.resize(tilted_beside_upright(), (1120, 800), interpolation=cv2.INTER_LINEAR)
+    photo[650:762, 100:212] = cv2.resize(ASTRONAUT[:250, 100:350], (112, 112), interpolation=cv2.INTER_AREA)
+    tiny = FaceBox(100 + 0.45 * (FACE.x - 100), 650 + 0.45 * FACE.y, 0.45 * FACE.w, 0.45 * FACE.h, 1.0)
+    search = FaceSearch(photo)
+    assert not any(box.overlap(tiny) > 0.4 for box in search.first())
+    rest = search.rest()
+    big = FaceBox(2 * BIG.x, 2 * BIG.y, 2 * BIG.w, 2 * BIG.h, 1.0)
+    for face in (tiny, big):
+        assert any(box.overlap(face) > 0.4 for box in rest)
+    assert search.rest() == search.larger(10.0) == []
+
+
+def test_the_best_scored_proposals_remain_of_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = np.tile(ASTRONAUT[::4, ::4], (2, 3, 1))
+    every = FaceSearch(photo).first()
+    monkeypatch.setattr("faceedit.detection.MOST_PROPOSALS", 3)
+    assert sorted(box.score for box in FaceSearch(photo).first()) == sorted(box.score for box in every)[-3:]
 
 
 def test_boxes_are_distinct_ordered_limited_and_large_enough() -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from faceedit.detection import FaceBox
+from faceedit.detection import FaceBox, Proposals
 from faceedit.editors.maggan import MagGANEditor
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.networks.maggan import MagGANConfig, MagGANGenerator
@@ -75,7 +75,7 @@ def draw_face(
 
 def palette_parser(*boxes: FaceBox) -> FaceParser:
     """A parser of drawn faces whose detector always proposes these boxes."""
-    return FaceParser(PaletteParser(), weights="palette", detect=lambda _pixels: list(boxes))
+    return FaceParser(PaletteParser(), weights="palette", detect=lambda _pixels: Proposals(boxes))
 
 
 def small_editor(seed: int = 0) -> MagGANEditor:
