@@ -64,7 +64,7 @@ class FaceCutOffError(FaceError):
 
 
 class WeightsError(FaceEditError):
-    """Weights are missing, damaged, fail their checksum, or belong to another network."""
+    """Weights are missing, damaged, fail their checksum, belong to another network, or give no finite image."""
 
 
 class MissingExtraError(FaceEditError, ImportError):

@@ -25,7 +25,7 @@ from faceedit.alignment import PhotoRegion
 from faceedit.classification import STARTER, attribute_probabilities, load_classifier
 from faceedit.compositing import Composite, paste_back
 from faceedit.editors.base import AttributeEdit, ComponentSize, EditedFace, Editor, EditRequest, load_editor
-from faceedit.errors import UsageError
+from faceedit.errors import UsageError, WeightsError
 from faceedit.images import Photo, read_image, write_image
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.matting import refine_mask
@@ -97,7 +97,9 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
 
     Hair ends in strands that a crop of 256 pixels cannot resolve, so a region with hair in it is first refined against
     the photo itself; other regions keep the parse's own soft edge, feathered.
+    Raises: WeightsError for an edit with infinity or NaN in it, which no pixel can show.
     """
+    _check_finite(edited)
     side = edited.before.shape[-1]
     alignment = edited.alignment or face.alignment.resized(side)
     region = np.ascontiguousarray(resize(edited.region, side)[0, 0].float().cpu().numpy())
@@ -110,6 +112,17 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
     before, after = _crop_array(edited.before), _crop_array(edited.after)
     opacity = None if edited.opacity is None else edited.opacity[0, 0].float().cpu().numpy()
     return paste_back(photo.pixels, before, after, alignment, region, FEATHER_PX * side / CROP_PX, detail, opacity)
+
+
+def _check_finite(edited: EditedFace) -> None:
+    for name in ("before", "after", "region", "opacity"):
+        plane: Tensor | None = getattr(edited, name)
+        if plane is not None and not plane.isfinite().all():
+            lost = float((~plane.isfinite()).float().mean())
+            raise WeightsError(
+                f"composite: {name} of the edited face must be finite, got infinity or NaN in {lost:.2%} of it; check "
+                "the editor's weights, or compute in float32"
+            )
 
 
 def _crop_array(crop: Tensor) -> NDArray[np.float32]:

@@ -234,7 +234,7 @@ def save_weights(
         stored = tensor.detach().to("cpu").contiguous().clone()
         if stored.is_floating_point():
             stored = stored.to(torch.float16 if half and stored.ndim > 1 else torch.float32)
-            if not stored.isfinite().all():
+            if not _is_finite(stored):
                 raise WeightsError(
                     f"save_weights: {name} must be finite as {stored.dtype}, got infinity or NaN; train again or "
                     "pass half=False"
@@ -262,7 +262,7 @@ def pin_weights(name: str, path: str | os.PathLike[str], *, card: str = "", url:
 
 
 def load_weights(network: "nn.Module", path: str | os.PathLike[str], sha256: str = "") -> None:
-    """Fill a network from a file, strictly: same names, same shapes, nothing left over on either side.
+    """Fill a network from a file, strictly: same names, same shapes, nothing left over on either side, all finite.
 
     Values are converted to the dtype the network has. Raises WeightsError; the network is then unchanged.
     """
@@ -287,7 +287,14 @@ def load_weights(network: "nn.Module", path: str | os.PathLike[str], sha256: str
             f"load_weights: {path} must fit {type(network).__name__} exactly, got missing {_some(missing)}, "
             f"unexpected {_some(surplus)}, other shapes {_some(reshaped)}; use the weights of this configuration"
         )
-    network.load_state_dict(stored, strict=True)
+    values = {name: tensor.to(wanted[name].dtype) for name, tensor in stored.items()}
+    for name, tensor in values.items():
+        if tensor.is_floating_point() and not _is_finite(tensor):
+            raise WeightsError(
+                f"load_weights: {name} in {path} must be finite as {tensor.dtype}, got infinity or NaN; get or train "
+                "other weights"
+            )
+    network.load_state_dict(values, strict=True)
 
 
 def load_network(
@@ -317,6 +324,11 @@ def load_network(
     load_weights(network, row.path, row.sha256)
     network.header = header  # type: ignore[assignment]
     return network.eval().requires_grad_(False).to(device)
+
+
+def _is_finite(tensor: "Tensor") -> bool:
+    """Whether no value is infinity or NaN: both are seen in the extremes, which take one pass and no memory."""
+    return tensor.numel() == 0 or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

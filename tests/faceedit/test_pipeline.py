@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.drawn_faces import DrawnFace, palette_parser
 
@@ -15,7 +17,7 @@ from faceedit import pipeline
 from faceedit.attributes import MAGGAN
 from faceedit.editors import AttributeEdit
 from faceedit.editors.maggan import MagGANEditor
-from faceedit.errors import NoFaceError, UsageError
+from faceedit.errors import NoFaceError, UsageError, WeightsError
 from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
 from faceedit.parsing import FaceParser
 from faceedit.provenance import read_provenance
@@ -105,6 +107,21 @@ def test_a_larger_photo_is_edited_at_its_own_resolution(drawn: DrawnFace, editor
     assert result.pixels.shape == large.shape
     outside = result.region == 0
     assert np.array_equal(result.pixels[outside], large[outside])
+
+
+@pytest.mark.parametrize("plane", ["after", "opacity"])
+def test_an_edit_that_is_not_finite_is_refused(
+    plane: str, drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor
+) -> None:
+    """A layer that overflowed in fp16 would otherwise be a black patch in the photo."""
+    photo = pipeline.read(drawn.pixels)
+    record = pipeline.parse(photo, pipeline.find(photo, parser), parser)
+    edited = pipeline.apply(record, editor, AttributeEdit({"Blond_Hair": 1.0}))
+    values = edited.after.clone() if plane == "after" else torch.ones_like(edited.after[:, :1])
+    assert pipeline.composite(photo, record, replace(edited, **{plane: values})).pixels.shape == drawn.pixels.shape
+    values[0, 0, 20, 20] = (torch.tensor(70000.0).half() - torch.tensor(70000.0).half()).float()
+    with pytest.raises(WeightsError, match=f"{plane} of the edited face must be finite"):
+        pipeline.composite(photo, record, replace(edited, **{plane: values}))
 
 
 def test_report_is_json_and_true(result: pipeline.EditResult, drawn: DrawnFace) -> None:

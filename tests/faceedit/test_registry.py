@@ -156,6 +156,22 @@ def test_partial_weights_are_refused_and_change_nothing(folder, classifier):
     assert all(torch.equal(other.state_dict()[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("value", [np.float32("nan"), np.float32("-inf"), np.float64(1e300)], ids=str)
+def test_values_that_are_not_finite_are_refused_and_change_nothing(folder, classifier, value):
+    header = to_dict(registry.read_header(save(folder, classifier)))
+    state = {name: tensor.numpy() for name, tensor in classifier.state_dict().items()}
+    name = "logits.weight"
+    state[name] = np.where(np.arange(state[name].size).reshape(state[name].shape) == 5, value, state[name])
+    write(folder / "bad.safetensors", state, header)
+    with pytest.raises(WeightsError, match=r"logits\.weight in .*bad\.safetensors must be finite"):
+        registry.load_network(folder / "bad.safetensors")
+    other = AttributeClassifier(TINY)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(WeightsError, match="finite"):
+        registry.load_weights(other, folder / "bad.safetensors")
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in before.items())
+
+
 def test_bad_files_and_headers_are_refused(folder, classifier):
     header = to_dict(registry.read_header(save(folder, classifier)))
     tensors = {"a": np.zeros(1, np.float32)}
