@@ -6,6 +6,8 @@ value of the wrong type is an error everywhere and a default is written in one p
 """
 
 import dataclasses
+import json
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,39 @@ from typing import Any, TypeVar
 from faceedit.errors import UnknownNameError, UsageError, suggestion
 
 T = TypeVar("T")
+
+MAX_JSON_BYTES = 2**20
+MAX_NESTING = 32
+
+_shown = reprlib.Repr()  # values in messages, which someone else's file must not fill with megabytes
+_shown.maxstring = _shown.maxlong = _shown.maxother = 120
+_shown.maxdict = _shown.maxlist = _shown.maxtuple = 12
+
+
+def parse_json(text: str | bytes, *, where: str) -> Any:
+    """Plain data from JSON of unknown origin: at most MAX_JSON_BYTES long and MAX_NESTING containers deep.
+
+    Raises: UsageError, which calls the text `where`.
+    """
+    if len(text) > MAX_JSON_BYTES:
+        raise UsageError(f"parse_json: {where} must have at most {MAX_JSON_BYTES} bytes, got {len(text)}; shorten it")
+    deep = f"parse_json: {where} must nest at most {MAX_NESTING} lists and mappings, got more; flatten it"
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise UsageError(deep) from error
+    except ValueError as error:
+        raise UsageError(f"parse_json: {where} must be JSON, got {_shown.repr(text)} ({error}); correct it") from error
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+        ]
+        if not level:
+            return value
+    raise UsageError(deep)
 
 
 def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T:
@@ -30,7 +65,7 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T
     """
     where = where or cls.__name__
     if not isinstance(mapping, Mapping):
-        raise UsageError(f"from_dict: {where} must be a mapping, got {mapping!r}; write its keys below it")
+        raise UsageError(f"from_dict: {where} must be a mapping, got {_shown.repr(mapping)}; write its keys below it")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:
@@ -44,7 +79,9 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T
         if name not in mapping and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise UsageError(f"from_dict: {where} must give {', '.join(missing)}, got {list(mapping)}; add what is missing")
+        raise UsageError(
+            f"from_dict: {where} must give {', '.join(missing)}, got {_shown.repr(list(mapping))}; add what is missing"
+        )
     values = {key: _convert(kinds[key], value, f"{where}.{key}") for key, value in mapping.items()}
     try:
         return cls(**values)
@@ -52,6 +89,8 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T
         if isinstance(error, UsageError):
             raise
         raise UsageError(str(error)) from error
+    except ArithmeticError as error:
+        raise UsageError(f"from_dict: {where} must be numbers to compute with, got {error}; correct them") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -85,7 +124,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         if value in arguments:
             return value
         hint = suggestion(str(value), [str(choice) for choice in arguments])
-        raise UsageError(f"from_dict: {where} must be one of {', '.join(map(repr, arguments))}, got {value!r}; {hint}")
+        raise UsageError(
+            f"from_dict: {where} must be one of {', '.join(map(repr, arguments))}, got {_shown.repr(value)}; {hint}"
+        )
     if origin in (typing.Union, types.UnionType):
         return _convert_union(arguments, value, where)
     if origin is tuple and isinstance(value, Sequence) and not isinstance(value, str):
@@ -99,9 +140,14 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     elif origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {key: _convert(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     elif origin is None and _is_scalar(kind, value):
-        return float(value) if kind is float else value
+        try:
+            return float(value) if kind is float else value
+        except OverflowError as error:
+            raise UsageError(
+                f"from_dict: {where} must be a float, got {_shown.repr(value)}; give a smaller number"
+            ) from error
     expected = getattr(kind, "__name__", None) if origin is None else str(kind)
-    raise UsageError(f"from_dict: {where} must be {expected}, got {value!r}; give a value of that type")
+    raise UsageError(f"from_dict: {where} must be {expected}, got {_shown.repr(value)}; give a value of that type")
 
 
 def _convert_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -115,7 +161,7 @@ def _convert_union(choices: tuple[Any, ...], value: Any, where: str) -> Any:
             return _convert(choice, value, where)
         except UsageError as error:
             failure = error
-    raise failure or UsageError(f"from_dict: {where} must be null, got {value!r}; leave it out")
+    raise failure or UsageError(f"from_dict: {where} must be null, got {_shown.repr(value)}; leave it out")
 
 
 def _is_scalar(kind: Any, value: Any) -> bool:

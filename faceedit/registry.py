@@ -9,14 +9,14 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faceedit.atomic import replacing, unusable_name, write_text
-from faceedit.config import from_dict, to_dict
+from faceedit.config import from_dict, parse_json, to_dict
 from faceedit.errors import FaceEditError, UnknownNameError, UsageError, WeightsError, suggestion
 from faceedit.networks import network_kind
 
@@ -30,6 +30,8 @@ MAX_FILE_BYTES = 12 * 2**20
 MAX_TOTAL_BYTES = 64 * 2**20
 PACKAGED = Path(__file__).parent / "weights"
 DIRECTORY_VARIABLE = "FACEEDIT_WEIGHTS"
+
+_MAX_CONFIG_INTEGER = 2**24  # beyond any width or size; what is computed from it, as 2**stages, stays computable
 
 # SPDX identifiers, and references for the terms that have none. Weights under any other licence are not shipped.
 LICENCES: frozenset[str] = frozenset(
@@ -148,8 +150,13 @@ def find(name_or_path: str | os.PathLike[str], kind: str = "") -> WeightSpec:
 
 
 def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """All that is known about some weights, as plain data: row, header and the text of the model card."""
+    """All that is known about some weights, as plain data: row, header and the text of the model card.
+
+    Raises: UnknownNameError; WeightsError for a file that does not hold the network it describes. Values are not read.
+    """
     row = find(name_or_path)
+    header, shapes = _contents(row.path)
+    _configured(header, shapes, row.path)
     card = row.path.parent / row.card if row.card else None
     return {
         "name": row.name,
@@ -158,18 +165,24 @@ def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
         "sha256": row.sha256 or sha256_of(row.path),
         "pinned": bool(row.sha256),
         "url": row.url,
-        **to_dict(row.header),
+        **to_dict(header),
         "card": card.read_text(encoding="utf-8") if card is not None and card.is_file() else "",
     }
 
 
 def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
     """The header of a weights file, without reading its tensors. Raises WeightsError."""
+    return _contents(path)[0]
+
+
+def _contents(path: str | os.PathLike[str]) -> tuple[WeightsHeader, dict[str, tuple[int, ...]]]:
+    """A file's header and the shapes of its tensors."""
     import safetensors
 
     try:
         with safetensors.safe_open(os.fspath(path), framework="np") as file:
             metadata = file.metadata() or {}
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(
             f"read_header: weights must be a safetensors file, got {path} ({error}); check the file, or convert a "
@@ -181,9 +194,23 @@ def read_header(path: str | os.PathLike[str]) -> WeightsHeader:
             "`faceedit weights import`"
         )
     try:
-        return from_dict(WeightsHeader, json.loads(metadata[METADATA_KEY]), where="header")
+        header = from_dict(WeightsHeader, parse_json(metadata[METADATA_KEY], where="header"), where="header")
     except (FaceEditError, ValueError) as error:
         raise WeightsError(f"read_header: header must be valid, got {path} ({error}); export the file again") from error
+    if any(abs(number) > _MAX_CONFIG_INTEGER for number in _integers(header.config)):
+        raise WeightsError(
+            f"read_header: header must be valid, got {path} (config holds an integer beyond ±{_MAX_CONFIG_INTEGER}); "
+            "export the file again"
+        )
+    return header, shapes
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _integers(item)
+    elif isinstance(value, int):
+        yield value
 
 
 def save_weights(
@@ -280,13 +307,7 @@ def load_weights(network: "nn.Module", path: str | os.PathLike[str], sha256: str
             f"load_weights: weights must be a safetensors file, got {path} ({error}); check the file"
         ) from error
     wanted = network.state_dict()
-    missing, surplus = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
-    reshaped = [name for name in sorted(wanted.keys() & stored.keys()) if wanted[name].shape != stored[name].shape]
-    if missing or surplus or reshaped:
-        raise WeightsError(
-            f"load_weights: {path} must fit {type(network).__name__} exactly, got missing {_some(missing)}, "
-            f"unexpected {_some(surplus)}, other shapes {_some(reshaped)}; use the weights of this configuration"
-        )
+    _check_fit(type(network).__name__, _shapes(wanted), _shapes(stored), path)
     values = {name: tensor.to(wanted[name].dtype) for name, tensor in stored.items()}
     for name, tensor in values.items():
         if tensor.is_floating_point() and not _is_finite(tensor):
@@ -308,22 +329,61 @@ def load_network(
              or of another kind.
     """
     row = find(name_or_path, kind)
-    header = row.header
+    header, shapes = _contents(row.path)
     if kind and header.kind != kind:
         raise WeightsError(
             f"load_network: weights must hold a {kind}, got {header.kind} in {row.path}; name other weights"
         )
-    config_class, network_class = network_kind(header.kind).classes()
-    try:
-        config: Any = from_dict(config_class, header.config)
-    except UsageError as error:
-        raise WeightsError(
-            f"load_network: configuration must be valid, got {row.path} ({error}); export it again"
-        ) from error
-    network: nn.Module = network_class(config)
+    network_class, config = _configured(header, shapes, row.path)
+    network = network_class(config)
     load_weights(network, row.path, row.sha256)
     network.header = header  # type: ignore[assignment]
     return network.eval().requires_grad_(False).to(device)
+
+
+def _configured(
+    header: WeightsHeader, shapes: Mapping[str, tuple[int, ...]], path: Path
+) -> "tuple[type[nn.Module], Any]":
+    """Class and configuration of the network that a header describes, if tensors of these shapes fill it.
+
+    What a file claims is compared with what it holds before anything of the claimed size is allocated. Raises
+    WeightsError, whatever the constructor makes of the configuration.
+    """
+    from faceedit.labels import scheme
+    from faceedit.networks.state_shapes import state_shapes
+
+    config_class, network_class = network_kind(header.kind).classes()
+    try:
+        if header.label_scheme:
+            scheme(header.label_scheme)
+        config: Any = from_dict(config_class, header.config)
+        wanted = state_shapes(network_class, config, len(shapes))
+    except Exception as error:  # constructors meet hostile sizes with RuntimeError, TypeError, OverflowError, ...
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise WeightsError(
+            f"load_network: configuration must be valid, got {path} ({reason}); export it again"
+        ) from error
+    _check_fit(network_class.__name__, wanted, shapes, path)
+    return network_class, config
+
+
+def _shapes(tensors: "Mapping[str, Tensor]") -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_fit(
+    network: str,
+    wanted: Mapping[str, tuple[int, ...]],
+    given: Mapping[str, tuple[int, ...]],
+    path: str | os.PathLike[str],
+) -> None:
+    missing, surplus = sorted(wanted.keys() - given.keys()), sorted(given.keys() - wanted.keys())
+    reshaped = [name for name in sorted(wanted.keys() & given.keys()) if wanted[name] != given[name]]
+    if missing or surplus or reshaped:
+        raise WeightsError(
+            f"load_weights: {path} must fit {network} exactly, got missing {_some(missing)}, "
+            f"unexpected {_some(surplus)}, other shapes {_some(reshaped)}; use the weights of this configuration"
+        )
 
 
 def _is_finite(tensor: "Tensor") -> bool:
@@ -355,7 +415,7 @@ def _read_index(directory: Path) -> list[WeightSpec]:
     try:
         rows = [
             from_dict(WeightSpec, row, where=f"{index.name}[{i}]")
-            for i, row in enumerate(json.loads(index.read_bytes()))
+            for i, row in enumerate(parse_json(index.read_bytes(), where=index.name))
         ]
     except (FaceEditError, ValueError, OSError, TypeError) as error:
         raise WeightsError(

@@ -10,7 +10,7 @@ project trains; a single generator's weights are taken with the starter classifi
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from faceedit.alignment import Framing
-from faceedit.config import from_dict, to_dict
+from faceedit.config import MAX_JSON_BYTES, from_dict, parse_json, to_dict
 from faceedit.errors import FaceEditError, UnknownNameError, WeightsError
 from faceedit.maskfacegan.config import MaskFaceGANConfig, preset
 from faceedit.maskfacegan.networks import AttributeJudge, Networks, RegionParser
@@ -90,7 +90,9 @@ def read_bundle(weights: str | Path) -> Bundle:
         return Bundle(generator=name)
     path = Path(name)
     try:
-        bundle = from_dict(Bundle, json.loads(path.read_bytes()), where=path.name)
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        bundle = from_dict(Bundle, parse_json(text, where=path.name), where=path.name)
     except OSError as error:
         raise WeightsError(
             f"read_bundle: weights must be a readable file, got {path} ({error.strerror or error}); check the path"
@@ -100,7 +102,7 @@ def read_bundle(weights: str | Path) -> Bundle:
     beside = {
         part: str(path.parent / value)
         for part in _PARTS
-        if (value := getattr(bundle, part)) and (path.parent / value).is_file()
+        if (value := getattr(bundle, part)) and os.path.isfile(path.parent / value)
     }
     return replace(bundle, **beside)  # type: ignore[arg-type]
 

@@ -14,12 +14,15 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 from support.command_line import BAD_FILES, PACKAGE_ROOT, SET, Outcome, Run, read, subprocess_run
 from support.drawn_faces import DrawnFace
 
 from faceedit.cli import bench
+from faceedit.config import to_dict
 from faceedit.kernels.benchmarking import machine
 from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
+from faceedit.registry import METADATA_KEY, read_header
 
 COMMANDS = (
     "edit",
@@ -338,6 +341,14 @@ def test_synth_writes_images_masks_and_a_listing(run: Run, tmp_path: Path) -> No
 def test_synth_refuses_numbers_out_of_range(run: Run, tmp_path: Path, option: str, value: int) -> None:
     run("synth", tmp_path / "s", option, value).refused(2, option)
     assert not (tmp_path / "s").exists()
+
+
+def test_weights_show_refuses_what_is_no_network(run: Run, weights_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "hostile.safetensors"
+    header = json.dumps(to_dict(read_header(weights_dir / "p.safetensors")) | {"metrics": {"x": 10**400}})
+    for text in ("[" * 100_000, header, header.replace("256", "-4").replace(str(10**400), "1")):
+        save_file({"a": np.zeros(1, np.float32)}, path, metadata={METADATA_KEY: text})
+        run("weights", "show", path).refused(1, "hostile.safetensors")
 
 
 def test_weights_list_and_show(run: Run) -> None:

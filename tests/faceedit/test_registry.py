@@ -198,10 +198,55 @@ def test_bad_files_and_headers_are_refused(folder, classifier):
         registry.load_network(folder / "pickle.safetensors")
 
 
+DEEP = "[" * 100_000
+HOSTILE = {
+    "nests without end": DEEP,
+    "nests deeply": {"config": json.loads("[" * 40 + "]" * 40)},
+    "is long": '"' + "x" * 2**20 + '"',
+    "a metric no float can hold": {"metrics": {"x": 10**400}},
+    "a negative width": {"config": {"base_width": -4}},
+    "a width of a petabyte": {"config": {"base_width": 2**22}},
+    "a width that overflows": {"config": {"base_width": 10**400}},
+    "stages without end": {"config": {"size_px": 0, "base_width": 0, "stages": 2**23}},
+    "stages that no machine can count": {"config": {"size_px": 0, "stages": 10**12}},
+    "an unknown scheme": {"label_scheme": "nope"},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_hostile_headers_are_refused_in_one_short_line(folder, classifier, case):
+    header, changes = to_dict(registry.read_header(save(folder, classifier))), HOSTILE[case]
+    if isinstance(changes, dict):
+        config = changes.get("config", {})
+        changes = (
+            header | changes | {"config": header["config"] | config if isinstance(config, dict) else {"x": config}}
+        )
+    path = folder / "bad.safetensors"
+    write(path, {name: value.numpy() for name, value in classifier.state_dict().items()}, changes)
+    for read in (registry.load_network, registry.describe):
+        with pytest.raises(WeightsError, match=r"bad\.safetensors") as refusal:
+            read(path)
+        assert len(str(refusal.value).splitlines()) == 1
+        assert len(str(refusal.value)) < 1000
+
+
+def test_a_networks_own_scheme_that_does_not_exist_is_a_weights_error(folder):
+    config = MagGANConfig(size_px=16, base_width=4, max_width=8, encoder_stages=3, stu_units=2)
+    path = folder / "g.safetensors"
+    registry.save_weights(path, "maggan", config, MagGANGenerator(config).state_dict(), **ORIGIN)
+    state = {name: value.numpy() for name, value in MagGANGenerator(config).state_dict().items()}
+    header = to_dict(registry.read_header(path))
+    write(path, state, header | {"config": header["config"] | {"label_scheme": "nope"}})
+    with pytest.raises(WeightsError, match="known label scheme"):
+        registry.load_network(path)
+
+
 def test_bad_index_is_named(folder):
-    (folder / "index.json").write_text("[{}]")
-    with pytest.raises(WeightsError, match=r"index\.json"):
-        registry.list_weights()
+    for text in ("[{}]", "7", DEEP):
+        (folder / "index.json").write_text(text)
+        with pytest.raises(WeightsError, match=r"index\.json"):
+            registry.list_weights()
 
 
 def test_save_refuses_what_cannot_be_stored(folder, classifier):
