@@ -26,6 +26,8 @@ from faceedit.relations import Relations, influence_mask, mask_guided_conditioni
 # `natural` adds the parts that people expect to change along (nose, ears and neck with the skin tone); the paper's own
 # matrices remain what training losses and the MRE metric use.
 PRESET = "natural"
+# What a change takes away whole: the photo's own detail there must not come back with its pixels.
+_REMOVED = {"Bald": (1, "hair"), "Eyeglasses": (-1, "eye_g")}
 _OPEN_MOUTH = 0.3  # of the lips and what lies between them: the gap of a mouth that is open
 
 
@@ -64,6 +66,18 @@ def shown_by_mask(requested: Mapping[str, float], mask: Tensor) -> tuple[str, ..
     gap = mask[0, CELEBAMASK_HQ.id("mouth")].sum()
     asked = requested.get("Mouth_Slightly_Open") == 1.0
     return ("Mouth_Slightly_Open",) if asked and gap > 0 and gap >= _OPEN_MOUTH * (gap + lips) else ()
+
+
+def taken_away(change: Mapping[str, float], mask: Tensor, size_px: int) -> Tensor:
+    """Where, and how far, a change takes a part of the mask 1×19×H×W away, 1×1×S×S in [0, 1]: strands and frames are
+    gone with it, however little of them the network's own pixels can show."""
+    gone = mask.new_zeros(1, 1, size_px, size_px)
+    for name, (sign, part) in _REMOVED.items():
+        if (amount := sign * change.get(name, 0.0)) > 0:
+            where = resize(mask[:, CELEBAMASK_HQ.id(part)][:, None], size_px)
+            # Single strands reach past the mask's rim.
+            gone = torch.maximum(gone, amount * F.max_pool2d(where, 5, 1, 2))
+    return gone.clamp(0, 1)
 
 
 class MagGANEditor:
@@ -131,6 +145,9 @@ class MagGANEditor:
         before = F.interpolate(face.crop, size=side, mode="bilinear", antialias=True, align_corners=False)
         mask = face.mask.to(self.device)
         after, opacity = self._layers(before.to(self.device), difference.to(self.device), mask)
+        gone = taken_away(change, mask, side[0])
+        output = self.generator.config.output
+        hides_detail = output == "layered" or (output == "residual" and bool(gone.any()))
         # The region shows only what was asked for: an attribute that merely makes way stays inside the same parts.
         asked = torch.tensor([[change.get(name, 0.0) if name in request.values else 0.0 for name in MAGGAN]])
         region = influence_mask(asked.to(self.device), mask, self.relations).cpu()
@@ -141,7 +158,7 @@ class MagGANEditor:
             _touched_parts(change, request.values),
             change,
             details={"already_there": list(shown)} if shown else {},
-            opacity=opacity.cpu() if self.generator.config.output == "layered" else None,
+            opacity=torch.maximum(opacity, gone).cpu() if hides_detail else None,
         )
 
 

@@ -13,7 +13,7 @@ from support.drawn_faces import DrawnFace
 from faceedit.attributes import MAGGAN
 from faceedit.editors import AttributeEdit, ComponentSize, Editor, MaskEdit, load_editor
 from faceedit.editors.base import EDITORS, check_request, editor_spec
-from faceedit.editors.maggan import MagGANEditor, attribute_difference
+from faceedit.editors.maggan import MagGANEditor, attribute_difference, taken_away
 from faceedit.errors import DeviceError, OutOfRangeError, UnknownAttributeError, UnknownNameError, UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.parsing import FaceParser, FaceRecord
@@ -134,6 +134,29 @@ def test_intensity_scales_the_condition(editor: MagGANEditor, face: FaceRecord) 
     assert full.requested == {"Bald": 1.0}
     assert half.requested == {"Bald": 0.5}
     assert not torch.equal(full.after, half.after)
+
+
+def test_what_is_taken_away_takes_its_texture_along(editor: MagGANEditor, face: FaceRecord) -> None:
+    """A bald head must not keep the photo's strands; an edit that adds or recolours keeps all detail."""
+    hair = face.mask[0, CELEBAMASK_HQ.id("hair")]
+    bald = editor.apply(face, AttributeEdit({"Bald": 1.0})).opacity
+    assert bald is not None
+    inside = torch.nn.functional.interpolate(face.mask[:, [CELEBAMASK_HQ.id("hair")]], size=(64, 64), mode="area")
+    assert hair.any()
+    assert (bald[inside > 0.9] > 0.9).all()
+    far = torch.nn.functional.max_pool2d(inside, 11, 1, 5) < 0.01
+    assert far.any()
+    assert (bald[far] < 0.05).all()
+    half = editor.apply(face, AttributeEdit({"Bald": 0.5})).opacity
+    assert half is not None
+    torch.testing.assert_close(half, bald / 2)
+    for request in ({"Blond_Hair": 1.0}, {"Bald": 0.0}, {"Eyeglasses": 1.0}):
+        assert editor.apply(face, AttributeEdit(request)).opacity is None
+    glasses = torch.zeros(1, 19, 8, 8)
+    glasses[:, CELEBAMASK_HQ.id("eye_g"), 3:5, 2:6] = 1
+    gone = taken_away({"Eyeglasses": -1.0, "Bald": -1.0}, glasses, 8)
+    assert gone[0, 0, 3:5, 2:6].min() == 1
+    assert gone[0, 0, 7].max() == 0
 
 
 def test_same_request_gives_the_same_bytes(editor: MagGANEditor, face: FaceRecord) -> None:
