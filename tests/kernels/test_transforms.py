@@ -10,7 +10,7 @@ import torch
 from support import kernel_cases
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 from faceedit import kernels
 
@@ -70,6 +70,8 @@ def test_reverse_mode_transforms(loss: Callable[[Tensor], Tensor]) -> None:
     expected = reverse(loss)
     close(grad(loss)(X), expected, 1e-9)
     close(jacrev(loss)(X), expected, 1e-9)
+    value, pull = vjp(loss, X)
+    close(pull(torch.ones_like(value))[0], expected, 1e-9)
     close(vmap(grad(loss))(torch.stack([X, X + 0.1]))[0], expected, 1e-9)
     both = grad(lambda x: vmap(loss)(torch.stack([x, x])).sum())(X)
     close(both, 2 * expected, 1e-9)
