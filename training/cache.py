@@ -61,8 +61,14 @@ def open_cache(folder: Path) -> Arrays:
 
 
 def rendered_at_once(chunk: int) -> int:
-    """How many samples one call of a renderer makes: a CPU's caches hold few, a GPU is idle with few."""
-    return max(chunk, 32) if resolve_device("auto").type == "cuda" else chunk
+    """How many samples one call of a renderer makes: a CPU's caches hold few, a GPU is idle with few. A call launches
+    some nine thousand kernels, however many people it draws."""
+    return max(chunk, 128) if resolve_device("auto").type == "cuda" else chunk
+
+
+def renderers() -> int:
+    """How many threads render: one a core, but two before a GPU: more would wait for each other to launch."""
+    return 2 if resolve_device("auto").type == "cuda" else torch.get_num_threads()
 
 
 def build_cache(
@@ -149,9 +155,13 @@ def pack_image(image: Tensor) -> NDArray[np.uint8]:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def unpack_image(pixels: NDArray[np.uint8]) -> Tensor:
-    """uint8 N×S×S×3 to N×3×S×S in [-1, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+def unpack_image(pixels: NDArray[np.uint8] | Tensor) -> Tensor:
+    """uint8 N×S×S×3 to N×3×S×S in [-1, 1], where a tensor lies or on the CPU."""
+    return _as_tensor(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def _as_tensor(values: NDArray[np.uint8] | Tensor) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.array(values))  # a copy: maps are read-only
 
 
 def pack_mask(mask: Tensor) -> NDArray[np.uint8]:
@@ -165,12 +175,12 @@ def pack_mask(mask: Tensor) -> NDArray[np.uint8]:
     return packed.to(torch.uint8).cpu().numpy()
 
 
-def unpack_mask(packed: NDArray[np.uint8], num_classes: int = CELEBAMASK_HQ.num_classes) -> Tensor:
-    """Inverse of `pack_mask`: N×19×S×S float summing to 1."""
-    values = torch.from_numpy(np.array(packed)).permute(3, 0, 1, 2)
+def unpack_mask(packed: NDArray[np.uint8] | Tensor, num_classes: int = CELEBAMASK_HQ.num_classes) -> Tensor:
+    """Inverse of `pack_mask`: N×19×S×S float summing to 1, where a tensor lies or on the CPU."""
+    values = _as_tensor(packed).permute(3, 0, 1, 2)
     share = values[2][:, None].float() / 255
     shape = (share.shape[0], num_classes, *share.shape[2:])
-    mask = torch.zeros(shape).scatter_(1, values[0][:, None].long(), share)
+    mask = torch.zeros(shape, device=share.device).scatter_(1, values[0][:, None].long(), share)
     return mask.scatter_add_(1, values[1][:, None].long(), 1 - share)
 
 

@@ -82,9 +82,7 @@ def place_at_random(image: Tensor, config: PlacementConfig, generator: torch.Gen
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     rows = [cos, -sin, 2 * draw(config.shift), sin, cos, 2 * draw(config.shift)]
     grid = F.affine_grid(torch.stack(rows, dim=-1).view(count, 2, 3), list(image.shape), align_corners=False)
-    moved = F.grid_sample(image, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    blurred = torch.rand(count, generator=generator) < config.blur_share
-    if blurred.any():
-        small = F.interpolate(moved[blurred], size=(side // 2, side // 2), mode="area")
-        moved[blurred] = F.interpolate(small, size=(side, side), mode="bilinear", align_corners=False)
-    return moved
+    moved = F.grid_sample(image, grid.to(image), mode="bilinear", padding_mode="border", align_corners=False)
+    blurred = (torch.rand(count, generator=generator) < config.blur_share).to(image.device).view(-1, 1, 1, 1)
+    small = F.interpolate(moved, size=(side // 2, side // 2), mode="area")
+    return torch.where(blurred, F.interpolate(small, size=(side, side), mode="bilinear", align_corners=False), moved)

@@ -88,7 +88,7 @@ class SyntheticPortraits:
             cache.rendered_at_once(_FAMILIES_A_CHUNK),
             self._render,
             report,
-            workers=torch.get_num_threads(),
+            workers=cache.renderers(),
         )
         self.images, self.masks = arrays["images"], arrays["masks"]
         self.attributes = np.array(arrays["attributes"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,9 @@ class ExponentialMovingAverage:
         """Move towards `module`'s current weights by one step."""
         decay = self.next_decay()
         self.updates += 1
-        for average, current in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(current.to(average.dtype), 1 - decay)
+        averages, current = list(self.module.parameters()), list(module.parameters())
+        # One call for all: on a GPU a launch for each parameter would take as long as the step itself.
+        move = get_ema_multi_avg_fn(decay)
+        move(averages, [value.to(torch.float32) for value in current], self.updates)
         for buffer, latest in zip(self.module.buffers(), module.buffers(), strict=True):
             buffer.copy_(latest)

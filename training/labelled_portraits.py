@@ -73,5 +73,5 @@ def labelled_portraits(
     name = f"parser-{split}-{size_px}px-{cache.fingerprint(values, renderer)}"
     folder = (cache_dir or cache.default_cache_dir()) / name
     at_once = cache.rendered_at_once(_CHUNK)
-    arrays = cache.build_cache(folder, shapes, at_once, fill, report, workers=torch.get_num_threads())
+    arrays = cache.build_cache(folder, shapes, at_once, fill, report, workers=cache.renderers())
     return LabelledPortraits(everyone, arrays["images"], arrays["labels"])

@@ -39,6 +39,7 @@ from faceedit.networks.maggan import (
 from faceedit.networks.resizing import resize
 from faceedit.relations import influence_mask
 from faceedit.training import cache, losses
+from faceedit.training.classifier import PlacementConfig, place_at_random
 from faceedit.training.config import AdamConfig, Recipe, require
 from faceedit.training.data import (
     AugmentConfig,
@@ -114,8 +115,9 @@ class AdversarialConfig:
 @dataclass(frozen=True, slots=True)
 class MagGANRecipe(Recipe):
     """A `task: maggan` recipe. `photo_classifier` names weights that estimate the photos' source attributes;
-    `feature_network` those of an attribute classifier whose features `losses.features` compares, and whose logits
-    `losses.classes` asks for (not the judge's); without it neither takes part;
+    `feature_network` those of an attribute classifier (not the judge) whose features `losses.features` compares;
+    `class_networks` those of classifiers whose logits `losses.classes` asks for, one of them a step (none given: the
+    feature network's). Without them neither term takes part. One alone is soon pleased by patterns that no other sees;
     `initial_weights` continues from an exported or registered generator (critic and optimisers start anew); one with a
     residual output can be continued with a layered one."""
 
@@ -128,6 +130,8 @@ class MagGANRecipe(Recipe):
     photo_classifier: str | None = None
     transplants: TransplantConfig = field(default_factory=TransplantConfig)
     feature_network: str | None = None
+    class_networks: tuple[str, ...] = ()
+    class_views: PlacementConfig = field(default_factory=lambda: PlacementConfig(blur_share=0.4))
     batch: BatchConfig = field(default_factory=BatchConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -172,8 +176,9 @@ class MagGANTask(Task[MagGANRecipe]):
             network = _load_classifier(recipe.feature_network, context.device)
             if recipe.losses.features:
                 self.features = StageFeatures(network.features, network.config.size_px)
-            if recipe.losses.classes:
-                self.classes = _Classes(network)
+        asked = recipe.class_networks or tuple(filter(None, [recipe.feature_network]))
+        if recipe.losses.classes and asked:
+            self.classes = _Classes(asked, recipe.class_views, context.device)
         self.classify = None
         if recipe.validation_classifier is not None:
             judge = _load_classifier(recipe.validation_classifier, context.device)
@@ -205,7 +210,7 @@ class MagGANTask(Task[MagGANRecipe]):
         made, opacity = self._generate(batch)
         if adversarial:
             scalars |= self._train_critic(batch, made.detach(), step, schedule.critic_steps)
-        loss, parts = self._generator_loss(batch, made, adversarial)
+        loss, parts = self._generator_loss(batch, made, adversarial, step)
         if self.recipe.losses.opacity:
             parts["opacity"] = opacity.mean()
             loss = loss + self.recipe.losses.opacity * parts["opacity"]
@@ -250,7 +255,7 @@ class MagGANTask(Task[MagGANRecipe]):
         return torch.cat(images), torch.cat(masks), torch.cat(differences)
 
     def _generator_loss(
-        self, batch: dict[str, Tensor], made: Tensor, adversarial: bool
+        self, batch: dict[str, Tensor], made: Tensor, adversarial: bool, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.recipe.losses
         pairs, edited = len(batch["source"]), self._edited_rows(batch, len(made))
@@ -266,8 +271,9 @@ class MagGANTask(Task[MagGANRecipe]):
         if self.features is not None:
             parts["features"] = self._feature_distance(batch, made[:pairs])
         if self.classes is not None:
+            drawn = self.context.generator("class views", step)
             with self.context.fabric.autocast():
-                logits = self.classes(self._edits(batch, made))
+                logits = self.classes(self._edits(batch, made), drawn)
             parts["classes"] = losses.attribute_bce(logits.float(), *self._wanted(batch))
         if copied.any():
             parts["reconstruction"] = (made[copied] - images[copied]).abs().mean()
@@ -415,17 +421,26 @@ class MagGANTask(Task[MagGANRecipe]):
 
 
 class _Classes:
-    """Logits (N,13) of images N×3×S×S by a frozen classifier that knows MagGAN's attributes."""
+    """Logits (N,13) of images N×3×S×S by one of some frozen classifiers that know MagGAN's attributes, drawn for each
+    call, of images that are turned, moved and blurred at random: what many of them see from many places is seen by a
+    classifier that is not among them too."""
 
-    def __init__(self, network: Any) -> None:
-        known = network.config.attributes
-        missing = [name for name in MAGGAN if name not in known]
-        require(not missing, "feature_network", f"a classifier of MagGAN's attributes ({missing} are missing)", known)
-        self.network = network.eval().requires_grad_(False)
-        self.columns = [known.index(name) for name in MAGGAN]
+    def __init__(self, weights: tuple[str, ...], views: PlacementConfig, device: torch.device) -> None:
+        self.views = views
+        self.networks: list[tuple[Any, list[int]]] = []
+        for name in weights:
+            network = _load_classifier(name, device)
+            known = network.config.attributes
+            missing = [attribute for attribute in MAGGAN if attribute not in known]
+            wanted = f"classifiers of MagGAN's attributes ({missing} are missing from {name})"
+            require(not missing, "class_networks or feature_network", wanted, known)
+            columns = [known.index(attribute) for attribute in MAGGAN]
+            self.networks.append((network.eval().requires_grad_(False), columns))
 
-    def __call__(self, image: Tensor) -> Tensor:
-        return self.network(resize(image, self.network.config.size_px))[:, self.columns]
+    def __call__(self, image: Tensor, generator: torch.Generator) -> Tensor:
+        network, columns = self.networks[int(torch.randint(len(self.networks), (), generator=generator))]
+        seen = place_at_random(image, self.views, generator)
+        return network(resize(seen, network.config.size_px))[:, columns]
 
 
 def _critic_of(level: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -113,36 +114,58 @@ class ParserTask(Task[ParserRecipe]):
         return self.photos is not None and step >= self.recipe.photo_from * self.recipe.trainer.steps
 
     def batch(self, step: int) -> dict[str, Tensor]:
+        """Rows of the caches, packed as they lie there; `vary` makes what the network sees."""
         generator = self.context.generator("parser", step)
         rows = torch.randint(len(self.people), (self.recipe.batch,), generator=generator).tolist()
-        image, labels = self.people.read(rows)
-        image, labels = flip_some((image + 1) / 2, generator, labels)
-        rendered, plain = (image, labels), torch.rand(len(rows), generator=generator) < self.recipe.plain_share
-        image = recolour_regions(image, labels, generator)
+        taken = {"people": _rows(self.people.images, rows), "people_labels": _rows(self.people.labels, rows)}
         if self.photos is not None:
             others = torch.randint(len(self.photos), (len(rows),), generator=generator).tolist()
-            ground = backdrops((self.photos.read(others) + 1) / 2, generator)
-            chosen = torch.rand(len(rows), generator=generator) < self.recipe.photo_backdrops
-            image = replace_background(image, labels, ground, chosen)
-        grid = random_warp(len(rows), image.shape[-1], generator)
-        image, labels = occlude(warp_image(image, grid), warp_labels(labels, grid), generator)
-        image = torch.where(plain[:, None, None, None], rendered[0], photograph(image, generator))
-        batch = {"image": image * 2 - 1, "labels": torch.where(plain[:, None, None], rendered[1], labels)}
+            taken["grounds"] = _rows(self.photos.crops, others)
         if self._photos_join(step):
             assert self.photos is not None
             rows = torch.randint(len(self.photos), (self.recipe.photo_batch,), generator=generator).tolist()
-            photo, drawn = self.photos.read(rows), self.photos.read_contours(rows)
-            known = [drawn] if self.taught is None else [drawn, cache.unpack_mask(self.taught[rows])]
-            photo, drawn, *soft = flip_some(photo, generator, *known)
-            grid = random_warp(len(rows), photo.shape[-1], generator)
-            student = photograph((warp_image(photo, grid) + 1) / 2, generator) * 2 - 1
-            batch |= {"photo": photo, "grid": grid, "student": student, "drawn": warp_labels(drawn, grid)}
+            taken |= {"photos": _rows(self.photos.crops, rows), "contours": self.photos.read_contours(rows)}
+            if self.taught is not None:
+                taken["opinions"] = _rows(self.taught, rows)
+        return taken
+
+    def vary(self, taken: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """What the network sees of `batch`, made on the run's device: there it takes milliseconds, and a GPU that waits
+        for a CPU's augmentation does nothing.
+
+        Returns: image N×3×S×S in [-1, 1] and its labels N×S×S; of photos the clean crop `photo`, `student`, the same
+                 crop warped by `grid` (N×S×S×2) and photographed, `drawn`, its contours warped so, and `soft`, an
+                 opinion.
+        """
+        generator, place = self.context.generator("parser variations", step), self.context.device
+        image, labels = flip_some(_light(taken["people"]), generator, taken["people_labels"].long())
+        rendered, count, size = (image, labels), len(image), image.shape[-1]
+        plain = (torch.rand(count, generator=generator) < self.recipe.plain_share).to(place)[:, None, None]
+        image = recolour_regions(image, labels, generator)
+        if "grounds" in taken:
+            ground = backdrops(_light(taken["grounds"]), generator)
+            chosen = torch.rand(count, generator=generator) < self.recipe.photo_backdrops
+            image = replace_background(image, labels, ground, chosen.to(place))
+        grid = random_warp(count, size, generator, device=place)
+        image, labels = occlude(warp_image(image, grid), warp_labels(labels, grid), generator)
+        image = torch.where(plain[:, None], rendered[0], photograph(image, generator))
+        varied = {"image": image * 2 - 1, "labels": torch.where(plain, rendered[1], labels)}
+        if "photos" in taken:
+            maps = [taken["contours"]]
+            if "opinions" in taken:
+                maps.append(cache.unpack_mask(taken["opinions"]))
+            photo, drawn, *soft = flip_some(_light(taken["photos"]), generator, *maps)
+            grid = random_warp(len(photo), size, generator, device=place)
+            student = photograph(warp_image(photo, grid), generator)
+            varied |= {"photo": photo * 2 - 1, "grid": grid, "student": student * 2 - 1}
+            varied["drawn"] = warp_labels(drawn, grid)
             if soft:
-                batch["soft"] = soft[0]
-        return batch
+                varied["soft"] = soft[0]
+        return self.context.to_device(varied)  # channels_last, where asked for
 
     def training_step(self, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         self.net.train()
+        batch = self.vary(batch, step)
         images = batch["image"]
         if "photo" in batch:
             images = torch.cat([images, batch["student"]])
@@ -180,7 +203,8 @@ class ParserTask(Task[ParserRecipe]):
 
     def sample_sheet(self) -> Tensor:
         """Rows of (image, prediction): degraded synthetic people, then photos when there are any."""
-        images = [self.batch(0)["image"][:8].cpu()]
+        varied = self.vary(self.context.to_device(self.batch(0)), 0)
+        images = [varied["image"][:8].cpu()]
         columns = len(images[0])
         if self.photos is not None:
             chosen = np.linspace(0, len(self.photos) - 1, 3 * columns).astype(int).reshape(3, columns)
@@ -204,6 +228,15 @@ class ParserTask(Task[ParserRecipe]):
         )
 
 
+def _rows(array: NDArray[np.uint8], rows: list[int]) -> Tensor:
+    return torch.from_numpy(np.stack([array[row] for row in rows]))
+
+
+def _light(pixels: Tensor) -> Tensor:
+    """uint8 N×S×S×3 to N×3×S×S in [0, 1]."""
+    return (cache.unpack_image(pixels) + 1) / 2
+
+
 @torch.no_grad()
 def _opinions(weights: str, photos: FramedPhotos, context: TrainingContext) -> np.ndarray:
     """What exported or registered `weights` say of each photo, averaged with its mirror image, packed N×S×S×3."""
@@ -225,9 +258,10 @@ def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
     """
     confidence, target = soft.max(1)
     thin = torch.zeros(soft.shape[1], dtype=torch.bool, device=soft.device)
-    thin[[CELEBAMASK_HQ.id(name) for name in _FADING]] = True
+    fading = [CELEBAMASK_HQ.id(name) for name in _FADING]
+    thin[fading] = True
     is_thin = thin[target]
-    contested = (soft[:, thin].sum(1) > 0.1) & ~is_thin
+    contested = (soft[:, fading].sum(1) > 0.1) & ~is_thin
     hair, behind = CELEBAMASK_HQ.id("hair"), [CELEBAMASK_HQ.id(name) for name in ("background", "cloth", "neck")]
     contested |= (soft[:, hair] > 0.2) & torch.isin(target, torch.tensor(behind, device=target.device))
     least = torch.where(is_thin, 0.5, confident)

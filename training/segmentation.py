@@ -54,12 +54,10 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Args: logits N×C×H×W, labels N×H×W int64.
     """
     probability = logits.softmax(1)
-    classes = logits.shape[1]
-    truth = torch.bincount(labels.flatten(), minlength=classes).to(probability)
-    correct = probability.gather(1, labels[:, None]).flatten()
-    overlap = torch.zeros_like(truth).index_add(0, labels.flatten(), correct)
-    dice = 2 * overlap / (probability.sum((0, 2, 3)) + truth).clamp_min(1)
-    return 1 - dice[truth > 0].mean()
+    shown = torch.zeros_like(probability).scatter_(1, labels[:, None], 1)
+    truth = shown.sum((0, 2, 3))
+    dice = 2 * (probability * shown).sum((0, 2, 3)) / (probability.sum((0, 2, 3)) + truth).clamp_min(1)
+    return 1 - (dice * (truth > 0)).sum() / (truth > 0).sum()  # no index: a GPU would be waited for
 
 
 @torch.no_grad()

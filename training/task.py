@@ -201,7 +201,7 @@ class TrainingContext:
         moved = {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
         if self.config.channels_last:
             for name, value in moved.items():
-                if value.ndim == 4:
+                if value.ndim == 4 and value.is_floating_point():
                     moved[name] = value.contiguous(memory_format=torch.channels_last)
         return moved
 

@@ -71,7 +71,7 @@ def test_a_share_of_the_people_stays_as_rendered(cache_dir: Path) -> None:
         task = ParserTask(recipe, TrainingContext(make_fabric(recipe.trainer), recipe.trainer))
         image, labels = task.people.read(list(range(8)))
         known = {pixels.tobytes(): turned for pixels, turned in zip(pack_image(image), labels, strict=True)}
-        batch = task.batch(3)
+        batch = task.vary(task.batch(3), 3)
         plain = 0
         for made, names in zip(batch["image"], batch["labels"], strict=True):
             for turned in (made, made.flip(-1)):

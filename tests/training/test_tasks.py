@@ -143,10 +143,10 @@ def test_maggan_run_resumes_exports_and_loads(photo_recipe: Any, tmp_path: Path)
     assert network(image, torch.ones(1, 13), mask).shape == (1, 3, 32, 32)
 
 
-def _classifier_of_the_13(folder: Path) -> str:
-    torch.manual_seed(0)
+def _classifier_of_the_13(folder: Path, seed: int = 0) -> str:
+    torch.manual_seed(seed)
     config = AttributeClassifierConfig(attributes=MAGGAN[::-1], size_px=32, base_width=8, stages=3, hidden_width=32)
-    network, path = AttributeClassifier(config), folder / "classifier.safetensors"
+    network, path = AttributeClassifier(config), folder / f"classifier-{seed}.safetensors"
     facts = {"licence": "Apache-2.0", "training_data": "none", "source": "tests"}
     save_weights(path, "attribute-classifier", config, network.state_dict(), half=False, **facts)
     return str(path)
@@ -182,20 +182,26 @@ def test_transplants_and_features_join_the_step(
 
 
 def test_classes_pull_an_edit_towards_what_is_asked(cache_dir: Path, tmp_path: Path) -> None:
-    """With no other term, the frozen classifier's own opinion of the edits rises, and its weights stay."""
-    judge = _classifier_of_the_13(tmp_path)
+    """With no other term, the frozen classifiers' own opinion of the edits rises, each is asked, and none changes."""
+    judges = [_classifier_of_the_13(tmp_path, seed) for seed in (0, 1)]
     none = ", ".join(f"{name}: 0" for name in ("adversarial", "reconstruction", "attributes", "preserve", "edit"))
-    task = build(
-        tiny_maggan(
-            cache_dir, f"feature_network={judge}", f"losses={{{none}, classes: 1}}", "adversarial.start_step=99"
-        ),
-        MagGANTask,
-    )
-    before = [parameter.clone() for parameter in task.classes.network.parameters()]
+    still = "class_views={shift: 0, scale: 0, degrees: 0, blur_share: 0}"
+    asked = (f"class_networks=[{','.join(map(str, judges))}]", f"losses={{{none}, classes: 1}}", still)
+    more = ("generator_adam={rate: 0.01, beta1: 0.9, warmup_steps: 0}", "adversarial.start_step=99")
+    task = build(tiny_maggan(cache_dir, *asked, *more), MagGANTask)
+    networks = [network for network, _ in task.classes.networks]
+    order: list[int] = []
+    for place, network in enumerate(networks):
+        network.register_forward_hook(lambda *_, place=place: order.append(place))
+    before = [[parameter.clone() for parameter in network.parameters()] for network in networks]
     batch = task.batch(0)
-    found = [task.training_step(batch, step)["classes"].item() for step in range(30)]
-    assert found[-1] < found[0]
-    assert all(map(torch.equal, before, task.classes.network.parameters()))
+    found = [task.training_step(batch, step)["classes"].item() for step in range(40)]
+    for place in range(len(networks)):
+        opinions = [value for value, asked_place in zip(found, order, strict=True) if asked_place == place]
+        assert len(opinions) > 5
+        assert opinions[-1] < opinions[0]
+    for network, parameters in zip(networks, before, strict=True):
+        assert all(map(torch.equal, parameters, network.parameters()))
 
 
 def test_classes_need_a_classifier_of_all_attributes(cache_dir: Path, tmp_path: Path) -> None:
@@ -204,7 +210,7 @@ def test_classes_need_a_classifier_of_all_attributes(cache_dir: Path, tmp_path: 
     facts = {"licence": "Apache-2.0", "training_data": "none", "source": "tests"}
     save_weights(path, "attribute-classifier", few, AttributeClassifier(few).state_dict(), half=False, **facts)
     recipe = tiny_maggan(cache_dir, f"feature_network={path}", "losses.classes=1")
-    with pytest.raises(OutOfRangeError, match="feature_network must be a classifier of MagGAN's attributes"):
+    with pytest.raises(OutOfRangeError, match="feature_network must be classifiers of MagGAN's attributes"):
         build(recipe, MagGANTask)
 
 
