@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from faceedit.cli import options
+from faceedit.cli.files import check_distinct
 from faceedit.cli.output import print_json
 
 app = typer.Typer(help="List, describe and import weights.", no_args_is_help=True, rich_markup_mode=None)
@@ -93,6 +94,7 @@ def import_(
     from faceedit.config import to_dict
     from faceedit.importers import import_weights
 
+    check_distinct("weights import", {"FILE": file, "--output": output})
     header = import_weights(kind, file, output, part=part, licence=licence, training_data=training_data)
     if json:
         print_json({"file": str(output), **to_dict(header)})

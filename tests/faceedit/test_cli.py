@@ -134,6 +134,7 @@ def test_a_lossy_format_is_noted(run: Run, photo: Path, tmp_path: Path, suffix: 
         ("parse", "{photo} -o {out}/m.png --overlay {out}/m.png", "--overlay must be a file of its own"),
         ("align", "{photo} -o {photo}", "which is PHOTO too"),
         ("project", "{photo} -o {photo}", "which is PHOTO too"),
+        ("weights", "import stylegan2 {photo} -o {photo}", "which is FILE too"),
     ],
 )
 def test_no_result_replaces_the_photo_or_another_result(
