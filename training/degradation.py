@@ -48,6 +48,18 @@ def random_warp(
     return F.affine_grid(theta.to(device), [count, 1, size_px, size_px], align_corners=False)
 
 
+def flare(count: int, size_px: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
+    """Sampling grids N×S×S×2 that pull what hangs down beside the face outwards, further down further: drawn hair falls
+    straight, hair on photos lies on the shoulders. Half of the grids change nothing; the others up to 0.8 of a place's
+    distance from the middle at the lower edge."""
+    strength = _uniform(count, 0.0, 0.8, generator) * (torch.rand(count, generator=generator) < 0.5)
+    line = torch.linspace(-1, 1, size_px, device=device) * (1 - 1 / size_px)
+    depth = ((line - 0.3) / 0.7).clamp(0, 1)[None, :, None]
+    beside = ((line.abs() - 0.28) / 0.3).clamp(0, 1)[None, None, :]
+    x = line[None, None, :] / (1 + strength.to(device)[:, None, None] * depth * beside)
+    return torch.stack([x, line[None, :, None].expand_as(x)], -1)
+
+
 def warp_image(image: Tensor, grid: Tensor) -> Tensor:
     return F.grid_sample(image, grid, padding_mode="border", align_corners=False)
 

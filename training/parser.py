@@ -28,6 +28,7 @@ from faceedit.training.config import AdamConfig, require
 from faceedit.training.contours import BARE, DRAWN, UNKNOWN
 from faceedit.training.degradation import (
     backdrops,
+    flare,
     flip_some,
     occlude,
     photograph,
@@ -48,6 +49,7 @@ _WEIGHTS = {
     **dict.fromkeys(("l_brow", "r_brow", "l_eye", "r_eye", "mouth", "u_lip", "l_lip", "eye_g"), 1.5),
     **dict.fromkeys(("ear_r", "neck_l"), 1.5),  # 4 found twice as much necklace as there is
 }
+_MOUTH = 0.62  # its row in an aligned crop, as a share of the side; sideburns end above it
 _FADING = ("l_eye", "r_eye", "l_brow", "r_brow", "nose", "mouth", "u_lip", "l_lip", "l_ear", "r_ear")
 
 
@@ -141,6 +143,8 @@ class ParserTask(Task[ParserRecipe]):
         image, labels = flip_some(_light(taken["people"]), generator, taken["people_labels"].long())
         rendered, count, size = (image, labels), len(image), image.shape[-1]
         plain = (torch.rand(count, generator=generator) < self.recipe.plain_share).to(place)[:, None, None]
+        grid = flare(count, size, generator, place)
+        image, labels = warp_image(image, grid), warp_labels(labels, grid)
         image = recolour_regions(image, labels, generator)
         if "grounds" in taken:
             ground = backdrops(_light(taken["grounds"]), generator)
@@ -254,7 +258,8 @@ def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
 
     A class that covers much is confident up to its edges, so thin parts would wear away: every round the teacher is a
     little surer that the rim of a brow is skin. Where a thin part has a tenth of the vote, no other class is taught,
-    and a thin part is taught from half of the vote on.
+    and a thin part is taught from half of the vote on. Nor does anybody teach what is no hair below hair that reaches
+    the mouth: a teacher that lost its ends, over dark clothes first, would make sure that they stay lost.
     """
     confidence, target = soft.max(1)
     thin = torch.zeros(soft.shape[1], dtype=torch.bool, device=soft.device)
@@ -264,9 +269,20 @@ def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
     contested = (soft[:, fading].sum(1) > 0.1) & ~is_thin
     hair, behind = CELEBAMASK_HQ.id("hair"), [CELEBAMASK_HQ.id(name) for name in ("background", "cloth", "neck")]
     contested |= (soft[:, hair] > 0.2) & torch.isin(target, torch.tensor(behind, device=target.device))
+    contested |= _below_long_hair(target == hair) & torch.isin(target, torch.tensor(behind, device=target.device))
     least = torch.where(is_thin, 0.5, confident)
     weight = ((confidence - least) / (1 - least)).clamp(0, 1)
     return target, torch.where(contested, torch.zeros_like(weight), weight)
+
+
+def _below_long_hair(hair: Tensor) -> Tensor:
+    """Where hair, booleans N×S×S, ends higher up in the same columns or beside them, of hair that reaches the mouth."""
+    size = hair.shape[-1]
+    low = hair.float()
+    low[:, : round(_MOUTH * size)] = 0
+    reach = size // 8
+    below = low.cummax(1).values
+    return F.max_pool1d(below, 2 * reach + 1, stride=1, padding=reach) > 0
 
 
 def overrule(target: Tensor, weight: Tensor, soft: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
