@@ -39,6 +39,7 @@ from faceedit.training.degradation import (
     warp_labels,
 )
 from faceedit.training.framed_photos import FramedPhotos, framed_photos
+from faceedit.training.hair_ends import below_long_hair, lengthen, long_hair
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
 from faceedit.training.parser_evaluation import header_metrics, parser_scores
 from faceedit.training.segmentation import SegmentationRecipe, class_weights, dice_loss, overlay_sheet
@@ -49,7 +50,6 @@ _WEIGHTS = {
     **dict.fromkeys(("l_brow", "r_brow", "l_eye", "r_eye", "mouth", "u_lip", "l_lip", "eye_g"), 1.5),
     **dict.fromkeys(("ear_r", "neck_l"), 1.5),  # 4 found twice as much necklace as there is
 }
-_MOUTH = 0.62  # its row in an aligned crop, as a share of the side; sideburns end above it
 _FADING = ("l_eye", "r_eye", "l_brow", "r_brow", "nose", "mouth", "u_lip", "l_lip", "l_ear", "r_ear")
 
 
@@ -59,7 +59,8 @@ class ParserRecipe(SegmentationRecipe):
     landmarks, written by training/face_mesh.py. `photo_from` is the share of the run after which photos join;
     `photo_teacher` names weights that label the photos once, instead of the averaged network all along;
     `photo_backdrops` is the share of synthetic portraits that stand before a piece of a photo's background;
-    `plain_share` is the share that is left as it was rendered: sharp, in its own colours, upright."""
+    `plain_share` is the share that is left as it was rendered: sharp, in its own colours, upright; photos whose hair
+    reaches the mouth by the opinion of `photo_teacher` are drawn `long_hair_weight` times as often as others."""
 
     network: ParserConfig = field(default_factory=ParserConfig)
     optimizer: AdamConfig = field(
@@ -73,6 +74,7 @@ class ParserRecipe(SegmentationRecipe):
     photo_from: float = 0.3
     photo_backdrops: float = 0.55
     plain_share: float = 0.3
+    long_hair_weight: float = 3.0
     confident: float = 0.8
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class ParserRecipe(SegmentationRecipe):
         require(self.photo_batch > 0, "photo_batch", "positive", self.photo_batch)
         require(0 <= self.photo_from <= 1, "photo_from", "in [0, 1]", self.photo_from)
         require(0 <= self.plain_share <= 1, "plain_share", "in [0, 1]", self.plain_share)
+        require(self.long_hair_weight > 0, "long_hair_weight", "positive", self.long_hair_weight)
         require(0 < self.confident < 1, "confident", "in (0, 1)", self.confident)
         needed = self.photo_contours is None or self.photos is not None
         require(needed, "photos", "the folder that photo_contours belongs to", self.photos)
@@ -104,6 +107,10 @@ class ParserTask(Task[ParserRecipe]):
         self.taught: np.ndarray | None = None
         if self.photos is not None and recipe.photo_teacher is not None:
             self.taught = _opinions(recipe.photo_teacher, self.photos, context)
+        self.photo_weights = torch.ones(0 if self.photos is None else len(self.photos))
+        if self.taught is not None:
+            hair = torch.from_numpy(self.taught[..., 0] == CELEBAMASK_HQ.id("hair"))
+            self.photo_weights[long_hair(hair)] = recipe.long_hair_weight
         self.class_weights = class_weights(CELEBAMASK_HQ, _WEIGHTS).to(context.device)
 
     @classmethod
@@ -125,7 +132,8 @@ class ParserTask(Task[ParserRecipe]):
             taken["grounds"] = _rows(self.photos.crops, others)
         if self._photos_join(step):
             assert self.photos is not None
-            rows = torch.randint(len(self.photos), (self.recipe.photo_batch,), generator=generator).tolist()
+            drawn = torch.multinomial(self.photo_weights, self.recipe.photo_batch, True, generator=generator)
+            rows = drawn.tolist()
             taken |= {"photos": _rows(self.photos.crops, rows), "contours": self.photos.read_contours(rows)}
             if self.taught is not None:
                 taken["opinions"] = _rows(self.taught, rows)
@@ -159,6 +167,8 @@ class ParserTask(Task[ParserRecipe]):
             if "opinions" in taken:
                 maps.append(cache.unpack_mask(taken["opinions"]))
             photo, drawn, *soft = flip_some(_light(taken["photos"]), generator, *maps)
+            if soft:
+                photo, soft[0] = _with_longer_hair(photo, soft[0], generator)
             grid = random_warp(len(photo), size, generator, device=place)
             student = photograph(warp_image(photo, grid), generator)
             varied |= {"photo": photo * 2 - 1, "grid": grid, "student": student * 2 - 1}
@@ -232,6 +242,20 @@ class ParserTask(Task[ParserRecipe]):
         )
 
 
+def _with_longer_hair(photo: Tensor, soft: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two photos in three with `lengthen`ed hair, over clothes and ground or behind the clothes; soft masks say so."""
+    behind, before = ([CELEBAMASK_HQ.id(name) for name in names] for names in (("background",), ("neck", "cloth")))
+    labels, count = soft.argmax(1), len(photo)
+    chosen, in_front = (torch.rand(count, generator=generator) < share for share in (0.67, 0.75))
+    chosen, in_front = (draw.to(photo.device).view(-1, 1, 1) for draw in (chosen, in_front))
+    room = torch.isin(labels, torch.tensor(behind, device=photo.device))
+    room |= in_front & torch.isin(labels, torch.tensor(before, device=photo.device))
+    hair = CELEBAMASK_HQ.id("hair")
+    photo, added = lengthen(photo, labels == hair, room & chosen, generator)
+    one = F.one_hot(torch.tensor(hair, device=photo.device), soft.shape[1]).to(soft).view(1, -1, 1, 1)
+    return photo, torch.where(added[:, None], one, soft)
+
+
 def _rows(array: NDArray[np.uint8], rows: list[int]) -> Tensor:
     return torch.from_numpy(np.stack([array[row] for row in rows]))
 
@@ -269,20 +293,10 @@ def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
     contested = (soft[:, fading].sum(1) > 0.1) & ~is_thin
     hair, behind = CELEBAMASK_HQ.id("hair"), [CELEBAMASK_HQ.id(name) for name in ("background", "cloth", "neck")]
     contested |= (soft[:, hair] > 0.2) & torch.isin(target, torch.tensor(behind, device=target.device))
-    contested |= _below_long_hair(target == hair) & torch.isin(target, torch.tensor(behind, device=target.device))
+    contested |= below_long_hair(target == hair) & torch.isin(target, torch.tensor(behind, device=target.device))
     least = torch.where(is_thin, 0.5, confident)
     weight = ((confidence - least) / (1 - least)).clamp(0, 1)
     return target, torch.where(contested, torch.zeros_like(weight), weight)
-
-
-def _below_long_hair(hair: Tensor) -> Tensor:
-    """Where hair, booleans N×S×S, ends higher up in the same columns or beside them, of hair that reaches the mouth."""
-    size = hair.shape[-1]
-    low = hair.float()
-    low[:, : round(_MOUTH * size)] = 0
-    reach = size // 8
-    below = low.cummax(1).values
-    return F.max_pool1d(below, 2 * reach + 1, stride=1, padding=reach) > 0
 
 
 def overrule(target: Tensor, weight: Tensor, soft: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
