@@ -60,10 +60,12 @@ def open_cache(folder: Path) -> Arrays:
     return {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
 
-def rendered_at_once(chunk: int) -> int:
-    """How many samples one call of a renderer makes: a CPU's caches hold few, a GPU is idle with few. A call launches
-    some nine thousand kernels, however many people it draws."""
-    return max(chunk, 128) if resolve_device("auto").type == "cuda" else chunk
+def rendered_at_once(chunk: int, size_px: int) -> int:
+    """How many samples of size_px² one call of a renderer makes, a multiple of `chunk`: a CPU's caches hold few, a GPU
+    is idle with few. A call launches nine thousand kernels, however many people it draws, and needs 0.7 kB a pixel."""
+    if resolve_device("auto").type != "cuda":
+        return chunk
+    return max(chunk, min(128, 128 * 256**2 // size_px**2) // chunk * chunk)
 
 
 def renderers() -> int:

@@ -32,6 +32,11 @@ class PlacementConfig:
     degrees: float = 5.0
     blur_share: float = 0.3
 
+    def __post_init__(self) -> None:
+        for name in ("shift", "scale", "degrees"):
+            require(getattr(self, name) >= 0, name, "not negative", getattr(self, name))
+        require(0 <= self.blur_share <= 1, "blur_share", "in [0, 1]", self.blur_share)
+
 
 @dataclass(frozen=True, slots=True)
 class ClassifierRecipe(AttributeRecipe):

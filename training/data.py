@@ -85,7 +85,7 @@ class SyntheticPortraits:
         arrays = cache.build_cache(
             folder,
             shapes,
-            cache.rendered_at_once(_FAMILIES_A_CHUNK),
+            cache.rendered_at_once(_FAMILIES_A_CHUNK, config.size_px),
             self._render,
             report,
             workers=cache.renderers(),

@@ -185,9 +185,10 @@ def _camera(image: Tensor, generator: torch.Generator) -> Tensor:
     small = [row for row in range(count) if sides[row] < size]
     coded = [row for row in range(count) if draw[row][2] < 0.5]
     blurred = [row for row in range(count) if sides[row] == size and draw[row][4] < 0.25]
-    image = image.clone()
+    image = (image * 255).round() / 255  # a camera gives whole levels, and what differs by rounding is the same again
     for row in small:  # in the upper left corner, so that all are coded at once
-        one = F.interpolate(image[row : row + 1], (sides[row],) * 2, mode="bilinear", antialias=True)
+        share = _area_shares(size, sides[row], image.device)
+        one = share @ image[row : row + 1] @ share.T
         image[row] = F.pad(one, (0, size - sides[row]) * 2, mode="replicate")[0]
     if coded:
         quality = torch.tensor([int(25 + 70 * draw[row][3]) for row in coded], device=image.device)
@@ -202,13 +203,23 @@ def _camera(image: Tensor, generator: torch.Generator) -> Tensor:
     return image.clamp(0, 1)
 
 
+def _area_shares(size: int, side: int, device: torch.device) -> Tensor:
+    """How much of each of `side` wider pixels each of `size` pixels covers, side×size: averaging by area."""
+    edges = torch.arange(side + 1, device=device) * (size / side)
+    pixels = torch.arange(size, device=device)
+    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return overlap.clamp(min=0) * (side / size)
+
+
 def _lens_blur(image: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian blur of images N×3×S×S, sigma (N, on the CPU) in pixels, cut off at three of the largest."""
     count, channels, height, width = image.shape
     reach = int(3 * float(sigma.max()) + 0.5)
     taps = torch.exp(-((torch.arange(-reach, reach + 1) / sigma[:, None]) ** 2) / 2)
     taps = (taps / taps.sum(1, keepdim=True)).repeat_interleave(channels, 0).to(image)
-    planes = F.pad(image, (reach,) * 4, mode="reflect").view(1, count * channels, height + 2 * reach, width + 2 * reach)
+    planes = F.pad(image, (reach,) * 4, mode="reflect").reshape(
+        1, count * channels, height + 2 * reach, width + 2 * reach
+    )
     planes = F.conv2d(planes, taps[:, None, :, None], groups=count * channels)
     return F.conv2d(planes, taps[:, None, None, :], groups=count * channels).view(image.shape)
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where long hair ends on photos, which nobody has said: a teacher that lost the ends is not believed there, and hair that
-is painted further down shows what they look like."""
+"""Where long hair ends on photos, which nobody has said: a teacher that lost the ends is not believed there, and hair
+that is painted further down shows what they look like."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def long_hair(hair: Tensor) -> Tensor:
 
 
 def below_long_hair(hair: Tensor) -> Tensor:
-    """Where hair, booleans N×S×S, that reaches the mouth has ended: further down in its columns, or an eighth of the side
-    beside them."""
+    """Where hair, booleans N×S×S, that reaches the mouth has ended: further down in its columns, or an eighth of the
+    side beside them."""
     size = hair.shape[-1]
     low = hair.float()
     low[:, : round(_MOUTH * size)] = 0
@@ -33,10 +33,11 @@ def below_long_hair(hair: Tensor) -> Tensor:
 
 
 def lengthen(image: Tensor, hair: Tensor, room: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Let hair that reaches the mouth run on over what lies below it: strands of the hair above, repeated there and back,
-    spread outwards and waved at random, of random length with a ragged end, a little darker further down.
+    """Let hair that reaches the mouth run on over what lies below it: strands of the hair above, repeated there and
+    back, spread outwards and waved at random, of random length with a ragged end, a little darker further down.
 
-    Args:    image N×3×S×S in [0, 1]; hair and room booleans N×S×S, where hair is and where more may lie; a CPU generator.
+    Args:    image N×3×S×S in [0, 1]; hair and room booleans N×S×S, where hair is and where more may lie; generator, of
+             the CPU.
     Returns: the images, and where hair was added, N×S×S.
     """
     count, size = len(image), image.shape[-1]

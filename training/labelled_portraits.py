@@ -72,6 +72,6 @@ def labelled_portraits(
     shapes = {"images": ((people, size_px, size_px, 3), "uint8"), "labels": ((people, size_px, size_px), "uint8")}
     name = f"parser-{split}-{size_px}px-{cache.fingerprint(values, renderer)}"
     folder = (cache_dir or cache.default_cache_dir()) / name
-    at_once = cache.rendered_at_once(_CHUNK)
+    at_once = cache.rendered_at_once(_CHUNK, size_px)
     arrays = cache.build_cache(folder, shapes, at_once, fill, report, workers=cache.renderers())
     return LabelledPortraits(everyone, arrays["images"], arrays["labels"])

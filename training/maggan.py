@@ -84,7 +84,7 @@ class LossConfig:
     bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the region is
     smallest when nothing is done. `opacity` is the price of hiding the input, a mean over the image: without it a
     layered output would repaint hair that only needs another colour. `features` is `moved` in feature space, and
-    `classes` what the same network makes of the edits, photos' included: the critic sees half the size at most."""
+    `classes` what classifiers make of the edits, photos' included: the critic sees half the size at most."""
 
     adversarial: float = 1.0
     reconstruction: float = 100.0
@@ -131,7 +131,7 @@ class MagGANRecipe(Recipe):
     transplants: TransplantConfig = field(default_factory=TransplantConfig)
     feature_network: str | None = None
     class_networks: tuple[str, ...] = ()
-    class_views: PlacementConfig = field(default_factory=lambda: PlacementConfig(blur_share=0.4))
+    class_views: PlacementConfig = field(default_factory=PlacementConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
@@ -155,6 +155,10 @@ class MagGANRecipe(Recipe):
         if self.batch.transplants:
             known = self.photos is not None and self.photo_classifier is not None
             require(known, "batch.transplants", "0 without photos and photo_classifier", self.batch.transplants)
+        asked = self.losses.classes > 0 or not self.class_networks
+        require(asked, "losses.classes", "positive where class_networks are given", self.losses.classes)
+        judge = self.validation_classifier
+        require(judge is None or judge not in self.class_networks, "class_networks", "other than the judge", judge)
         require(self.validation_people > 0, "validation_people", "positive", self.validation_people)
 
 

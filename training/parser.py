@@ -79,6 +79,7 @@ class ParserRecipe(SegmentationRecipe):
 
     def __post_init__(self) -> None:
         SegmentationRecipe.__post_init__(self)
+        require(self.network.size_px % 32 == 0, "network.size_px", "a multiple of 32", self.network.size_px)
         require(self.photo_batch > 0, "photo_batch", "positive", self.photo_batch)
         require(0 <= self.photo_from <= 1, "photo_from", "in [0, 1]", self.photo_from)
         require(0 <= self.plain_share <= 1, "plain_share", "in [0, 1]", self.plain_share)
@@ -104,6 +105,7 @@ class ParserTask(Task[ParserRecipe]):
         self.held_out: FramedPhotos | None = None
         if (framed := _framed(recipe, _silent)) is not None:
             self.photos, self.held_out = framed.split()
+            require(len(self.photos) > 0, "photos", "at least two photos with landmarks", len(framed))
         self.taught: np.ndarray | None = None
         if self.photos is not None and recipe.photo_teacher is not None:
             self.taught = _opinions(recipe.photo_teacher, self.photos, context)

@@ -136,7 +136,6 @@ def test_contours_join_and_hold_photos_out(
     fixed = train(cache_dir, tmp_path / "fixed", *more, f"photo_teacher={result.weights}")
     logged = [json.loads(line) for line in (tmp_path / "fixed" / "metrics.jsonl").read_text().splitlines()]
     both = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["synthetic"] for line in logged[:1]] == [line["synthetic"] for line in both[:1]]
     assert logged[0]["photo"] != both[0]["photo"]
     assert fixed.metrics.keys() == result.metrics.keys()
 
