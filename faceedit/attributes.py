@@ -47,7 +47,7 @@ CLASSIFIER_ORDER: tuple[str, ...] = tuple(
     pointy_nose receding_hairline eyeglasses"""
     )
 )
-"""CelebA's 40 in the order of the heads of MaskFaceGAN's classifier (SYSTEMS 5.2.3; there in lower case)."""
+"""CelebA's 40 in the order of the heads of MaskFaceGAN's classifier (its released code; there in lower case)."""
 
 _HAIR_COLOURS = ("Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair")
 _CLEARED_BY: dict[str, tuple[str, ...]] = {
@@ -76,7 +76,7 @@ def attribute_index(name: str, names: Sequence[str] = CELEBA) -> int:
 
 
 def conflicting(name: str) -> tuple[str, ...]:
-    """The attributes that have to be 0 once `name` is set to 1 (STGAN's rule, SYSTEMS 0.5).
+    """The attributes that have to be 0 once `name` is set to 1 (STGAN's rule).
 
     Mustache and No_Beard are deliberately not among them.
     """

@@ -70,7 +70,7 @@ class LabelScheme:
         return flat + [0] * (768 - len(flat))
 
 
-# Colours of CelebAMask-HQ's own visualisation (SYSTEMS 0.1), by class name. The other schemes show a part in the colour
+# Colours of CelebAMask-HQ's own visualisation, by class name. The other schemes show a part in the colour
 # that it has here, so that one legend serves every overlay.
 _COLOURS: dict[str, Colour] = {
     "background": (0, 0, 0),
@@ -98,7 +98,7 @@ _ANATOMICAL_PAIRS = (("l_eye", "r_eye"), ("l_brow", "r_brow"), ("l_ear", "r_ear"
 CELEBAMASK_HQ = LabelScheme("celebamask-hq", tuple(_COLOURS), tuple(_COLOURS.values()), _ANATOMICAL_PAIRS)
 """CelebAMask-HQ, 19 classes in MaskGAN's order: the library's default."""
 
-# zllrunning/face-parsing.PyTorch: the same nineteen parts under other ids (SYSTEMS 0.2).
+# zllrunning/face-parsing.PyTorch: the same nineteen parts under other ids.
 _ZLL_ORDER = (0, 1, 6, 7, 4, 5, 3, 8, 9, 15, 2, 10, 11, 12, 17, 16, 18, 13, 14)
 _ZLL_CLASSES = tuple(CELEBAMASK_HQ.classes[index] for index in _ZLL_ORDER)
 CELEBAMASK_HQ_ZLL = LabelScheme(
@@ -106,7 +106,7 @@ CELEBAMASK_HQ_ZLL = LabelScheme(
 )
 """CelebAMask-HQ, the same 19 classes in the order of the public BiSeNet parser."""
 
-# Helen class -> the CelebAMask-HQ class it is (SYSTEMS 0.3): image left is the person's right.
+# Helen class -> the CelebAMask-HQ class it is: image left is the person's right.
 _HELEN_PARTS = {
     "background": "background",
     "skin": "skin",
@@ -128,7 +128,7 @@ HELEN = LabelScheme(
 )
 """Helen (Smith et al. 2013), 11 classes; left and right are those of the image."""
 
-# MaskFaceGAN class -> the CelebAMask-HQ classes it joins (SYSTEMS 0.4; the first one lends its colour).
+# MaskFaceGAN class -> the CelebAMask-HQ classes it joins (the first one lends its colour).
 _MASKFACEGAN_PARTS = {
     "background": ("background", "hat"),
     "mouth": ("mouth", "u_lip", "l_lip"),
@@ -164,7 +164,7 @@ def scheme(name: str) -> LabelScheme:
 def conversion_table(src: LabelScheme, dst: LabelScheme) -> tuple[int, ...]:
     """`table[id in src]` is the id in dst.
 
-    Classes that the target lacks go where SYSTEMS 0.3 and 0.4 put them: for Helen, glasses and ears become skin, and
+    Classes that the target lacks go to what lies around them: for Helen, glasses and ears become skin, and
     hat, ear-rings, neck, necklace and clothes background. Raises UsageError when src joins parts that dst tells apart.
     """
     if src == dst:

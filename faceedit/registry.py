@@ -91,7 +91,7 @@ class WeightSpec:
     """One row of the registry.
 
     Args: name, what users type; file, name in the weights folder; sha256 and bytes, of that file; card, file name of
-          the model card ("" for none); url, where `weights pull` would fetch it ("" when it ships with the package);
+          the model card ("" for none); url, where it came from ("" when it ships with the package);
           path, where it is on this machine.
     """
 
@@ -326,8 +326,11 @@ def load_network(
     Args:    name_or_path, a registered name or a safetensors file; kind, when given, the network it has to be.
     Returns: the module; its `header` attribute is the file's WeightsHeader.
     Raises:  UnknownNameError for a name that does not exist; WeightsError for a file that is missing, altered, damaged
-             or of another kind.
+             or of another kind; DeviceError for a device that is not here.
     """
+    from faceedit.devices import resolve_device
+
+    place = resolve_device(device)
     row = find(name_or_path, kind)
     header, shapes = _contents(row.path)
     if kind and header.kind != kind:
@@ -338,7 +341,7 @@ def load_network(
     network = network_class(config)
     load_weights(network, row.path, row.sha256)
     network.header = header  # type: ignore[assignment]
-    return network.eval().requires_grad_(False).to(device)
+    return network.eval().requires_grad_(False).to(place)
 
 
 def _configured(

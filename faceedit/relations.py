@@ -30,7 +30,7 @@ _EARS = "l_ear r_ear"
 _LIPS = "u_lip l_lip"
 _FACE = f"skin {_BROWS} {_EYES} {_EARS} nose mouth {_LIPS} neck hair"
 
-# attribute: (parts touched when it is raised, parts touched when it is lowered), SYSTEMS 7.
+# attribute: (parts touched when it is raised, parts touched when it is lowered).
 _PAPER: dict[str, tuple[str, str]] = {
     "Bald": ("hair", f"background skin {_EARS} ear_r"),  # hair becomes skin; hair grows over these
     "Bangs": (f"skin {_BROWS} hair", f"{_BROWS} hair"),  # hair falls over the forehead; bangs become forehead
@@ -167,7 +167,7 @@ def influence_mask(
              `relation_matrices` gives them (default: paper, CelebAMask-HQ order); dilate_px, its growth.
     Returns: (N,1,H,W) in [0, 1], dtype of mask; exactly 0 where no attribute changes. Differentiable in mask.
     Raises:  ValueError on shapes.
-    Source:  MagGAN eqs. (2), (4), (5); the sum runs over the 19 parts (SYSTEMS D23).
+    Source:  MagGAN eqs. (2), (4), (5); the sum runs over the 19 parts.
     """
     relations = _relations_like(relations, mask)
     _check_pair("influence_mask", attribute_difference, mask, relations)
@@ -207,7 +207,7 @@ def mask_guided_conditioning(
 
 @dataclass(frozen=True)
 class RegionRule:
-    """How MaskFaceGAN confines one attribute (SYSTEMS 8).
+    """How MaskFaceGAN confines one attribute.
 
     Args: target, classes of the MaskFaceGAN scheme that are edited; appearance, classes that join target in the
           appearance, blending and shape masks; shape_weight, λ_S of the target-shape term; is_dynamic, whether the

@@ -12,7 +12,7 @@ from support.command_line import PACKAGE_ROOT
 
 ROOT = Path(__file__).parents[1]
 
-# Binary files may be tracked only here. Weights: DESIGN section 5 caps a file at 12 MiB and all of them at 64 MiB.
+# Binary files may be tracked only here. Weights: at most 12 MiB a file and 64 MiB all together.
 WEIGHTS = "faceedit/weights/*.safetensors"
 BINARIES = [WEIGHTS, "docs/**/*.png", "docs/**/*.jpg", "faceedit/**/*.png", "faceedit/**/*.jpg", "tests/**/data/*"]
 

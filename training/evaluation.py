@@ -38,7 +38,7 @@ _MAX_PSNR_DB = 60.0  # an exact copy would be infinite; one grey level off every
 class AttributeScore:
     """One row: means over `count` edits of one attribute. `truth_*` is the same measure on the true result.
 
-    psnr_db: inside the influence region, against the truth.  mre: mean |(1 − M_i)(x̂ − x)|, SYSTEMS 3.6, RGB averaged.
+    psnr_db: inside the influence region, against the truth.  mre: mean |(1 − M_i)(x̂ − x)| as in MagGAN, RGB averaged.
     success: share whose flipped bit the classifier confirms.  unchanged_psnr_db: the unedited source against the truth.
     undone: L1 error over the region's pixels that the truth changes, as a share of that change; 1 is doing nothing.
     """
@@ -147,10 +147,10 @@ def evaluate_editor(
     relations: Relations | None = None,
     batch_size: int = 16,
 ) -> EvaluationReport:
-    """Flip one attribute at a time, for each family member that shows the flip (SYSTEMS 3.6).
+    """Flip one attribute at a time, for each family member that shows the flip, as MagGAN's MRE does.
 
-    The attribute difference is the flip and, where an attribute is raised, the conflict rule of SYSTEMS 0.5. Edits
-    whose truth moves nothing inside the influence region (hair colour under a hat) are skipped and counted.
+    The attribute difference is the flip and, where an attribute is raised, STGAN's conflict rule (`resolve_conflicts`).
+    Edits whose truth moves nothing inside the influence region (hair colour under a hat) are skipped and counted.
     `relations` (default: the paper's, which the published MRE uses) bound the influence region.
     """
     columns = [attribute_index(name) for name in MAGGAN]

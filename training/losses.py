@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the GAN editors. Reductions follow SYSTEMS.md: plain means, unless a docstring says otherwise."""
+"""Losses of the GAN editors. Reductions are plain means, unless a docstring says otherwise."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def moved_pixels(source: Tensor, target: Tensor) -> Tensor:
 
 
 def attribute_bce(logits: Tensor, attributes: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy, mean over attributes and samples (MagGAN eqs. 9 and 10; the sign of 10 as in D23).
+    """Binary cross-entropy, mean over attributes and samples (MagGAN eqs. 9 and 10; 10's printed minus is an error).
 
     Args:    logits, attributes N×A, attributes in [0, 1]; weight N×A or N×1 ≥ 0 leaves out what is unknown.
     Returns: the weighted mean; 0 when every weight is 0.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `maggan` task: MagGAN (SYSTEMS 3) trained on counterfactual pairs and unlabelled photos.
+"""The `maggan` task: MagGAN (Wei et al. 2020) trained on counterfactual pairs and unlabelled photos.
 
 What differs from the paper, and why:
 
@@ -79,11 +79,11 @@ class BatchConfig:
 
 @dataclass(frozen=True, slots=True)
 class LossConfig:
-    """Weights of the terms (SYSTEMS 3.3). `edit`, `moved` and `opacity` are this project's. The first two are means
-    over the influence region, and over those of its pixels that the true edit changes, there as a share of that change:
-    bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the region is
-    smallest when nothing is done. `opacity` is the price of hiding the input, a mean over the image: without it a
-    layered output would repaint hair that only needs another colour. `features` is `moved` in feature space, and
+    """Weights of the terms (MagGAN eqs. 3 and 6 to 10). `edit`, `moved` and `opacity` are this project's. The first two
+    are means over the influence region, and over those of its pixels that the true edit changes, there as a share of
+    that change: bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the
+    region is smallest when nothing is done. `opacity` is the price of hiding the input, a mean over the image: without
+    it a layered output would repaint hair that only needs another colour. `features` is `moved` in feature space, and
     `classes` what classifiers make of the edits, photos' included: the critic sees half the size at most."""
 
     adversarial: float = 1.0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tasks `attribute-tree` and `attribute-cnn`: classifiers that guide MaskFaceGAN's edits.
 
-They see what MaskFaceGAN shows them: FFHQ's alignment crops, of any sharpness. Paper (SYSTEMS 5.2.3): weighted binary
+They see what MaskFaceGAN shows them: FFHQ's alignment crops, of any sharpness. Paper: weighted binary
 cross-entropy, flips and affine transforms, Nesterov momentum on FFHQ; here Adam, as in every recipe of this project, on
 families of synthetic portraits under random light, tone, blur, noise and compression.
 """

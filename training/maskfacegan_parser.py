@@ -2,7 +2,7 @@
 """The tasks `deeplab`, `fcn` and `region-unet`: parsers that guide MaskFaceGAN's edits.
 
 Portraits with exact labels, recoloured, framed as FFHQ's alignment frames them, turned, covered and photographed; the
-nineteen classes of CelebAMask-HQ become those of the network's scheme at the end. Paper (SYSTEMS 5.2.2): synthetic
+nineteen classes of CelebAMask-HQ become those of the network's scheme at the end. Paper: synthetic
 pictures too, DatasetGAN's, with flips and affine transforms, Adam at 3e-4.
 """
 

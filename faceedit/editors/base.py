@@ -20,7 +20,14 @@ from torch import Tensor
 
 from faceedit.attributes import CELEBA, MAGGAN, check_attribute, complete_request
 from faceedit.devices import resolve_device
-from faceedit.errors import OutOfRangeError, UnknownAttributeError, UnknownNameError, UsageError, suggestion
+from faceedit.errors import (
+    OutOfRangeError,
+    UnknownAttributeError,
+    UnknownNameError,
+    UsageError,
+    closest_names,
+    suggestion,
+)
 
 if TYPE_CHECKING:
     from faceedit.alignment import Alignment
@@ -144,7 +151,7 @@ class Editor(Protocol):
 
 @runtime_checkable
 class Watchable(Protocol):
-    """An editor whose edits take long enough to be watched, and stopped."""
+    """An editor whose edits take long enough to be watched, and stopped. It has both methods, or is not watched."""
 
     def watch(
         self, observe: Callable[[Progress], None] | None, every: int = 10, should_stop: Callable[[], bool] | None = None
@@ -213,12 +220,14 @@ def check_request(spec: EditorSpec, request: EditRequest) -> None:
 
 
 def _check_known(spec: EditorSpec, attribute: str, known: Sequence[str]) -> None:
-    """Refuse an attribute outside the editor's vocabulary; another editor that knows it is named."""
-    able = [other.name for other in EDITORS.values() if attribute in other.attributes]
-    if attribute not in known and able:
+    """Refuse an attribute outside the editor's vocabulary; another editor that knows it, or what is meant, is named."""
+    every = {name for other in EDITORS.values() for name in other.attributes}
+    meant = closest_names(attribute, sorted(every), 1)  # the attribute itself where an editor has it
+    if attribute not in known and meant and meant[0] not in known:
+        able = " or ".join(other.name for other in EDITORS.values() if meant[0] in other.attributes)
+        advice = f"the editor {able} knows " + ("it" if meant[0] == attribute else f"{meant[0]}")
         raise UnknownAttributeError(
-            f"{spec.name}: attribute must be one of {', '.join(spec.attributes)}, got {attribute}; "
-            f"the editor {' or '.join(able)} knows it"
+            f"{spec.name}: attribute must be one of {', '.join(spec.attributes)}, got {attribute}; {advice}"
         )
     check_attribute(attribute, known)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The e4e encoder, from the official file (`e4e_ffhq_encode.pt`) or MaskFaceGAN's (`e4e/state.pt`); SYSTEMS 5.2.4.
+"""The e4e encoder, from the official file (`e4e_ffhq_encode.pt`) or MaskFaceGAN's (`e4e/state.pt`).
 
 The official file keeps the encoder under `encoder.`, beside a decoder, which is left out; MaskFaceGAN's holds nothing
 else. Both have the average w apart. Ours has the same names, and sizes are read from the tensors.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MaskFaceGAN's attribute classifier, `attribute_classifier/state.pt` of its release (SYSTEMS 5.2.3).
+"""MaskFaceGAN's attribute classifier, `attribute_classifier/state.pt` of its release.
 
 Our tree keeps the names of the released one, so conversion checks more than it changes. Widths and the size of the
 images are read from the tensors.

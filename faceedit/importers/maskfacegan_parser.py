@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MaskFaceGAN's face parser, `face_parser/state.pt` of its release: DeepLabV3 over ResNet-50 (SYSTEMS 5.2.2).
+"""MaskFaceGAN's face parser, `face_parser/state.pt` of its release: DeepLabV3 over ResNet-50.
 
 Our parser keeps the names of the released one. Depth and widths are read from the tensors; the pyramid's rates leave no
 trace in them and are the paper's. The class weights of the training loss, which the file also holds, are left out.

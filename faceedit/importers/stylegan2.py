@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """StyleGAN2 checkpoints: NVlabs' pickles and state dicts (stylegan2-ada-pytorch, stylegan3) and rosinality's files.
 
-Both families keep weights unscaled and filters alike, so conversion renames and drops axes of length one (SYSTEMS 9.2).
+Both families keep weights unscaled and filters alike, so conversion renames and drops axes of length one.
 Sizes come from the tensors' shapes; what shapes do not tell (clamp, learning rate multiplier, group size) comes from a
 pickle's own settings, or else is the paper's.
 """

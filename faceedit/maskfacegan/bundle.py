@@ -29,6 +29,7 @@ from faceedit.networks.classifier import AttributeClassifier
 from faceedit.networks.folding import for_inference
 
 # What each part is for an error message, and how to come by it.
+_PARSER_KINDS = ("parser", "deeplab-parser", "fcn-parser", "region-unet-parser")
 _PARTS = {
     "generator": ("a StyleGAN2 generator", "faceedit weights import stylegan2"),
     "classifier": ("an attribute classifier", "faceedit weights import maskfacegan-classifier"),
@@ -120,6 +121,11 @@ def load_networks(bundle: Bundle, device: torch.device) -> Networks:
             f"{bundle.classifier}; name other weights"
         )
     parser: Any = _load("parser", bundle.parser, device)
+    if parser.header.kind not in _PARSER_KINDS:
+        raise WeightsError(
+            f"maskfacegan: parser must be a face parser, got {parser.header.kind} in {bundle.parser}; name other "
+            "weights"
+        )
     encoder = _load("encoder", bundle.encoder, device, "e4e") if bundle.encoder else None
     if encoder is not None:
         _check_encoder(generator, encoder, bundle)
@@ -154,11 +160,23 @@ def _load(part: str, weights: str, device: torch.device, kind: str = "") -> nn.M
     what, how = _PARTS[part]
     try:
         return load_network(weights, device, kind=kind)
-    except UnknownNameError as error:
+    except (UnknownNameError, WeightsError) as error:
+        if isinstance(error, WeightsError) and not _is_missing(weights):
+            raise
         raise WeightsError(
             f"maskfacegan: {part} must be {what} that is installed, got {weights!r}; train one (docs/maskfacegan.md) "
             f"or run `{how}`, and name it in a bundle"
         ) from error
+
+
+def _is_missing(path: str) -> bool:
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _features(weights: str, device: torch.device) -> StageFeatures | None:

@@ -4,7 +4,7 @@
 For every level: features normalised to unit length over channels, squared difference, times the mask brought to the
 level's size (from level to level, by area), weighted over channels, averaged over pixels; summed over levels.
 
-Source: Zhang et al. 2018 (LPIPS v0.1) with the mask of MaskFaceGAN's released code (SYSTEMS 5.2.5). Its VGG-16 and
+Source: Zhang et al. 2018 (LPIPS v0.1) with the mask of MaskFaceGAN's released code. Its VGG-16 and
 linear heads may not be shipped; what ships is the starter attribute classifier, whose levels all weigh alike. Anything
 that maps an image to a list of feature maps can take its place.
 """

@@ -30,7 +30,7 @@ def latent_phases(config: MaskFaceGANConfig, *, is_global: bool, from_mean: bool
 
     Args:   is_global, the edit is of the whole face: constrained throughout, no restart, masks as they are;
             from_mean, False when the latent code was given or encoded: the first iterations are then left out.
-    Source: SYSTEMS 5.3, the released schedule.
+    Source: Pernuš et al. 2023, the released schedule.
     """
     first = 0 if from_mean else config.encoder_start
     borders = {first, config.noise_start, config.latent_steps}

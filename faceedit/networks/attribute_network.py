@@ -14,7 +14,7 @@ from faceedit.attributes import CLASSIFIER_ORDER, check_attribute
 from faceedit.networks.folding import for_inference
 from faceedit.networks.resizing import resize_square
 
-# Of CelebA's images in [0, 1] (SYSTEMS 5.2.3).
+# Of CelebA's images in [0, 1], as MaskFaceGAN's released code has them.
 _MEAN = (0.5061, 0.4254, 0.3828)
 _STD = (0.2661, 0.2453, 0.2413)
 
@@ -51,7 +51,7 @@ class AttributeNetwork(nn.Module, ABC):
              then `logits`.
     Args:    image (N,3,S,S) in [-1, 1].   Returns: logits (N, len(config.attributes)), in the order of the names.
     Raises:  ValueError when the image is not square with three channels.
-    Source:  SYSTEMS 5.2.3; Pernuš et al. 2023, section III-B.
+    Source:  Pernuš et al. 2023, section III-B.
     """
 
     celeba_mean: Tensor

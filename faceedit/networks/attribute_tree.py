@@ -32,7 +32,7 @@ def _parents(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split()))
 
 
-# SYSTEMS 5.2.3. Leaf i is attribute i of CLASSIFIER_ORDER.
+# As released. Leaf i is attribute i of CLASSIFIER_ORDER.
 _CONV_GROUPS = (
     _Group("01-06", "ccMccMcc", _parents("0")),
     _Group("06-11", "cMcccMc", _parents("0 0")),
@@ -81,7 +81,7 @@ class AttributeTreeClassifier(AttributeNetwork):
     Args:    image (N,3,S,S) in [-1, 1], any S.   Returns: logits (N, len(config.attributes)).
     Raises:  ValueError when the image is not square with three channels.
     Config:  AttributeTreeConfig, frozen.   Recipe: training/recipes/maskfacegan-classifier-starter.yaml.
-    Source:  SYSTEMS 5.2.3 (Pernuš et al. 2023; the tree has 8,830,248 parameters at the default size).
+    Source:  Pernuš et al. 2023 (as released; the tree has 8,830,248 parameters at the default size).
     """
 
     config: AttributeTreeConfig

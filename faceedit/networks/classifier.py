@@ -15,7 +15,7 @@ from faceedit.attributes import CELEBA, check_attribute
 
 @dataclass(frozen=True, slots=True)
 class AttributeClassifierConfig:
-    """Size of the classifier; the defaults are STGAN's (SYSTEMS 3.2).
+    """Size of the classifier; the defaults are STGAN's.
 
     Args: attributes, CelebA names in the order of the outputs; size_px, input side; base_width, channels of the first
           pair of convolutions, doubling from pair to pair; stages, pairs; hidden_width, units before the outputs.

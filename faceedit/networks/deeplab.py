@@ -45,7 +45,7 @@ class DeepLabParser(RegionParser):
     Raises:  ValueError when the image is not square with three channels. Training needs N > 1: the pyramid normalises
              pooled features over the batch alone.
     Config:  DeepLabConfig, frozen.   Recipe: training/recipes/maskfacegan-parser-starter.yaml.
-    Source:  SYSTEMS 5.2.2. Names of parameters are those of the released file.
+    Source:  Chen et al. 2017, as MaskFaceGAN released it. Names of parameters are those of the released file.
     """
 
     config: DeepLabConfig

@@ -3,7 +3,7 @@
 
 An encoder-decoder with Selective Transfer Units (STGAN, Liu et al. 2019) and a spatial condition: each attribute's
 difference is painted only on the parts it concerns (`faceedit.relations`). Where the paper's supplement would be needed
-(decoder layers, widths beyond 256²) the choice is this project's; SYSTEMS 3.2 marks each.
+(decoder layers, widths beyond 256²) the choice is this project's.
 
 Deviations, each an option that is off by default:
 * `output="residual"`: the network predicts what to add to the input. The shallowest skip has half the input's
@@ -39,7 +39,7 @@ _CLEAR = -4.0  # logit of the opacity at the start of training: two percent
 
 @dataclass(frozen=True, slots=True)
 class MagGANConfig:
-    """Size and choices of the generator; the defaults are the paper's at 128² (SYSTEMS 3.2).
+    """Size and choices of the generator; the defaults are the paper's at 128².
 
     Args: size_px, image side; base_width, max_width, channels of the first encoder stage and their cap, doubling
           between; encoder_stages, halvings; stu_units, skips that pass a transfer unit (the deepest ones; the others
@@ -144,7 +144,7 @@ class SelectiveTransferUnit(nn.Module):
 
     Args:    feature f (N,C,H,W), state (N,C',H/2,W/2), condition a (N,13,H/2,W/2).
     Returns: f' for the decoder and s for the next unit, both (N,C,H,W).
-    Source:  STGAN, eqs. of its STU; SYSTEMS 3.2. The two gates are one convolution here.
+    Source:  Liu et al. 2019 (STGAN), eqs. of its STU. The two gates are one convolution here.
     """
 
     def __init__(self, state_channels: int, channels: int) -> None:
@@ -329,7 +329,7 @@ class MagGANGenerator(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class MagGANDiscriminatorConfig:
-    """Size of the discriminator; the defaults are STGAN's at 128² (SYSTEMS 3.2).
+    """Size of the discriminator; the defaults are STGAN's at 128².
 
     Args: input_px, what each level sees; base_width, max_width, stages, as in the generator; head_width, hidden units
           of each head; is_pooled, global average pooling before the heads, so that one shape serves whole images and

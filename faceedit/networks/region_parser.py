@@ -44,8 +44,8 @@ class RegionParser(nn.Module):
              to the image's size, both bilinearly.
     Args:    image (N,3,S,S) in [-1, 1].   Returns: logits (N,C,S,S), C classes of config.label_scheme.
     Raises:  ValueError when the image is not square with three channels.
-    Source:  SYSTEMS 5.2.2. MaskFaceGAN takes the softmax at 512² and resizes that: pass a 512² image for its very
-             masks.
+    Source:  Pernuš et al. 2023, released code. MaskFaceGAN takes the softmax at 512² and resizes that: pass a 512²
+             image for its very masks.
     """
 
     def __init__(self, config: RegionParserConfig, model: nn.Module) -> None:

@@ -75,6 +75,11 @@ def test_an_attribute_of_another_editor_names_that_editor(request_: AttributeEdi
     check_request(editor_spec("maskfacegan"), request_)
 
 
+def test_a_mistyped_attribute_of_another_editor_is_recognised() -> None:
+    with pytest.raises(UnknownAttributeError, match="got Smilng; the editor maskfacegan knows Smiling"):
+        check_request(editor_spec("maggan"), AttributeEdit({"Smilng": 1.0}))
+
+
 def test_hair_can_be_kept_and_not_set() -> None:
     check_request(editor_spec("maggan"), AttributeEdit({"Bald": 1.0}, keep=("hair",)))
     with pytest.raises(UnknownAttributeError, match="got 'hair'"):

@@ -24,7 +24,7 @@ from faceedit.labels import (
 
 by_name = pytest.mark.parametrize("labels", SCHEMES, ids=lambda candidate: candidate.name)
 
-# The published permutation from the public BiSeNet parser's channels to MaskGAN order (SYSTEMS 0.2).
+# The published permutation from the public BiSeNet parser's channels to MaskGAN order.
 ZLL_TO_A = (0, 1, 6, 7, 4, 5, 3, 8, 9, 15, 2, 10, 11, 12, 17, 16, 18, 13, 14)
 GATHER_FROM_ZLL = (0, 1, 10, 6, 4, 5, 2, 3, 7, 8, 11, 12, 13, 17, 18, 9, 15, 14, 16)
 

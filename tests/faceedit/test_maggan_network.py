@@ -52,7 +52,7 @@ def conv(kernel: int, before: int, after: int, bias: bool) -> int:
 
 
 def paper_generator_parameters() -> int:
-    """The layer list of SYSTEMS 3.2 at 128 px, written out by hand."""
+    """The published layer list at 128 px, written out by hand."""
     encoder = sum(
         conv(4, before, after, False) + 2 * after
         for before, after in ((3, 64), (64, 128), (128, 256), (256, 512), (512, 1024))

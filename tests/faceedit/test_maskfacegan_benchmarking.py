@@ -55,7 +55,7 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_published_sizes_are_published() -> None:
     with torch.device("meta"):
         generator = StyleGAN2Generator(SIZES[1024].generator)
-    assert sum(p.numel() for p in generator.parameters()) == 30_370_060  # as released (SYSTEMS 5.2.1)
+    assert sum(p.numel() for p in generator.parameters()) == 30_370_060  # as released
     assert (SIZES[1024].parser.backbone, SIZES[1024].parser.size_px) == ("resnet50", 512)
     assert (SIZES[1024].classifier.width, SIZES[1024].classifier.size_px) == (64, 224)
     assert [SIZES[256].generator.width(level) for level in range(7)] == [512] * 4 + [256, 128, 64]

@@ -13,7 +13,7 @@ from faceedit.maskfacegan.config import PRESETS, MaskFaceGANConfig, preset
 from faceedit.maskfacegan.plan import EditPlan, make_plan, target_probability
 from faceedit.maskfacegan.schedule import Phase, latent_phases
 
-# SYSTEMS 8: region, whether λ_S acts, whether the outline may grow, whether ears join.
+# The paper's rules: region, whether λ_S acts, whether the outline may grow, whether ears join.
 TABLE = {
     **dict.fromkeys(("Wearing_Lipstick", "Mouth_Slightly_Open", "Smiling", "Big_Lips"), ("mouth", False, False)),
     **dict.fromkeys(("Bushy_Eyebrows", "Arched_Eyebrows"), ("eyebrows", False, False)),

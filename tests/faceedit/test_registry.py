@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from faceedit import registry
 from faceedit.attributes import MAGGAN
 from faceedit.config import from_dict, to_dict
-from faceedit.errors import UnknownNameError, UsageError, WeightsError
+from faceedit.errors import DeviceError, UnknownNameError, UsageError, WeightsError
 from faceedit.networks import KINDS, network_kind
 from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
 from faceedit.networks.maggan import MagGANConfig, MagGANGenerator
@@ -276,3 +276,11 @@ def test_generator_survives_the_round_trip(folder):
     torch.testing.assert_close(loaded(*sample), network(*sample), rtol=0, atol=2e-3)
     with pytest.raises(dataclasses.FrozenInstanceError):
         loaded.header.licence = "MIT"
+
+
+def test_devices_are_named_and_refused_as_everywhere() -> None:
+    assert next(registry.load_network("parser-starter", "auto").parameters()).device.type in ("cpu", "cuda")
+    with pytest.raises(UsageError, match="device must be cpu, cuda, cuda:N or auto, got 'gpu'"):
+        registry.load_network("parser-starter", "gpu")
+    with pytest.raises(DeviceError, match="device must exist on this machine, got 'cuda:99'"):
+        registry.load_network("parser-starter", "cuda:99")

@@ -16,7 +16,7 @@ from faceedit.relations import (
     relation_matrices,
 )
 
-# Column sums of SYSTEMS 7, in zllrunning order; transcribed apart from the tables they check.
+# Column sums of the published relations, in zllrunning order; transcribed apart from the tables they check.
 COLUMN_SUMS = (
     (0, 9, 5, 5, 3, 3, 1, 2, 2, 1, 3, 3, 5, 4, 3, 0, 0, 7, 0),
     (1, 7, 5, 5, 3, 3, 1, 3, 3, 1, 3, 3, 5, 4, 3, 0, 0, 6, 0),

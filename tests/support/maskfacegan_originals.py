@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """MaskFaceGAN's classifier and parser in plain PyTorch from the released files' tensor names, and states with random
-values in their layouts. Written from the tables of SYSTEMS 5.2 alone: no code of the networks under test is used."""
+values in their layouts. Written from tables of the released files alone: no code of the networks under test is used."""
 
 import torch
 import torch.nn.functional as F
