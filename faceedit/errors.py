@@ -75,11 +75,11 @@ class DeviceError(FaceEditError):
     """The requested device or backend cannot run here."""
 
 
-def closest_names(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:
+def closest_names(name: str, allowed: Iterable[str], count: int = 3, cutoff: float = 0.4) -> list[str]:
     """Up to `count` allowed names that resemble `name`, best first, ignoring case, spaces and dashes."""
     plain = {candidate.lower().replace("-", "_").replace(" ", "_"): candidate for candidate in allowed}
     wanted = name.lower().replace("-", "_").replace(" ", "_")
-    return [plain[match] for match in get_close_matches(wanted, plain, n=count, cutoff=0.4)]
+    return [plain[match] for match in get_close_matches(wanted, plain, n=count, cutoff=cutoff)]
 
 
 def suggestion(name: str, allowed: Iterable[str], count: int = 3) -> str:

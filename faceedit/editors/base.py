@@ -222,7 +222,7 @@ def check_request(spec: EditorSpec, request: EditRequest) -> None:
 def _check_known(spec: EditorSpec, attribute: str, known: Sequence[str]) -> None:
     """Refuse an attribute outside the editor's vocabulary; another editor that knows it, or what is meant, is named."""
     every = {name for other in EDITORS.values() for name in other.attributes}
-    meant = closest_names(attribute, sorted(every), 1)  # the attribute itself where an editor has it
+    meant = closest_names(attribute, sorted(every), 1, 0.8)  # the attribute itself where an editor has it
     if attribute not in known and meant and meant[0] not in known:
         able = " or ".join(other.name for other in EDITORS.values() if meant[0] in other.attributes)
         advice = f"the editor {able} knows " + ("it" if meant[0] == attribute else f"{meant[0]}")
