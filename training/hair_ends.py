@@ -12,7 +12,8 @@ from torch import Tensor
 
 from faceedit.training.degradation import smooth_field
 
-_MOUTH = 0.62  # its row in an aligned crop, as a share of the side; sideburns end above it
+_MOUTH = 0.62  # its row in an aligned crop, as a share of the side; short hair ends above it
+_EARS = 0.5  # where one side's hair may have ended, if the other's reaches the mouth
 _STRAND = 0.12  # of the side: this much of the hair above is repeated, there and back
 
 
@@ -23,17 +24,27 @@ def long_hair(hair: Tensor) -> Tensor:
 
 
 def below_long_hair(hair: Tensor) -> Tensor:
-    """Where hair, booleans N×S×S, that reaches the mouth has ended: further down in its columns, or an eighth of the
-    side beside them."""
+    """Where `long_hair`, booleans N×S×S, has ended: further down in the columns in which it reaches half of the height,
+    or an eighth of the side beside them."""
     size = hair.shape[-1]
-    low = hair.float()
-    low[:, : round(_MOUTH * size)] = 0
+    low = (hair & long_hair(hair)[:, None, None]).float()
+    low[:, : round(_EARS * size)] = 0
     reach = size // 8
     return F.max_pool1d(low.cummax(1).values, 2 * reach + 1, stride=1, padding=reach) > 0
 
 
+def could_be_hair(image: Tensor, hair: Tensor) -> Tensor:
+    """Where pixels of N×3×S×S in [-1, 1] have a colour that hair, booleans N×S×S of the same pictures, has too: within
+    two and a half deviations (of at least 0.08) of its mean in every channel; nowhere without hair. N×S×S."""
+    weight = hair[:, None].to(image)
+    area = weight.sum((2, 3), keepdim=True)
+    mean = (image * weight).sum((2, 3), keepdim=True) / area.clamp(min=1)
+    spread = (((image - mean).square() * weight).sum((2, 3), keepdim=True) / area.clamp(min=1)).sqrt().clamp(min=0.08)
+    return ((image - mean).abs() < 2.5 * spread).all(1) & (area[:, 0] > 0)
+
+
 def lengthen(image: Tensor, hair: Tensor, room: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Let hair that reaches the mouth run on over what lies below it: strands of the hair above, repeated there and
+    """Let `long_hair` run on over what lies below it: strands of the hair above, repeated there and
     back, spread outwards and waved at random, of random length with a ragged end, a little darker further down.
 
     Args:    image N×3×S×S in [0, 1]; hair and room booleans N×S×S, where hair is and where more may lie; generator, of
@@ -51,14 +62,14 @@ def lengthen(image: Tensor, hair: Tensor, room: Tensor, generator: torch.Generat
     ends = (hair * rows).amax(1)  # N×S, the last row of hair in each column
     ragged = smooth_field(count, 12, size, generator, 1, place)[:, 0, size // 2]
     length = each(0.06, 0.42).view(-1, 1) * size * (1 + 0.5 * ragged)
-    depth = ((rows / size - _MOUTH) / (1 - _MOUTH)).clamp(min=0)
+    depth = ((rows / size - _EARS) / (1 - _EARS)).clamp(min=0)
     middle = (size - 1) / 2
     wave = each(0, 0.03) * size * torch.sin(2 * math.pi * (each(0.5, 2.5) * rows / size + each(0, 1)))
     strand = middle + (columns - middle) / (1 + each(0, 0.7) * depth) + wave * depth  # the column it comes from
     strand = strand.round().clamp(0, size - 1).long()
     start, far = (values[:, None].expand(-1, size, -1).gather(2, strand) for values in (ends, length))
     below = rows - start
-    added = (start >= _MOUTH * size) & (below > 0) & (below <= far) & room
+    added = (start >= _EARS * size) & long_hair(hair)[:, None, None] & (below > 0) & (below <= far) & room
     turn = max(2, round(_STRAND * size))
     back = turn - (torch.remainder(below, 2 * turn) - turn).abs()  # 0 at the end of the hair, up to `turn`, and back
     row = (start - 2 - back).clamp(0, size - 1)

@@ -39,7 +39,7 @@ from faceedit.training.degradation import (
     warp_labels,
 )
 from faceedit.training.framed_photos import FramedPhotos, framed_photos
-from faceedit.training.hair_ends import below_long_hair, lengthen, long_hair
+from faceedit.training.hair_ends import below_long_hair, could_be_hair, lengthen, long_hair
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
 from faceedit.training.parser_evaluation import header_metrics, parser_scores
 from faceedit.training.segmentation import SegmentationRecipe, class_weights, dice_loss, overlay_sheet
@@ -209,7 +209,8 @@ class ParserTask(Task[ParserRecipe]):
                 with self.context.fabric.autocast():
                     soft = teacher(batch["photo"]).float().softmax(1)
             soft = F.grid_sample(soft, batch["grid"], padding_mode="border", align_corners=False)
-            target, weight = overrule(*pseudo_labels(soft, self.recipe.confident), soft, batch["drawn"])
+            clean = warp_image(batch["photo"], batch["grid"])
+            target, weight = overrule(*pseudo_labels(soft, self.recipe.confident, clean), soft, batch["drawn"])
         per_pixel = F.cross_entropy(logits.contiguous(), target, reduction="none")
         return (weight * per_pixel).mean(), (weight > 0).float().mean()
 
@@ -279,13 +280,14 @@ def _opinions(weights: str, photos: FramedPhotos, context: TrainingContext) -> n
     return np.concatenate([cache.pack_mask(part) for part in parts])
 
 
-def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
-    """Labels N×S×S from a teacher's soft mask N×19×S×S, and how much each counts, in [0, 1].
+def pseudo_labels(soft: Tensor, confident: float, photo: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels N×S×S from a teacher's soft mask N×19×S×S of photos N×3×S×S, and how much each counts, in [0, 1].
 
     A class that covers much is confident up to its edges, so thin parts would wear away: every round the teacher is a
     little surer that the rim of a brow is skin. Where a thin part has a tenth of the vote, no other class is taught,
     and a thin part is taught from half of the vote on. Nor does anybody teach what is no hair below hair that reaches
-    the mouth: a teacher that lost its ends, over dark clothes first, would make sure that they stay lost.
+    the mouth, unless it has another colour: a teacher that lost its ends, over dark clothes first, would make sure that
+    they stay lost.
     """
     confidence, target = soft.max(1)
     thin = torch.zeros(soft.shape[1], dtype=torch.bool, device=soft.device)
@@ -295,7 +297,8 @@ def pseudo_labels(soft: Tensor, confident: float) -> tuple[Tensor, Tensor]:
     contested = (soft[:, fading].sum(1) > 0.1) & ~is_thin
     hair, behind = CELEBAMASK_HQ.id("hair"), [CELEBAMASK_HQ.id(name) for name in ("background", "cloth", "neck")]
     contested |= (soft[:, hair] > 0.2) & torch.isin(target, torch.tensor(behind, device=target.device))
-    contested |= below_long_hair(target == hair) & torch.isin(target, torch.tensor(behind, device=target.device))
+    ends = below_long_hair(target == hair) & could_be_hair(photo, target == hair)
+    contested |= ends & torch.isin(target, torch.tensor(behind, device=target.device))
     least = torch.where(is_thin, 0.5, confident)
     weight = ((confidence - least) / (1 - least)).clamp(0, 1)
     return target, torch.where(contested, torch.zeros_like(weight), weight)

@@ -15,7 +15,7 @@ from PIL import Image
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.training import degradation
 from faceedit.training.degradation import _camera, flip_some, photograph
-from faceedit.training.hair_ends import below_long_hair, lengthen, long_hair
+from faceedit.training.hair_ends import below_long_hair, could_be_hair, lengthen, long_hair
 from faceedit.training.jpeg import CHROMINANCE, LUMINANCE, jpeg, scale_of, scaled_table
 
 
@@ -134,13 +134,23 @@ def hair_of(columns: slice, rows: slice, size: int = 64) -> torch.Tensor:
 
 
 def test_below_hair_that_reaches_the_mouth_and_beside_it() -> None:
-    """Rows below 0.62 of the side from where hair was, eight columns of 64 to either side; short hair has no below."""
+    """The lower half where hair was, eight columns of 64 to either side; short hair has no below."""
     found = below_long_hair(hair_of(slice(10, 20), slice(5, 45)))
-    wanted = hair_of(slice(2, 28), slice(40, 64))
+    wanted = hair_of(slice(2, 28), slice(32, 64))
     assert torch.equal(found, wanted)
     assert not below_long_hair(hair_of(slice(10, 20), slice(5, 38))).any()
     both = torch.cat([hair_of(slice(10, 20), slice(5, 45)), hair_of(slice(10, 20), slice(5, 38))])
     assert long_hair(both).tolist() == [True, False]
+
+
+def test_what_has_another_colour_than_the_hair_cannot_be_hair() -> None:
+    hair = hair_of(slice(10, 26), slice(5, 44))
+    image = torch.full((1, 3, 64, 64), -0.5)
+    image[:, 1, 50:] = 0.4
+    found = could_be_hair(image, hair)
+    assert found[:, :50].all()
+    assert not found[:, 50:].any()
+    assert not could_be_hair(image, hair & False).any()
 
 
 def test_lengthened_hair_is_hair_of_the_same_picture_below_it_and_where_there_is_room() -> None:

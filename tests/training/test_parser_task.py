@@ -174,13 +174,30 @@ def test_photos_without_a_face_are_refused(photos: Path, tmp_path: Path, monkeyp
         train(tmp_path / "cache", tmp_path / "run", f"photos={photos}")
 
 
+def test_nobody_is_taught_that_long_hair_has_ended_but_by_its_colour() -> None:
+    hair, cloth = CELEBAMASK_HQ.id("hair"), CELEBAMASK_HQ.id("cloth")
+    labels = torch.full((1, 64, 64), cloth)
+    labels[:, 5:44, 10:26] = hair
+    soft = torch.nn.functional.one_hot(labels, 19).permute(0, 3, 1, 2).float()
+    photo = torch.full((1, 3, 64, 64), -0.4)
+    photo[:, :, 55:] = 0.9  # a white collar
+    _, weight = pseudo_labels(soft, 0.8, photo)
+    assert (weight[0, 5:44, 10:26] == 1).all(), "the hair itself"
+    assert (weight[0, 44:55, 10:26] == 0).all(), "below it"
+    assert (weight[0, 55:] == 1).all(), "of another colour"
+    assert (weight[0, :32, 30:] == 1).all(), "above and away from it"
+    labels[:, 35:44] = cloth
+    short = torch.nn.functional.one_hot(labels, 19).permute(0, 3, 1, 2).float()
+    assert (pseudo_labels(short, 0.8, photo)[1] == 1).all()
+
+
 def test_pseudo_labels_do_not_wear_thin_parts_away() -> None:
     skin, brow = CELEBAMASK_HQ.id("skin"), CELEBAMASK_HQ.id("l_brow")
     soft = torch.zeros(1, 19, 1, 4)
     soft[0, skin, 0] = torch.tensor([0.99, 0.85, 0.40, 0.70])
     soft[0, brow, 0] = torch.tensor([0.01, 0.15, 0.60, 0.0])
     soft[0, 0, 0, 3] = 0.30
-    target, weight = pseudo_labels(soft, confident=0.8)
+    target, weight = pseudo_labels(soft, 0.8, torch.zeros(1, 3, 1, 4))
     assert target[0, 0].tolist() == [skin, skin, brow, skin]
     sure, contested, thin, doubtful = weight[0, 0].tolist()
     assert sure == pytest.approx(0.95)
