@@ -142,8 +142,7 @@ class ParserTask(Task[ParserRecipe]):
         return taken
 
     def vary(self, taken: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """What the network sees of `batch`, made on the run's device: there it takes milliseconds, and a GPU that waits
-        for a CPU's augmentation does nothing.
+        """What the network sees of `batch`, made on the run's device: a GPU would wait for processes that make it.
 
         Returns: image N×3×S×S in [-1, 1] and its labels N×S×S; of photos the clean crop `photo`, `student`, the same
                  crop warped by `grid` (N×S×S×2) and photographed, `drawn`, its contours warped so, and `soft`, an

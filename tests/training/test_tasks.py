@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from faceedit.training.checkpoint import load_checkpoint
 from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_at_random
 from faceedit.training.config import to_yaml
 from faceedit.training.losses import moved_pixels
-from faceedit.training.maggan import MagGANTask, photo_edits
+from faceedit.training.maggan import LossConfig, MagGANTask, photo_edits
 from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import make_fabric, seed_step
 from faceedit.training.transplants import TransplantConfig
@@ -143,10 +143,14 @@ def test_maggan_run_resumes_exports_and_loads(photo_recipe: Any, tmp_path: Path)
     assert network(image, torch.ones(1, 13), mask).shape == (1, 3, 32, 32)
 
 
-def _classifier_of_the_13(folder: Path, seed: int = 0) -> str:
+def _classifier_of_the_13(folder: Path, seed: int = 0, gain: float = 1.0) -> str:
     torch.manual_seed(seed)
     config = AttributeClassifierConfig(attributes=MAGGAN[::-1], size_px=32, base_width=8, stages=3, hidden_width=32)
     network, path = AttributeClassifier(config), folder / f"classifier-{seed}.safetensors"
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(gain)  # above 1 pictures change the opinion, and not only its own bias says it
     facts = {"licence": "Apache-2.0", "training_data": "none", "source": "tests"}
     save_weights(path, "attribute-classifier", config, network.state_dict(), half=False, **facts)
     return str(path)
@@ -183,11 +187,12 @@ def test_transplants_and_features_join_the_step(
 
 def test_classes_pull_an_edit_towards_what_is_asked(cache_dir: Path, tmp_path: Path) -> None:
     """With no other term, the frozen classifiers' own opinion of the edits rises, each is asked, and none changes."""
-    judges = [_classifier_of_the_13(tmp_path, seed) for seed in (0, 1)]
-    none = ", ".join(f"{name}: 0" for name in ("adversarial", "reconstruction", "attributes", "preserve", "edit"))
+    judges = [_classifier_of_the_13(tmp_path, seed, gain=1.8) for seed in (0, 1)]
+    others = [term.name for term in fields(LossConfig) if term.name != "classes"]
+    none = ", ".join(f"{name}: 0" for name in others)
     still = "class_views={shift: 0, scale: 0, degrees: 0, blur_share: 0}"
     asked = (f"class_networks=[{','.join(map(str, judges))}]", f"losses={{{none}, classes: 1}}", still)
-    more = ("generator_adam={rate: 0.01, beta1: 0.9, warmup_steps: 0}", "adversarial.start_step=99")
+    more = ("generator_adam={rate: 0.003, beta1: 0.9, warmup_steps: 0}", "adversarial.start_step=99")
     task = build(tiny_maggan(cache_dir, *asked, *more), MagGANTask)
     networks = [network for network, _ in task.classes.networks]
     order: list[int] = []
@@ -199,7 +204,7 @@ def test_classes_pull_an_edit_towards_what_is_asked(cache_dir: Path, tmp_path: P
     for place in range(len(networks)):
         opinions = [value for value, asked_place in zip(found, order, strict=True) if asked_place == place]
         assert len(opinions) > 5
-        assert opinions[-1] < opinions[0]
+        assert opinions[-1] < opinions[0] - 0.005
     for network, parameters in zip(networks, before, strict=True):
         assert all(map(torch.equal, parameters, network.parameters()))
 
