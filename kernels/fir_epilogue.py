@@ -239,7 +239,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 fir_epilogue_op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(fir_epilogue_op.overload, reference)
+register_onnx_decomposition(fir_epilogue_op, reference)
 
 
 @fir_epilogue_op.register_vmap

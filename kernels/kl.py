@@ -212,7 +212,7 @@ def _bernoulli_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _bernoulli.register_autograd(_bernoulli_autograd, setup_context=_bernoulli_setup)
-register_onnx_decomposition(_bernoulli.overload, bernoulli_reference)
+register_onnx_decomposition(_bernoulli, bernoulli_reference)
 
 
 @_bernoulli.register_vmap
@@ -341,7 +341,7 @@ def _gaussian_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gaussian.register_autograd(_gaussian_autograd, setup_context=_gaussian_setup)
-register_onnx_decomposition(_gaussian.overload, gaussian_reference)
+register_onnx_decomposition(_gaussian, gaussian_reference)
 
 
 @_gaussian.register_vmap

@@ -413,7 +413,7 @@ def _autograd(ctx: Any, grad: Tensor | None, grad_rgb: Tensor | None, *_: Any) -
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(_op.overload, reference)
+register_onnx_decomposition(_op, reference)
 
 
 @_op.register_vmap

@@ -116,11 +116,13 @@ def resampled_backward(
 class _Made:
     """What was made from one weight tensor, while that tensor lives and is not written to.
 
+    storage: an address alone would not do. `weight.data = other` frees memory that the next tensor may get.
     captured: what CUDA graphs read. They know addresses only, so it lives as long as the weight, whatever is written.
     streams: by key, the CUDA stream that made a tensor and the event after which it has its values.
     """
 
     weight: weakref.ref[Tensor]
+    storage: weakref.ref[torch.UntypedStorage]
     version: int
     address: int
     tensors: dict[Any, Tensor] = field(default_factory=dict)
@@ -158,11 +160,13 @@ def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> 
         return make(weight.detach())
     identity = id(weight)
     known = _made.get(identity)
+    storage, address = weight.untyped_storage(), weight.data_ptr()
     stale = known is None or known.weight() is not weight or known.version != weight._version
-    if stale or known is None or known.address != weight.data_ptr():
+    if stale or known is None or known.storage() is not storage or known.address != address:
         reference = weakref.ref(weight, lambda _: _made.pop(identity, None))
         captured = [] if known is None or known.weight() is not weight else known.captured
-        known = _made[identity] = _Made(reference, weight._version, weight.data_ptr(), captured=captured)
+        version = weight._version
+        known = _made[identity] = _Made(reference, weakref.ref(storage), version, address, captured=captured)
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         # Whoever captures warms up and synchronises first; an event of outside could not be waited for in here.
         if key not in known.tensors:

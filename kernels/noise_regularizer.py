@@ -242,7 +242,7 @@ def _double_backward(ctx: Any, *grads: Any) -> None:
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
 _backward_op.register_autograd(_double_backward)
-register_onnx_decomposition(_op.overload, reference)
+register_onnx_decomposition(_op, reference)
 
 
 @_op.register_vmap

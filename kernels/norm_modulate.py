@@ -332,7 +332,7 @@ def _autograd(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(_op.overload, reference)
+register_onnx_decomposition(_op, reference)
 
 
 @_op.register_vmap

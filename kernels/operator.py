@@ -39,6 +39,7 @@ class Operator:
         self._library.impl(self.name, _opaque(body), "CompositeExplicitAutograd")
         torch.library.register_fake(f"faceedit::{self.name}", fake, lib=self._library)
         self.overload = getattr(torch.ops.faceedit, self.name).default
+        self.fake = fake
         self._body, self._composed = body, composed
         self._recorded = self._recorded_body()
         _operators.append(self)
@@ -175,16 +176,19 @@ def define_in_place_op(schema: str, implementations: Dispatcher, mutates: Iterab
     return op
 
 
-def register_onnx_decomposition(op: Any, reference: Callable[..., Any]) -> None:
+def register_onnx_decomposition(op: Operator, reference: Callable[..., Any]) -> None:
     """Let torch.onnx.export write `op` as the standard operators of its eager reference.
 
-    Only the ONNX exporter reads that table: compiled graphs and exported programs keep the op. A PyTorch that has moved
-    the table still exports what `decomposition_table` lowers.
+    Compiled graphs and exported programs keep the op. A PyTorch that has moved the table still exports what
+    `decomposition_table` lowers.
     """
-    _decompositions[op] = reference
+    _decompositions[op.overload] = reference
     register = getattr(getattr(torch, "_decomp", None), "register_decomposition", None)
     if register is not None:
-        register([op])(reference)
+        register([op.overload])(reference)
+        # Where sizes are symbols, PyTorch asks that table for shapes and strides before it asks the op's fake
+        # implementation, and the reference's strides are not the kernels'. It asks this one first.
+        register([op.overload], type="meta")(op.fake)
 
 
 def decomposition_table() -> dict[Any, Callable[..., Any]]:

@@ -287,7 +287,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(_op.overload, reference)
+register_onnx_decomposition(_op, reference)
 
 
 @_op.register_vmap
@@ -346,7 +346,7 @@ _centres = define_op(
     _centres_forward,
     lambda mask: mask.new_empty((*mask.shape[:2], 2), dtype=torch.int32),
 )
-register_onnx_decomposition(_centres.overload, centres_reference)
+register_onnx_decomposition(_centres, centres_reference)
 
 
 @_centres.register_vmap

@@ -200,7 +200,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 upfirdn2d_op.register_autograd(_autograd, setup_context=_setup_context)
-register_onnx_decomposition(upfirdn2d_op.overload, reference)
+register_onnx_decomposition(upfirdn2d_op, reference)
 
 
 @upfirdn2d_op.register_vmap

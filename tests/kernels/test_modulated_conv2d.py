@@ -338,7 +338,7 @@ def test_what_one_cuda_stream_made_another_waits_for(monkeypatch: pytest.MonkeyP
 
     streams = {name: Stream(name) for name in ("a", "b")}
     weight = torch.zeros(1)
-    known, made = parts._Made(weakref.ref(weight), 0, 0), Made()
+    known, made = parts._Made(weakref.ref(weight), weakref.ref(weight.untyped_storage()), 0, 0), Made()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["a"])
     known.keep("squares", made)  # type: ignore[arg-type]
     assert known.take("squares") is made
@@ -360,6 +360,18 @@ def test_what_is_kept_of_a_weight_goes_with_it() -> None:
     with torch.inference_mode():  # no version counter: nothing is kept
         modulated_conv2d(x, torch.ones(7, 5, 3, 3), styles)
     assert len(parts._made) == before
+
+
+@needs_cpp
+def test_other_memory_under_the_same_weight_is_noticed() -> None:
+    """An allocator may give new weights the place of the old ones; autograd's counter has seen nothing."""
+    x, styles = torch.randn(1, 16, 8, 8).contiguous(memory_format=torch.channels_last), torch.ones(1, 16)
+    place = torch.empty(16, 16, 3, 3).numpy()
+    weight = torch.nn.Parameter(torch.from_numpy(place), requires_grad=False)
+    for value in (1.0, -2.0):
+        place[...] = value
+        weight.data = torch.from_numpy(place)  # another storage at the same address
+        torch.testing.assert_close(modulated_conv2d(x, weight, styles), modulated_conv2d(x, weight.clone(), styles))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -67,12 +67,12 @@ def test_gradients_arrive_without_what_a_pytorch_may_lack(absent: str, monkeypat
 
 
 def test_without_the_exporters_table_the_public_one_still_holds_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = _define("test_decomposition").overload
+    op = _define("test_decomposition")
     monkeypatch.setattr(operator, "_decompositions", {})
     with monkeypatch.context() as patch:
         patch.delattr(torch._decomp, "register_decomposition")
         operator.register_onnx_decomposition(op, torch.add)
-    assert operator.decomposition_table()[op] is torch.add
+    assert operator.decomposition_table()[op.overload] is torch.add
 
 
 def test_an_op_without_a_gradient_says_so() -> None:
