@@ -3,9 +3,10 @@
 over to where the photo's own brows, eyes, nose and lips are.
 
 Colours are carried over as the ratio of the two drawings, which keeps the photo's light and grain (the expression ratio
-images of Liu, Shan and Zhang 2001); what hides the face (glasses, hair on the forehead) covers it. Drawn mouths are too
-unlike photographed ones, so an open mouth comes from a photo, in the skin colour of the one that it is given to. From a
-photo also comes the hair that bald heads get: without it they show a real scalp and what was really behind the hair.
+images of Liu, Shan and Zhang 2001); glasses cover the face. Drawn mouths are too unlike photographed ones, so an open
+mouth comes from a photo, in the skin colour of the one that it is given to. From a photo also comes the hair that bald
+heads get: without it they show a real scalp and what was really behind the hair. Bangs, moustaches and bushy brows
+grow on the photo itself (`training.grown_hair`).
 """
 
 from __future__ import annotations
@@ -27,17 +28,17 @@ _ANCHOR = 3.0  # how much more than the others a thing's own features count in t
 class Look(NamedTuple):
     """How one thing is carried over.
 
-    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `hair` (opaque, above the eyes), `strands`
-    (as dense as the drawing's are dark), `shade` (the ratio of the drawings), `mouth` (from another photo) or `haircut`
-    (another photo's hair, on a photo that shows the attribute: this photo is always the result, since nothing in it
-    tells which hair it would have).
+    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `strands` (as dense as the drawing's are
+    dark), `shade` (the ratio of the drawings), `mouth` (from another photo), `haircut` (another photo's hair, on one
+    that shows the attribute: this photo is always the result, since nothing in it tells which hair it would have) or
+    `grown` (drawn on the photo, from nothing but itself).
     parts: of the photo, what it may change.  anchors: the features that must lie best.  colour: the parts of the photo
-    whose colour hair and strands take; the drawing's own would be a look that nothing in the photo tells.  density: of
-    strands, in times the drawing's; of shades, the power of the ratio.
+    whose colour strands take; the drawing's own would be a look that nothing in the photo tells.  density: of shades,
+    the power of the ratio.
     """
 
     shown_as: int
-    how: Literal["cover", "hair", "strands", "shade", "mouth", "haircut"]
+    how: Literal["cover", "strands", "shade", "mouth", "haircut", "grown"]
     parts: str
     anchors: str
     colour: str = "hair"
@@ -48,12 +49,11 @@ _SKIN = "skin nose u_lip l_lip"
 _AROUND_HAIR = "background skin l_ear r_ear ear_r neck neck_l hair cloth"
 LOOKS: dict[str, Look] = {
     "Bald": Look(1, "haircut", _AROUND_HAIR, "l_brow r_brow l_eye r_eye"),
-    "Bangs": Look(1, "hair", "skin nose l_brow r_brow eye_g", "l_brow r_brow"),
-    "Bushy_Eyebrows": Look(1, "strands", "skin nose l_brow r_brow eye_g", "l_brow r_brow", "l_brow r_brow"),
+    "Bangs": Look(1, "grown", "skin l_brow r_brow eye_g hair", "l_brow r_brow"),
+    "Bushy_Eyebrows": Look(1, "grown", "skin l_brow r_brow eye_g", "l_brow r_brow"),
     "Eyeglasses": Look(1, "cover", "skin nose l_brow r_brow l_eye r_eye l_ear r_ear hair", "l_eye r_eye"),
     "Mouth_Slightly_Open": Look(1, "mouth", "u_lip mouth l_lip", "mouth"),
-    # As thin as it is drawn and as grey as hair, a moustache would hardly be seen.
-    "Mustache": Look(1, "strands", "skin nose u_lip", "nose mouth", "l_brow r_brow", 2.0),
+    "Mustache": Look(1, "grown", "skin nose u_lip", "nose mouth"),
     "No_Beard": Look(0, "strands", f"{_SKIN} neck", "nose mouth"),
     "Young": Look(0, "shade", "skin nose", "l_brow r_brow nose mouth", density=1.7),
 }
@@ -83,18 +83,10 @@ def transplant(
         opacity = where * ((changes - 0.03) / 0.1).clamp(0, 1)
         return torch.lerp(light, worn, opacity) * 2 - 1, torch.lerp(mask, worn_mask, opacity)
     hair = CELEBAMASK_HQ.id("hair")
-    colour = _mean_colour(light, mask[:, [CELEBAMASK_HQ.id(part) for part in look.colour.split()]].sum(1))
-    if look.how == "strands":
-        dark = _mean_colour(worn, worn_mask[:, hair]) * _STRANDS
-        share = (bare - worn).mean(1, keepdim=True) / (bare - dark).mean(1, keepdim=True).clamp_min(0.1)
-        return torch.lerp(light, colour * _STRANDS, where * (look.density * share).clamp(0, 1)) * 2 - 1, mask
-    rows = (torch.arange(light.shape[2]) + 0.5) / light.shape[2] * 2 - 1
-    above = (rows < feature_points(mask)[0][0, 2:4, 1].mean()).to(light).view(1, 1, -1, 1)
-    # Where the drawing's strands mix with its forehead, the forehead would shine through in hair's new colour.
-    opacity = where * above * (2 * worn_mask[:, hair : hair + 1] - 1).clamp_min(0)
-    worn = worn * colour / _mean_colour(worn, worn_mask[:, hair]).clamp_min(0.02)
-    made = torch.lerp(light, worn.clamp(0, 1), opacity)
-    return made * 2 - 1, torch.lerp(mask, worn_mask, opacity)
+    colour = _mean_colour(light, mask[:, [CELEBAMASK_HQ.id(part) for part in look.colour.split()]].sum(1)) * _STRANDS
+    dark = _mean_colour(worn, worn_mask[:, hair]) * _STRANDS
+    share = (bare - worn).mean(1, keepdim=True) / (bare - dark).mean(1, keepdim=True).clamp_min(0.1)
+    return torch.lerp(light, colour, where * share.clamp(0, 1)) * 2 - 1, mask
 
 
 def transplant_mouth(

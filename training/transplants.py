@@ -2,8 +2,9 @@
 """Pairs of photos with a known result, drawn from photos and synthetic families.
 
 A photo has no counterfactual, but many edits only put something on a face. Two members of a synthetic family differ in
-that thing alone; carried over (`training.carry_over`) it gives a second picture of the photo with the thing on. Read
-backwards the pair takes it off, and then the untouched photo is the truth.
+that thing alone; carried over (`training.carry_over`) it gives a second picture of the photo with the thing on. So
+does what grows on the photo itself (`training.grown_hair`). Read backwards the pair takes it off, and then the
+untouched photo is the truth.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from faceedit.training.carry_over import (
 )
 from faceedit.training.config import require
 from faceedit.training.data import AugmentConfig, SyntheticPortraits, augment_images, soften_mask
+from faceedit.training.grown_hair import grow_bangs, grow_brows, grow_moustache
 from faceedit.training.photos import UnlabelledPhotos
 
 _LACKS, _HAS_HAIR = 0.2, 0.06  # a probability below which a photo lacks a thing; share of the image its hair must fill
@@ -43,6 +45,7 @@ _CANDIDATES = 32  # drawn people of whom the best fitting one lends what it wear
 _DARK_HAIR = ("Black_Hair", "Brown_Hair")  # whoever lends strands has one of these: on skin their density is seen
 
 
+_GROW = {"Bangs": grow_bangs, "Bushy_Eyebrows": grow_brows, "Mustache": grow_moustache}
 _OF_HAIR = [MAGGAN.index(name) for name in ("Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair")]
 _GONE_WITH_HAIR = [MAGGAN.index(name) for name in conflicting("Bald")]
 
@@ -98,7 +101,7 @@ class Transplants:
             look, column = LOOKS[name], MAGGAN.index(name)
             shows = attributes[:, column] if look.shown_as else 1 - attributes[:, column]
             takes = visible & (shows < _LACKS)
-            if look.how in ("hair", "strands") and look.colour == "hair":
+            if name == "Bangs" or (look.how == "strands" and look.colour == "hair"):
                 takes &= haired
             if look.how == "mouth":
                 takes &= mouth < _SHUT
@@ -107,6 +110,8 @@ class Transplants:
             elif look.how == "haircut":
                 takes = visible & hatless & (hair < _BARE) & (shows > 1 - _LACKS)
                 self._lenders.append(((visible & hatless & haired).nonzero()[:, 0].numpy(),))
+            elif look.how == "grown":
+                self._lenders.append((takes.nonzero()[:, 0].numpy(),))  # everyone their own
             else:
                 self._lenders.append(_lenders(data, name, look))
             self._takers.append(takes.nonzero()[:, 0].numpy())
@@ -138,7 +143,9 @@ class Transplants:
         which = int(torch.randint(len(self.config.attributes), (), generator=generator))
         name = self.config.attributes[which]
         look, column = LOOKS[name], MAGGAN.index(name)
-        take = {"mouth": self._other_mouth, "haircut": self._other_hair}.get(look.how, self._dressed)
+        take = {"mouth": self._other_mouth, "haircut": self._other_hair, "grown": self._grown}.get(
+            look.how, self._dressed
+        )
         carried = take(which, look, generator)
         states = []
         for image, parts, wearing in (
@@ -192,6 +199,14 @@ class Transplants:
     def _other_hair(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
         """As `_dressed`, a bald head with the hair of another photo."""
         return self._of_photos(self._takers[which], self._lenders[which][0], look, True, generator)
+
+    def _grown(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
+        """As `_dressed`, with hair that the photo alone decides on."""
+        takers = self._takers[which]
+        position = int(takers[int(torch.randint(len(takers), (), generator=generator))])
+        photo, mask = self._read(position)
+        made = _GROW[self.config.attributes[which]](photo, mask)
+        return _Carried(position, position, photo, mask, *made, wears_it=False)
 
     def _of_photos(
         self,

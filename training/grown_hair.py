@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A moustache, bangs or bushy brows on a photo, where its mask has the features, in the colour of its own hair.
+
+Nothing but the photo decides where they lie and how they look, so that an editor can learn them from the photo alone.
+Of drawn people's, moved to the photo, moustaches and brows were often hardly seen, and bangs ragged and of one colour.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from faceedit.labels import CELEBAMASK_HQ
+
+_LIPS = ("u_lip", "mouth", "l_lip")
+_DENSITY = 0.92  # about as drawn moustaches
+_STRANDS, _CONTRAST = 60, 0.5  # hairs beside one another, and how much they differ in brightness
+_HAIR_SHARE = 0.03  # of the image, below which brows tell the colour
+_DARKER = 0.75  # hair of a moustache is this much darker than the mean of the hair it takes its colour from
+_REACH, _OVERHANG = 1.22, 0.1  # of bangs: half width in eye distances, and how far they cover the brows
+_AGAINST_SKIN = 0.6  # and at most this share of the skin's luminance: a white one would hardly be seen at this size
+_LUMINANCE = (0.2126, 0.7152, 0.0722)
+
+
+def grow_moustache(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The photo with a moustache, and its mask, which has no class for one and stays as it is.
+
+    Args:    photo 1×3×S×S in [-1, 1], mask 1×19×S×S that shows the eyes, the nose and the lips.
+    Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
+    """
+    light = ((photo + 1) / 2).clamp(0, 1)
+    lips = _share(mask, *_LIPS)
+    across, down = _along_the_eyes(mask, _centre(lips))
+    half = 1.7 * _spread(across, lips)  # a uniform bar's half length is 1.73 times its deviation
+    u = across / half
+    top = _edge(lips, u.clamp(-0.85, 0.85), down, 0.08)
+    centre = float(top.flatten()[(u.square() + (down / half).square()).argmin()])
+    gap = max(centre - _quantile(down, _share(mask, "nose"), 0.97), 0.2 * half)
+    # From the lip nearly up to the nose, thinner outwards, its ends a little below the corners of the mouth.
+    low = top + (0.15 + 0.5 * (u.abs() - 0.8).clamp_min(0)) * gap
+    thick = gap * (0.95 - 0.5 * u.abs().clamp(max=1.1) ** 2 - 0.12 * (1 - (u / 0.15) ** 2).clamp_min(0))
+    above = (low - down) / thick.clamp_min(1e-3)  # 0 at the lower edge, 1 at the upper one
+    strands = _strands(u.abs() + 0.25 * above.clamp(0, 1) - 0.25, u < 0, above)
+    pixel = 2 / photo.shape[-1]
+    # The lower edge is ragged, the upper one thins out.
+    lower = (above + 0.12 * strands) * thick / (1.5 * pixel) + 0.5
+    upper = (1.05 - above + 0.12 * strands) / 0.4
+    opacity = torch.minimum(torch.minimum(lower, upper), (1.05 - u.abs()) * half / (2 * pixel)).clamp(0, 1)
+    where = (_share(mask, "skin", "u_lip") + 0.5 * _share(mask, "nose")).clamp(0, 1)
+    opacity = (_DENSITY * opacity * where)[:, None]
+    grey = (light * torch.tensor(_LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    skin = _luminance_of(light, opacity[:, 0] * _share(mask, "skin"))
+    shade = (F.avg_pool2d(grey, 5, 1, 2, count_include_pad=False) / max(skin, 0.02)).clamp(0.6, 1.3)
+    shade = shade * (1 + _CONTRAST * strands[:, None])
+    made = torch.lerp(light, (_hair_colour(light, mask, skin) * shade).clamp(0, 1), opacity)
+    return made * 2 - 1, mask
+
+
+def grow_bangs(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The photo with hair over the forehead, down to the brows, and its mask.
+
+    Args:    photo 1×3×S×S in [-1, 1], mask 1×19×S×S that shows hair, the eyes and the brows.
+    Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
+    """
+    light = ((photo + 1) / 2).clamp(0, 1)
+    brows = _share(mask, "l_brow", "r_brow")
+    across, down = _along_the_eyes(mask, _centre(brows))
+    left, right = _centre(_share(mask, "l_eye")), _centre(_share(mask, "r_eye"))
+    half = _REACH * ((right[0] - left[0]) ** 2 + (right[1] - left[1]) ** 2) ** 0.5
+    u = across / half
+    brow_top = _quantile(down, brows, 0.1)
+    hair = _share(mask, "hair")
+    forehead = _share(mask, "skin", "l_brow", "r_brow", "eye_g") * (down < 0) * (u.abs() < 1)
+    height = max(brow_top - _quantile(down, forehead, 0.02), 0.05)
+    # An arch, lower at the temples; 0 at the lower edge, 1 where the forehead ends.
+    low = brow_top + (_OVERHANG + 0.25 * u.square()) * height
+    above = (low - down) / height
+    # Combed to one side, the farther the lower.
+    root = u - 0.15 * (1 - above.clamp(0, 1)).square()
+    strands = _strands(root.abs(), root < 0, 1 - above)
+    pixel = 2 / photo.shape[-1]
+    lower = (above + 0.06 * strands - 0.06) * height / (2 * pixel) + 0.5
+    opacity = torch.minimum(lower, (1.02 - u.abs()) * half / (4 * pixel)).clamp(0, 1)[:, None]
+    # The rim where hair and skin mix is covered too, or it would show between the hair and the bangs.
+    bare = _share(mask, "skin", "l_brow", "r_brow", "eye_g").clamp(0, 1)[:, None]
+    rim = F.avg_pool2d(F.max_pool2d(bare, 5, 1, 2), 3, 1, 1) * hair[:, None]
+    opacity = opacity * (bare + rim).clamp(0, 1)
+    shadow = (F.max_pool2d(opacity, 5, 1, 2) - opacity).clamp_min(0) * _share(mask, "skin")[:, None] * (above < 0.15)
+    colour = _spread_colour(light, hair) * (1 + 0.5 * _CONTRAST * strands[:, None])
+    made = torch.lerp(light * (1 - 0.25 * shadow), colour.clamp(0, 1), opacity)
+    grown = torch.zeros_like(mask)
+    grown[:, CELEBAMASK_HQ.id("hair")] = 1
+    return made * 2 - 1, torch.lerp(mask, grown, opacity)
+
+
+def grow_brows(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The photo with brows that are half as high again and dense, and its mask.
+
+    Args:    photo 1×3×S×S in [-1, 1], mask 1×19×S×S that shows the eyes and the brows.
+    Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
+    """
+    light = ((photo + 1) / 2).clamp(0, 1)
+    across, down = _along_the_eyes(mask, _centre(_share(mask, "l_brow", "r_brow")))
+    pixel = 2 / photo.shape[-1]
+    made = light
+    for name in ("l_brow", "r_brow"):
+        brow = _share(mask, name)
+        half = 1.8 * _spread(across, brow)
+        middle = float((across * brow).sum() / brow.sum().clamp_min(1e-6))
+        u = (across - middle) / half
+        top, low = (_edge(brow, u, down, share) for share in (0.12, 0.88))
+        height = (low - top).clamp_min(4 * pixel)
+        above = (low + 0.1 * height - down) / (1.4 * height)
+        outwards = u * (1 if middle > 0 else -1)
+        strands = _strands((0.55 + 0.45 * outwards - 0.1 * above).clamp(0, 1), torch.zeros_like(brow) > 0, above)
+        edges = torch.minimum(above, 1 - above - 0.2 * outwards.clamp_min(0)) + 0.1 * strands
+        inside = torch.minimum(edges * 1.4 * height, (1.05 - u.abs()) * half)
+        opacity = (inside / (2 * pixel) + 0.4).clamp(0, 1) * _share(mask, "skin", "l_brow", "r_brow", "eye_g")
+        opacity = (_DENSITY * opacity.clamp(0, 1))[:, None]
+        skin = _luminance_of(light, opacity[:, 0] * _share(mask, "skin"))
+        colour = _visible(_mean_colour(light, brow.square()) * _DARKER, skin)
+        made = torch.lerp(made, (colour * (1 + 0.5 * _CONTRAST * strands[:, None])).clamp(0, 1), opacity)
+        grown = torch.zeros_like(mask)
+        grown[:, CELEBAMASK_HQ.id(name)] = 1
+        mask = torch.lerp(mask, grown, opacity)
+    return made * 2 - 1, mask
+
+
+def _spread_colour(light: Tensor, weight: Tensor) -> Tensor:
+    """1×3×S×S: the colour of where the weight is, spread over everything around it."""
+    weight = (2 * weight[:, None] - 1).clamp_min(0)
+    spread = F.interpolate(torch.cat([light * weight, weight], dim=1), size=(32, 32), mode="area")
+    far = spread.mean((2, 3), keepdim=True) * 0.02
+    for _ in range(3):
+        spread = F.avg_pool2d(spread, 5, 1, 2)
+    spread = F.interpolate(spread + far, size=light.shape[2:], mode="bilinear", align_corners=False)
+    return spread[:, :3] / spread[:, 3:].clamp_min(1e-6)
+
+
+def _share(mask: Tensor, *parts: str) -> Tensor:
+    return mask[:, [CELEBAMASK_HQ.id(part) for part in parts]].sum(1)
+
+
+def _centre(weight: Tensor) -> tuple[float, float]:
+    axis = (torch.arange(weight.shape[-1], dtype=weight.dtype) + 0.5) / weight.shape[-1] * 2 - 1
+    total = weight.sum().clamp_min(1e-6)
+    return float((weight.sum((0, 1)) * axis).sum() / total), float((weight.sum((0, 2)) * axis).sum() / total)
+
+
+def _along_the_eyes(mask: Tensor, origin: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Coordinates 1×S×S from the origin, along the line of the eyes and down across it; the side is 2 long."""
+    left, right = _centre(_share(mask, "l_eye")), _centre(_share(mask, "r_eye"))
+    along = torch.tensor([right[0] - left[0], right[1] - left[1]])
+    along = F.normalize(along * (1 if along[0] >= 0 else -1), dim=0)
+    axis = (torch.arange(mask.shape[-1]) + 0.5) / mask.shape[-1] * 2 - 1
+    x, y = axis[None, None, :] - origin[0], axis[None, :, None] - origin[1]
+    return x * along[0] + y * along[1], y * along[0] - x * along[1]
+
+
+def _spread(position: Tensor, weight: Tensor) -> float:
+    total = weight.sum().clamp_min(1e-6)
+    mean = (position * weight).sum() / total
+    return float(((position - mean).square() * weight).sum().div(total).sqrt().clamp_min(1e-3))
+
+
+def _quantile(position: Tensor, weight: Tensor, share: float) -> float:
+    shown = weight.flatten() > 1e-3
+    if not shown.any():
+        return float(position.mean())
+    ordered, order = position.flatten()[shown].sort()
+    reached = weight.flatten()[shown][order].cumsum(0)
+    return float(ordered[int((reached < share * reached[-1]).sum().clamp(max=len(order) - 1))])
+
+
+def _strands(root: Tensor, left: Tensor, along: Tensor) -> Tensor:
+    """Hairs, the same for everybody, by where they grow from (0 to 1, on the left or right side) and the place along
+    them (0 to 1): about -1 to 1, over 1×S×S."""
+    table = torch.rand(1, 1, 3, _STRANDS, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    grid = torch.stack([torch.where(left, -root, root), along.clamp(0, 1) * 2 - 1], dim=-1)
+    return F.grid_sample(table, grid, mode="bilinear", padding_mode="border", align_corners=True)[:, 0]
+
+
+def _edge(weight: Tensor, u: Tensor, down: Tensor, share: float) -> Tensor:
+    """Where the share of every column's weight lies, between -1 and 1 of `u`: a parabola through them, 1×S×S."""
+    bins = 12
+    column = ((u + 1) / 2 * bins).floor()
+    places, values = [], []
+    for at in range(bins):
+        chosen = weight * (column == at)
+        if chosen.sum() > 0.5:
+            places.append((at + 0.5) / bins * 2 - 1)
+            values.append(_quantile(down, chosen, share))
+    if not places:
+        return torch.full_like(u, _quantile(down, weight, share))
+    powers = torch.tensor(places)[:, None] ** torch.arange(min(3, len(places)))
+    factors = torch.linalg.lstsq(powers, torch.tensor(values)[:, None]).solution[:, 0]
+    u = u.clamp(-1.1, 1.1)
+    return torch.stack([factor * u**power for power, factor in enumerate(factors)]).sum(0)
+
+
+def _mean_colour(light: Tensor, weight: Tensor) -> Tensor:
+    return (light * weight[:, None]).sum((2, 3), keepdim=True) / weight.sum().clamp_min(1e-6)
+
+
+def _luminance_of(light: Tensor, weight: Tensor) -> float:
+    return float((_mean_colour(light, weight)[0, :, 0, 0] * torch.tensor(_LUMINANCE)).sum())
+
+
+def _visible(colour: Tensor, skin: float) -> Tensor:
+    """The colour 1×3×1×1, dark enough to be seen on skin of this luminance."""
+    return colour * min(1.0, _AGAINST_SKIN * skin / max(_luminance_of(colour, torch.ones(1, 1, 1)), 0.02))
+
+
+def _hair_colour(light: Tensor, mask: Tensor, skin: float) -> Tensor:
+    """1×3×1×1: of the hair, or of the brows where there is too little of it."""
+    hair = _share(mask, "hair")
+    source = hair if hair.mean() > _HAIR_SHARE else _share(mask, "l_brow", "r_brow")
+    return _visible(_mean_colour(light, source) * _DARKER, skin)
