@@ -12,7 +12,7 @@ import typer
 
 from faceedit.cli.files import check_folder, write_text
 from faceedit.cli.output import progress_bar
-from faceedit.errors import FaceEditError, UnknownNameError, UsageError, suggestion
+from faceedit.errors import DeviceError, FaceEditError, UnknownNameError, UsageError, suggestion
 
 app = typer.Typer(help="Measure this installation.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -41,7 +41,10 @@ def kernels(
         bool, typer.Option("--quick", help="The first layer of each op, in fewer rounds, without torch.compile.")
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Only compare results, on small shapes and without torch.compile.")
+        bool,
+        typer.Option(
+            "--check", help="Only compare results, on small shapes or those of --layer, and without torch.compile."
+        ),
     ] = False,
     default_allocator: Annotated[
         bool, typer.Option("--default-allocator", help="Without huge pages, as PyTorch is by default.")
@@ -49,7 +52,8 @@ def kernels(
 ) -> None:
     """Time every kernel against PyTorch, forward and backward, and compare its results first.
 
-    A row is an op, a layer, a dtype, a pass and a provider. Exit code 1 if any result is wrong.
+    A row is an op, a layer, a dtype, a pass and a provider. Exit code 1 if any result is wrong, or if no provider that
+    was named can run.
 
     Example: faceedit bench kernels --quick
     """
@@ -77,9 +81,15 @@ def kernels(
     rows = []
     for benchmark in (known[name] for name in ops):
         names = [name for name in benchmark.layers if layers is None or name in layers]
-        names = [benchmarking.SMALL] if check else names[: 1 if quick else None]
+        names = [benchmarking.SMALL] if check and layers is None else names[: 1 if quick else None]
         rows += [(benchmark, name, kind) for name in names for kind in dtypes if kind in benchmark.dtypes]
     place = resolve_device(device).type
+    reasons = {name: reason for name in wanted if (reason := providers.missing(name, place))}
+    if len(reasons) == len(wanted):  # else the baseline would run alone and pass for them
+        told = ", ".join(f"{name} ({reason})" for name, reason in reasons.items())
+        raise DeviceError(
+            f"bench kernels: --provider must name one that can run on {place}, got {told}; name another, or a --device"
+        )
     settings = suite.Settings(
         place,
         wanted,
@@ -89,7 +99,6 @@ def kernels(
     torch.set_num_threads(threads)
     rates = machine.measure_rates(place, dtypes, small=check)
     described = machine.describe(place)
-    reasons = {name: reason for name in wanted if (reason := providers.missing(name, place))}
     for text in report.introduction(described, rates, reasons):
         typer.echo(text)
     typer.echo(report.header(place))

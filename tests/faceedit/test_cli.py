@@ -383,6 +383,23 @@ def test_bench_compares_every_provider_and_says_what_is_missing(run: Run) -> Non
     assert "no triton: " in outcome.out
 
 
+@pytest.mark.parametrize("check", [("--check",), ()])
+def test_bench_refuses_providers_that_cannot_run(run: Run, check: tuple[str, ...]) -> None:
+    named = ("bench", "kernels", *check, "--op", "masked_mse", "--device", "cpu", "--provider", "cuda")
+    run(*named).refused(1, "--provider", "cuda")
+    run(*named, "--provider", "triton").refused(1, "cuda (", "triton (")
+
+
+def test_bench_checks_the_layers_that_were_named(run: Run) -> None:
+    outcome = run(
+        "bench", "kernels", "--check", "--op", "bernoulli_kl", "--op", "gaussian_kl", "--layer", "1x40",
+        "--dtype", "float32", "--provider", "eager", "--device", "cpu",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    rows = [line.split() for line in outcome.out.splitlines() if "agrees to" in line]
+    assert {tuple(row[:2]) for row in rows} == {("bernoulli_kl", "1x40")}
+
+
 def test_bench_refuses_unknown_names_and_files_it_could_not_write(run: Run, tmp_path: Path) -> None:
     run("bench", "kernels", "--check", "--op", "masked_msee").refused(2, "--op", "did you mean masked_mse")
     run("bench", "kernels", "--check", "--json", str(tmp_path / "no" / "file")).refused(1, "writable folder")
