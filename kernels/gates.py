@@ -71,7 +71,7 @@ def _gate(op: str, h: Tensor, z: Tensor, c: Tensor | None, affine: dict[str, Ten
             check_shape(op, name, vector, h, (h.shape[1],))
     vectors = list(affine.values())
     if torch.is_grad_enabled() and any(vector is not None and vector.requires_grad for vector in vectors):
-        return reference(h, z, c, *vectors)
+        return _eager(h, z, c, *vectors)
     return _op(h, z, c, *vectors)
 
 

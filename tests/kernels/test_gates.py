@@ -151,6 +151,16 @@ def test_affine_operands_that_require_grad_get_theirs() -> None:
         OP(*tensors, *affine).sum().backward()
 
 
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+def test_trained_affine_operands_leave_the_result_in_h_format(fmt: torch.memory_format) -> None:
+    other = next(f for f in FORMATS if f is not fmt)
+    h, z, c = inputs(2, 3, 4, 5, torch.float32, other)
+    h = h.contiguous(memory_format=fmt)
+    scale = vectors(3)[0].requires_grad_()
+    assert reset_gate(h, z, scale=scale).stride() == h.stride()
+    assert gru_gate(h, z, c, c_shift=scale).stride() == h.stride()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
 def test_opcheck(fmt: torch.memory_format, dtype: torch.dtype) -> None:
