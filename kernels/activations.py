@@ -5,13 +5,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from faceedit.kernels.tensors import check_number
+
 ACTIVATIONS = ("linear", "relu", "lrelu", "tanh", "sigmoid", "silu")  # the position is the native kernels' code
 
 
-def check_activation(op: str, act: str) -> None:
-    """Raise unless `act` names an activation."""
+def check_activation(op: str, act: str, slope: float, gain: float = 1.0, clamp: float = -1.0) -> None:
+    """Raise unless `act` names an activation, and what goes with it are numbers."""
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act must be one of {ACTIVATIONS}, got {act!r}; choose one of these")
+    if not (isinstance(slope, (float, int)) and isinstance(gain, (float, int)) and isinstance(clamp, (float, int))):
+        check_number(op, "slope", slope)
+        check_number(op, "gain", gain)
+        check_number(op, "clamp", clamp, "pass -1 for no clamp")
 
 
 def activate(z: Tensor, act: str, slope: float) -> Tensor:

@@ -14,7 +14,17 @@ from torch.nn import functional as F
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import NATIVE_DTYPES, dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, register_onnx_decomposition
-from faceedit.kernels.tensors import check_mask, check_shape, describe, empty, empty_float, empty_like, memory_format
+from faceedit.kernels.tensors import (
+    as_integer,
+    check_mask,
+    check_shape,
+    check_tensor,
+    describe,
+    empty,
+    empty_float,
+    empty_like,
+    memory_format,
+)
 
 Gradients = tuple[Tensor, Tensor, Tensor]  # of fg, bg, mask; empty where not wanted
 
@@ -40,14 +50,16 @@ def alpha_blend(fg: Tensor, bg: Tensor, mask: Tensor, *, feather: int = 0, quant
     Source:   Porter & Duff 1984, "over" with an opaque background.
     """
     for name, image in (("fg", fg), ("bg", bg)):
+        check_tensor("alpha_blend", name, image)
         if image.dim() != 4:
             raise ValueError(
                 f"alpha_blend: {name} must be of shape (N, C, H, W), got {describe(image)}; add the missing axes"
             )
         if not image.is_floating_point() and image.dtype != torch.uint8:
             raise TypeError(f"alpha_blend: {name} must be floating point or uint8, got {describe(image)}; cast it")
-    check_shape("alpha_blend", "bg", bg, fg, tuple(fg.shape))
+    check_shape("alpha_blend", "bg", bg, fg, tuple(fg.shape), any_dtype=True)
     check_mask("alpha_blend", "mask", mask, fg)
+    feather = as_integer("alpha_blend", "feather", feather, "a radius is whole pixels, 0 is none")
     if feather < 0:
         raise ValueError(f"alpha_blend: feather must be a number of pixels >= 0, got {feather}; pass 0 for none")
     if bg.is_floating_point():

@@ -12,8 +12,10 @@ from faceedit.kernels.dispatch import dispatcher, requested_backend, without_aut
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
     as_float,
+    check_floating,
     check_image,
     check_shape,
+    check_tensor,
     describe,
     empty,
     empty_float,
@@ -63,6 +65,7 @@ def conv_attribute_maps(
     Raises:   TypeError on a dtype; ValueError on shape or device.
     """
     _check("conv_attribute_maps", attr, probs, relation)
+    check_tensor("conv_attribute_maps", "weight", weight)
     if weight.dim() != 4 or weight.shape[1] != attr.shape[1]:
         raise ValueError(
             f"conv_attribute_maps: weight must be of shape (O, {attr.shape[1]}, kh, kw), got {describe(weight)}; "
@@ -71,7 +74,6 @@ def conv_attribute_maps(
     for name, tensor, shape in (("weight", weight, tuple(weight.shape)), ("bias", bias, (weight.shape[0],))):
         if tensor is not None:
             check_shape("conv_attribute_maps", name, tensor, probs, shape)
-            _check_floating("conv_attribute_maps", name, tensor)
     inside = torch.is_autocast_enabled(probs.device.type)
     with without_autocast(probs):
         y = _convolved(attr, probs, relation, weight, stride, padding, inside)
@@ -103,16 +105,11 @@ def _check(op: str, attr: Tensor, probs: Tensor, relation: Tensor) -> None:
     check_image(op, "probs", probs)
     n, parts = probs.shape[:2]
     for name, tensor in (("attr", attr), ("relation", relation)):
-        _check_floating(op, name, tensor)
+        check_floating(op, name, tensor)
     if attr.dim() != 2:
         raise ValueError(f"{op}: attr must be of shape ({n}, A), got {describe(attr)}; one row a sample")
     check_shape(op, "attr", attr, probs, (n, attr.shape[1]))
     check_shape(op, "relation", relation, probs, (attr.shape[1], parts), (n, attr.shape[1], parts))
-
-
-def _check_floating(op: str, name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {describe(tensor)}; cast it first")
 
 
 def _compute_dtype(probs: Tensor) -> torch.dtype:

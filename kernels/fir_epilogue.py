@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import native
+from faceedit.kernels.activations import ACTIVATIONS, check_activation
 from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
 from faceedit.kernels.noise_bias_act import (
-    ACTIVATIONS,
     PIECEWISE_LINEAR,
     backward_reference,
     noise_bias_act_backward_op,
 )
 from faceedit.kernels.noise_bias_act import reference as epilogue
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_shape, empty, in_format, memory_format
+from faceedit.kernels.tensors import as_float, check_number, check_shape, empty, in_format, memory_format
 from faceedit.kernels.upfirdn2d import (
     ONE_THREAD,
     check_geometry,
@@ -66,10 +66,10 @@ def fir_epilogue(
     Raises:   TypeError on a dtype that is not floating point; ValueError on shape, device or an unknown act.
     Source:   Karras et al. 2020 (StyleGAN2), section 2.2 and appendix B: what follows an upsampling convolution.
     """
-    sides = check_geometry("fir_epilogue", x, fir, up, down, pad)
+    up, down, sides = check_geometry("fir_epilogue", x, fir, up, down, pad)
     n, c, h, w = output_shape(x, fir, up, down, sides)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"fir_epilogue: act must be one of {ACTIVATIONS}, got {act!r}; choose one of these")
+    check_activation("fir_epilogue", act, slope, gain, clamp)
+    check_number("fir_epilogue", "fir_gain", fir_gain)
     if scale is not None:
         check_shape("fir_epilogue", "scale", scale, x, (n, c))
     if bias is not None:

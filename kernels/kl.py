@@ -13,7 +13,17 @@ from torch.nn import functional as F
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_shape, describe, empty_float, empty_like, in_format
+from faceedit.kernels.tensors import (
+    as_float,
+    check_floating,
+    check_number,
+    check_shape,
+    check_tensor,
+    describe,
+    empty_float,
+    empty_like,
+    in_format,
+)
 
 
 def bernoulli_kl(logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float = 0.0) -> Tensor:
@@ -33,13 +43,14 @@ def bernoulli_kl(logits: Tensor, target: Tensor, weight: Tensor | None = None, s
     Source:   MaskFaceGAN (Pernus et al. 2023), eq. 3 in the direction of its released code, KL(target || prediction).
     """
     _check_matrix("bernoulli_kl", logits)
-    check_shape("bernoulli_kl", "target", target, logits, tuple(logits.shape))
+    check_shape("bernoulli_kl", "target", target, logits, tuple(logits.shape), any_dtype=True)
     if not target.is_floating_point() and target.dtype not in (torch.uint8, torch.bool):
         raise TypeError(
             f"bernoulli_kl: target must be floating point, uint8 or bool, got {describe(target)}; cast it first"
         )
     if weight is not None:
         check_shape("bernoulli_kl", "weight", weight, logits, (logits.shape[1],))
+    check_number("bernoulli_kl", "smoothing", smoothing)
     if not 0 <= smoothing <= 1:
         raise ValueError(f"bernoulli_kl: smoothing must be in [0, 1], got {smoothing}; 0 is none")
     if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
@@ -59,11 +70,10 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     Raises:   TypeError on a dtype; ValueError on shape or device.
     Source:   Kingma & Welling 2014 (auto-encoding variational Bayes), appendix B.
     """
+    check_floating("gaussian_kl", "mu", mu)
+    check_floating("gaussian_kl", "logvar", logvar)
     if mu.dim() < 2:
         raise ValueError(f"gaussian_kl: mu must be of shape (N, ...), got {describe(mu)}; add the missing axes")
-    for name, tensor in (("mu", mu), ("logvar", logvar)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"gaussian_kl: {name} must be floating point, got {describe(tensor)}; cast it first")
     check_shape("gaussian_kl", "logvar", logvar, mu, tuple(mu.shape))
     if mu.dtype != logvar.dtype:
         dtype = torch.promote_types(mu.dtype, logvar.dtype)
@@ -72,10 +82,10 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def _check_matrix(op: str, logits: Tensor) -> None:
+    check_tensor(op, "logits", logits)
     if logits.dim() != 2:
         raise ValueError(f"{op}: logits must be of shape (N, A), got {describe(logits)}; reshape them")
-    if not logits.is_floating_point():
-        raise TypeError(f"{op}: logits must be floating point, got {describe(logits)}; cast them first")
+    check_floating(op, "logits", logits)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import modulated_conv2d_passes
+from faceedit.kernels.activations import check_activation
 from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
 from faceedit.kernels.modulated_conv2d_parts import (
     EPSILON,
@@ -27,11 +28,18 @@ from faceedit.kernels.modulated_conv2d_parts import (
     sum_divisor,
 )
 from faceedit.kernels.modulated_conv2d_passes import output_tells_input
-from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.noise_bias_act import backward_reference as epilogue_backward
 from faceedit.kernels.noise_bias_act import reference as epilogue
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import apart_from, check_image, check_shape, describe, memory_format
+from faceedit.kernels.tensors import (
+    apart_from,
+    as_integer,
+    check_image,
+    check_shape,
+    check_tensor,
+    describe,
+    memory_format,
+)
 
 
 def modulated_conv2d(
@@ -75,6 +83,7 @@ def modulated_conv2d(
     Source:   Karras et al. 2020 (StyleGAN2), equations 1 and 3, section 2.2; the skip generator of figure 7.
     """
     check_image("modulated_conv2d", "x", x)
+    check_tensor("modulated_conv2d", "weight", weight)
     n, channels, h, w = x.shape
     if (
         weight.dim() != 4
@@ -87,10 +96,10 @@ def modulated_conv2d(
             f"modulated_conv2d: weight must be of shape (O, {channels}, k, k) with k odd, got {describe(weight)}; "
             "match it to x"
         )
-    if not weight.is_floating_point():
-        raise TypeError(f"modulated_conv2d: weight must be floating point, got {describe(weight)}; cast it first")
     check_shape("modulated_conv2d", "weight", weight, x, tuple(weight.shape))
     check_shape("modulated_conv2d", "styles", styles, x, (n, channels))
+    up = as_integer("modulated_conv2d", "up", up, "pass 1 or 2")
+    down = as_integer("modulated_conv2d", "down", down, "pass 1 or 2")
     if (up, down) not in ((1, 1), (2, 1), (1, 2)):
         raise ValueError(
             f"modulated_conv2d: up and down must be 1, or one of them 2, got {up} and {down}; resample once"
@@ -101,8 +110,7 @@ def modulated_conv2d(
             f"got {describe(x)}; pass a larger image"
         )
     out, (height, width) = weight.shape[0], Geometry(weight.shape[2], up, down).output_size(h, w)
-    if act not in ACTIVATIONS:
-        raise ValueError(f"modulated_conv2d: act must be one of {ACTIVATIONS}, got {act!r}; choose one of these")
+    check_activation("modulated_conv2d", act, slope, gain, clamp)
     if bias is not None:
         check_shape("modulated_conv2d", "bias", bias, x, (out,))
     if noise is not None:

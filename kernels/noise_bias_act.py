@@ -60,7 +60,7 @@ def noise_bias_act(
     """
     check_image("noise_bias_act", "x", x)
     n, c, h, w = x.shape
-    check_activation("noise_bias_act", act)
+    check_activation("noise_bias_act", act, slope, gain, clamp)
     if scale is not None:
         check_shape("noise_bias_act", "scale", scale, x, (n, c))
     if bias is not None:

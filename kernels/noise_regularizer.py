@@ -16,7 +16,16 @@ from torch.nn import functional as F
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_in_place_op, define_op, mapped_first, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, check_shape, describe, empty_float, empty_like, in_format
+from faceedit.kernels.tensors import (
+    as_integer,
+    as_list,
+    check_image,
+    check_shape,
+    describe,
+    empty_float,
+    empty_like,
+    in_format,
+)
 
 MAX_MAPS = 24  # what a kernel's parameters hold; a generator of 1024 px has 17
 
@@ -34,7 +43,8 @@ def noise_regularizer(noises: Sequence[Tensor], stop: int = 8) -> Tensor:
     Raises:   TypeError on a dtype; ValueError on a shape, device, number of maps, or stop.
     Source:   Karras et al. 2020 (StyleGAN2), appendix D; MaskFaceGAN (Pernus et al. 2023), eq. 11, squared as released.
     """
-    _check_maps("noise_regularizer", noises)
+    noises = _checked_maps("noise_regularizer", noises)
+    stop = as_integer("noise_regularizer", "stop", stop, "the usual value is 8")
     if stop < 1:
         raise ValueError(f"noise_regularizer: stop must be 1 or more, got {stop}; the usual value is 8")
     for index, noise in enumerate(noises):
@@ -44,7 +54,7 @@ def noise_regularizer(noises: Sequence[Tensor], stop: int = 8) -> Tensor:
                 f"noise_regularizer: noises[{index}] must be square and halve evenly down to stop={stop}, got "
                 f"{describe(noise)}; crop it or raise stop"
             )
-    return _op(list(noises), stop)[0]
+    return _op(noises, stop)[0]
 
 
 @torch.no_grad()
@@ -59,11 +69,11 @@ def normalize_noise_(noises: Sequence[Tensor]) -> None:
     Raises:   TypeError on a dtype; ValueError on a shape, device or number of maps.
     Source:   MaskFaceGAN's released optimisation, which divides by 0 where all values are equal.
     """
-    _check_maps("normalize_noise_", noises)
-    torch.ops.faceedit.normalize_noise_(list(noises))
+    torch.ops.faceedit.normalize_noise_(_checked_maps("normalize_noise_", noises))
 
 
-def _check_maps(op: str, noises: Sequence[Tensor]) -> None:
+def _checked_maps(op: str, noises: Sequence[Tensor]) -> list[Tensor]:
+    noises = as_list(op, "noises", noises)
     if not 1 <= len(noises) <= MAX_MAPS:
         raise ValueError(f"{op}: noises must hold 1 to {MAX_MAPS} maps, got {len(noises)}; split them over calls")
     first = noises[0]
@@ -73,6 +83,7 @@ def _check_maps(op: str, noises: Sequence[Tensor]) -> None:
         if noise.dtype != first.dtype:
             raise TypeError(f"{op}: {name} must be of noises[0]'s dtype, got {describe(noise)}; cast it first")
         check_shape(op, name, noise, first, (first.shape[0], 1, *noise.shape[2:]))
+    return noises
 
 
 def pyramid_levels(side: int, stop: int) -> int:

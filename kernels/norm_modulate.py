@@ -27,6 +27,7 @@ from faceedit.kernels.tensors import (
     apart_from,
     as_float,
     check_image,
+    check_number,
     check_shape,
     empty_float,
     empty_like,
@@ -69,9 +70,10 @@ def norm_modulate(
     """
     check_image("norm_modulate", "x", x)
     n, c, h, w = x.shape
-    check_activation("norm_modulate", act)
+    check_activation("norm_modulate", act, slope)
     if norm not in NORMS:
         raise ValueError(f"norm_modulate: norm must be one of {NORMS}, got {norm!r}; choose one of these")
+    check_number("norm_modulate", "eps", eps)
     if not eps > 0:
         raise ValueError(f"norm_modulate: eps must be positive, got {eps}; a constant plane has variance 0")
     for name, operand in (("gamma", gamma), ("beta", beta)):

@@ -5,6 +5,7 @@ The canvas is gathered, not assembled: each of its elements is either zero or on
 """
 
 from collections.abc import Sequence
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -13,7 +14,16 @@ from torch import Tensor
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import NATIVE_DTYPES, dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, check_shape, describe, empty, memory_format
+from faceedit.kernels.tensors import (
+    as_integer,
+    as_list,
+    check_image,
+    check_shape,
+    check_tensor,
+    describe,
+    empty,
+    memory_format,
+)
 
 ABSENT = -(2**30)  # both coordinates of the centre of a part that is not there
 MOST = 24  # components a call: their addresses travel by value
@@ -37,7 +47,7 @@ def place_components(
     Backends: eager (any device), cpu, cuda, triton. All exact: elements are copied.
     Raises:   TypeError on a dtype; ValueError on shape, device, size or the number of components.
     """
-    components = list(components)
+    components = as_list("place_components", "components", components)
     if not 1 <= len(components) <= MOST:
         raise ValueError(
             f"place_components: components must be 1 to {MOST} maps, got {len(components)}; place in several calls"
@@ -45,9 +55,11 @@ def place_components(
     for k, component in enumerate(components):
         _check_map(f"components[{k}]", component, components[0])
     first = components[0]
-    check_shape("place_components", "centres", centres, first, (first.shape[0], len(components), 2))
+    check_shape("place_components", "centres", centres, first, (first.shape[0], len(components), 2), any_dtype=True)
     if centres.dtype != torch.int32:
         raise TypeError(f"place_components: centres must be int32, got {describe(centres)}; round and cast them")
+    if size is not None:
+        size = _size(size)
     if mask_features is not None:
         _check_map("mask_features", mask_features, first)
         size = size or (mask_features.shape[2], mask_features.shape[3])
@@ -75,6 +87,7 @@ def mask_centres(mask: Tensor) -> Tensor:
     Backends: eager (any device), cpu, cuda, triton. All exact: the sums are of integers.
     Raises:   TypeError on a dtype; ValueError on shape.
     """
+    check_tensor("mask_centres", "mask", mask)
     if mask.dim() != 4:
         raise ValueError(
             f"mask_centres: mask must be of shape (N, K, H, W), got {describe(mask)}; add the missing axes"
@@ -82,6 +95,15 @@ def mask_centres(mask: Tensor) -> Tensor:
     if not mask.is_floating_point() and mask.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"mask_centres: mask must be floating point, uint8 or bool, got {describe(mask)}; cast it")
     return _centres(mask.detach())
+
+
+def _size(size: tuple[int, int]) -> tuple[int, int]:
+    try:
+        height, width = size
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"place_components: size must be (H, W), got {short(size)}; pass two integers") from None
+    height = as_integer("place_components", "size", height, "pass (H, W)")
+    return height, as_integer("place_components", "size", width, "pass (H, W)")
 
 
 def _check_map(name: str, x: Tensor, first: Tensor) -> None:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory formats, argument checks and output allocation shared by every op."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
+from operator import index
+from reprlib import repr as short
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,16 +56,62 @@ def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
+def check_tensor(op: str, name: str, value: object, hint: str = "make it one with torch.as_tensor") -> None:
+    """Raise unless `value` is a tensor; `hint` says what to do."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {short(value)}; {hint}")
+
+
+def check_number(op: str, name: str, value: object, hint: str = "pass one as Python's or NumPy's") -> None:
+    """Raise unless `value` is a number. A tensor is none: its gradient would be lost."""
+    if not isinstance(value, (float, int)) and not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number, got {short(value)}; {hint}")
+
+
+def as_integer(op: str, name: str, value: Any, hint: str) -> Any:
+    """Return an argument that must be an integer, Python's or another library's; TypeError for anything else."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {short(value)}; {hint}") from None
+
+
+def as_list(op: str, name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return an argument that must be several tensors as a list."""
+    try:
+        return list(tensors)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be a list of tensors, got {short(tensors)}; put one into a list") from None
+
+
 def check_image(op: str, name: str, x: Tensor) -> None:
     """Raise unless x is a floating point (N,C,H,W) tensor."""
+    if not isinstance(x, Tensor):
+        check_tensor(op, name, x)
     if x.dim() != 4:
         raise ValueError(f"{op}: {name} must be of shape (N, C, H, W), got {describe(x)}; add the missing axes")
     if not x.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {describe(x)}; cast it first")
+        check_floating(op, name, x)
 
 
-def check_shape(op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[int, ...]) -> None:
-    """Raise unless `tensor` has one of the allowed shapes and lies on x's device."""
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is a floating point tensor: another dtype, complex among them, would lose values."""
+    check_tensor(op, name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {describe(tensor)}; cast it first")
+
+
+def check_shape(
+    op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[int, ...], any_dtype: bool = False
+) -> None:
+    """Raise unless `tensor` is floating point, has one of the allowed shapes and lies on x's device.
+
+    any_dtype: of whatever dtype, which the caller looks at.
+    """
+    if not isinstance(tensor, Tensor):
+        check_tensor(op, name, tensor)
     given = tensor.shape
     for shape in allowed:
         # Lengths first: comparing sizes of another rank would tie a traced graph to their values.
@@ -72,6 +122,8 @@ def check_shape(op: str, name: str, tensor: Tensor, x: Tensor, *allowed: tuple[i
         raise ValueError(f"{op}: {name} must be of shape {wanted}, got {describe(tensor)}; reshape or expand it")
     if tensor.device != x.device:
         raise ValueError(f"{op}: {name} must be on {x.device}, got {tensor.device}; move it there")
+    if not any_dtype and not tensor.dtype.is_floating_point:
+        check_floating(op, name, tensor)
 
 
 def check_mask(op: str, name: str, mask: Tensor, x: Tensor, halved: bool = False) -> None:
@@ -79,11 +131,12 @@ def check_mask(op: str, name: str, mask: Tensor, x: Tensor, halved: bool = False
 
     halved: half of an even height and width will do too.
     """
+    check_tensor(op, name, mask)
     n, _, h, w = x.shape
     allowed = [(n, 1, h, w), (1, 1, h, w)]
     if halved and mask.shape not in allowed and h % 2 == w % 2 == 0:
         allowed += [(n, 1, h // 2, w // 2), (1, 1, h // 2, w // 2)]
-    check_shape(op, name, mask, x, *allowed)
+    check_shape(op, name, mask, x, *allowed, any_dtype=True)
     if not mask.is_floating_point() and mask.dtype not in (torch.uint8, torch.bool):
         raise TypeError(f"{op}: {name} must be floating point, uint8 or bool, got {describe(mask)}; cast it")
 

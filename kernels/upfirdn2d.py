@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upsample by zeros, pad, filter and downsample in one pass, without ever writing the zeros."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -11,7 +13,17 @@ from torch.nn import functional as F
 from faceedit.kernels import native
 from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import check_image, describe, empty, in_format, memory_format
+from faceedit.kernels.tensors import (
+    as_integer,
+    check_floating,
+    check_image,
+    check_number,
+    check_tensor,
+    describe,
+    empty,
+    in_format,
+    memory_format,
+)
 
 MAX_TAPS = 32  # per axis; kMaxFirTaps of csrc/upfirdn2d.h
 ONE_THREAD = 1 << 17  # elements of output up to which waking a second CPU thread costs more than it saves
@@ -44,15 +56,43 @@ def upfirdn2d(
             f"upfirdn2d: gain must be a number and flip a bool, got gain={gain!r} and flip={flip!r}; "
             "NVlabs' order is flip_filter, gain: name them"
         )
-    sides = check_geometry("upfirdn2d", x, fir, up, down, pad)
+    if not isinstance(gain, (float, int)):
+        check_number("upfirdn2d", "gain", gain)
+    up, down, sides = check_geometry("upfirdn2d", x, fir, up, down, pad)
     return upfirdn2d_op(x, fir, up, down, sides, gain, flip)
 
 
-def check_geometry(op: str, x: Tensor, fir: Tensor, up: int, down: int, pad: int | Sequence[int]) -> list[int]:
-    """Raise unless the filter can run; return the padding of the four sides."""
+def _check_fir(op: str, fir: Tensor) -> None:
+    if not isinstance(fir, Tensor):
+        check_tensor(op, "fir", fir, "make it one with setup_filter; setup_filter([1]) changes nothing")
+    if fir.dim() not in (1, 2):
+        raise ValueError(f"{op}: fir must be of shape (kh, kw) or (k,), got {describe(fir)}; reshape it")
+    if not fir.is_floating_point():
+        check_floating(op, "fir", fir)
+
+
+def _sides(op: str, pad: int | Sequence[int]) -> list[int]:
+    """Return the padding of the four sides, integers of any library as Python's."""
+    if isinstance(pad, int):
+        return [pad] * 4
+    given = pad if isinstance(pad, (tuple, list, Iterable)) else [pad] * 4
+    try:
+        sides = [side if type(side) is int else index(side) for side in given]
+    except TypeError:
+        raise TypeError(f"{op}: pad must be one number or (x0, x1, y0, y1), got {short(pad)}; give integers") from None
+    if len(sides) != 4:
+        raise ValueError(f"{op}: pad must be one number or (x0, x1, y0, y1), got {len(sides)} numbers; give all four")
+    return sides
+
+
+def check_geometry(
+    op: str, x: Tensor, fir: Tensor, up: int, down: int, pad: int | Sequence[int]
+) -> tuple[int, int, list[int]]:
+    """Raise unless the filter can run; return up, down and the padding of the four sides."""
     check_image(op, "x", x)
-    if fir.dim() not in (1, 2) or not fir.is_floating_point():
-        raise ValueError(f"{op}: fir must be floating point of shape (kh, kw) or (k,), got {describe(fir)}; reshape it")
+    _check_fir(op, fir)
+    if type(up) is not int or type(down) is not int:
+        up, down = (as_integer(op, name, value, "pass 1 or 2") for name, value in (("up", up), ("down", down)))
     if fir.device != x.device:
         raise ValueError(f"{op}: fir must be on {x.device}, got {fir.device}; move it there")
     if min(fir.shape) < 1 or max(fir.shape) > MAX_TAPS:
@@ -60,9 +100,7 @@ def check_geometry(op: str, x: Tensor, fir: Tensor, up: int, down: int, pad: int
     for name, value in (("up", up), ("down", down)):
         if value not in (1, 2):
             raise ValueError(f"{op}: {name} must be 1 or 2, got {value!r}; apply the op twice for 4")
-    sides = [pad] * 4 if isinstance(pad, int) else list(pad)
-    if len(sides) != 4:
-        raise ValueError(f"{op}: pad must be one number or (x0, x1, y0, y1), got {len(sides)} numbers; give all four")
+    sides = _sides(op, pad)
     if min(x.shape[1:]) < 1:
         raise ValueError(f"{op}: x must be of at least one channel and one pixel, got {describe(x)}; check its shape")
     rows, columns = x.shape[2] * up + sides[2] + sides[3], x.shape[3] * up + sides[0] + sides[1]
@@ -70,7 +108,7 @@ def check_geometry(op: str, x: Tensor, fir: Tensor, up: int, down: int, pad: int
         raise ValueError(
             f"{op}: fir must be no larger than the padded input of ({rows}, {columns}), got {describe(fir)}; pad more"
         )
-    return sides
+    return up, down, sides
 
 
 def output_shape(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int]) -> tuple[int, int, int, int]:
@@ -225,7 +263,11 @@ def setup_filter(
 
     One axis of taps stays one axis: it serves rows and columns alike, so that it is known to be separable.
     """
-    fir = torch.as_tensor(taps, dtype=torch.float32, device=device)
+    check_number("setup_filter", "gain", gain)
+    try:
+        fir = torch.as_tensor(taps, dtype=torch.float32, device=device)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"setup_filter: taps must be numbers, got {short(taps)}; [1] changes nothing") from None
     if fir.dim() not in (1, 2) or fir.numel() == 0:
         raise ValueError(f"setup_filter: taps must be of shape (kh, kw) or (k,), got {describe(fir)}; reshape them")
     if normalize:
@@ -235,15 +277,9 @@ def setup_filter(
     return fir * gain ** (fir.dim() / 2)
 
 
-def _sides(op: str, pad: int | Sequence[int]) -> list[int]:
-    sides = [pad] * 4 if isinstance(pad, int) else list(pad)
-    if len(sides) != 4:
-        raise ValueError(f"{op}: pad must be one number or (x0, x1, y0, y1), got {len(sides)} numbers; give all four")
-    return sides
-
-
 def filter2d(x: Tensor, fir: Tensor, pad: int | Sequence[int] = 0, *, gain: float = 1.0, flip: bool = False) -> Tensor:
     """Filter an image to an image of the same size; `pad` comes on top. See upfirdn2d."""
+    _check_fir("filter2d", fir)
     x0, x1, y0, y1 = _sides("filter2d", pad)
     kh, kw = fir.shape[0], fir.shape[-1]
     sides = (x0 + kw // 2, x1 + (kw - 1) // 2, y0 + kh // 2, y1 + (kh - 1) // 2)
@@ -254,6 +290,7 @@ def upsample2d(
     x: Tensor, fir: Tensor, pad: int | Sequence[int] = 0, *, gain: float = 1.0, flip: bool = False
 ) -> Tensor:
     """Upsample an image to twice its size, its brightness kept; `pad` comes on top. See upfirdn2d."""
+    _check_fir("upsample2d", fir)
     x0, x1, y0, y1 = _sides("upsample2d", pad)
     kh, kw = fir.shape[0], fir.shape[-1]
     sides = (x0 + (kw + 1) // 2, x1 + (kw - 2) // 2, y0 + (kh + 1) // 2, y1 + (kh - 2) // 2)
@@ -264,6 +301,7 @@ def downsample2d(
     x: Tensor, fir: Tensor, pad: int | Sequence[int] = 0, *, gain: float = 1.0, flip: bool = False
 ) -> Tensor:
     """Downsample an image to half its size; `pad` comes on top. See upfirdn2d."""
+    _check_fir("downsample2d", fir)
     x0, x1, y0, y1 = _sides("downsample2d", pad)
     kh, kw = fir.shape[0], fir.shape[-1]
     sides = (x0 + (kw - 1) // 2, x1 + (kw - 2) // 2, y0 + (kh - 1) // 2, y1 + (kh - 2) // 2)

@@ -291,6 +291,8 @@ def test_same_bits_at_any_thread_count_and_batch_size(fmt: torch.memory_format) 
         ({"mask": torch.zeros(2, 3, 4, 5)}, ValueError, r"mask must be of shape \(2, 1, 4, 5\) or \(1, 1, 4, 5\)"),
         ({"mask": torch.zeros(2, 1, 4, 5, dtype=torch.int64)}, TypeError, "mask must be floating point, uint8 or bool"),
         ({"feather": -1}, ValueError, "feather must be a number of pixels >= 0, got -1"),
+        ({"feather": 1.5}, TypeError, "feather must be an integer, got 1.5"),
+        ({"fg": None}, TypeError, "fg must be a tensor, got None"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:

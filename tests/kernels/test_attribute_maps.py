@@ -219,6 +219,7 @@ ATTR, PROBS, RELATION = torch.zeros(2, 3), torch.zeros(2, 4, 5, 6), torch.zeros(
         ({"attr": ATTR[:1]}, ValueError, r"attr must be of shape \(2, 3\), got float32 of shape \(1, 3\)"),
         ({"relation": RELATION.mT}, ValueError, r"relation must be of shape \(3, 4\) or \(2, 3, 4\)"),
         ({"relation": RELATION.bool()}, TypeError, "relation must be floating point"),
+        ({"relation": [[0.0]]}, TypeError, r"relation must be a tensor, got \[\[0.0\]\]"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -234,3 +235,5 @@ def test_folding_rejects_a_weight_of_other_inputs_or_dtype_and_a_bias_of_another
         conv_attribute_maps(ATTR, PROBS, RELATION, torch.zeros(6, 3, 1, 1).int())
     with pytest.raises(ValueError, match=r"conv_attribute_maps: bias must be of shape \(6,\)"):
         conv_attribute_maps(ATTR, PROBS, RELATION, torch.zeros(6, 3, 1, 1), torch.zeros(3))
+    with pytest.raises(TypeError, match="conv_attribute_maps: weight must be a tensor, got None"):
+        conv_attribute_maps(ATTR, PROBS, RELATION, None)

@@ -376,6 +376,10 @@ def test_same_bits_at_any_thread_count_and_batch_size(fmt: torch.memory_format) 
         ({"strength": torch.tensor(1.0)}, ValueError, "strength must come with noise"),
         ({"act": "gelu"}, ValueError, "act must be one of"),
         ({"up": 3}, ValueError, "up must be 1 or 2"),
+        ({"add": torch.zeros(2, 3, 3, 4, dtype=torch.int64)}, TypeError, "add must be floating point"),
+        ({"bias": torch.zeros(3, dtype=torch.complex64)}, TypeError, "bias must be floating point"),
+        ({"fir_gain": None}, TypeError, "fir_gain must be a number, got None"),
+        ({"clamp": None}, TypeError, "clamp must be a number, got None; pass -1 for no clamp"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:

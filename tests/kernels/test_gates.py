@@ -245,6 +245,8 @@ H = torch.zeros(2, 3, 4, 5)
         ({"z_pre": H[:1]}, ValueError, r"z_pre must be of shape \(2, 3, 4, 5\), got float32 of shape \(1, 3, 4, 5\)"),
         ({"c_pre": H.double()}, TypeError, "c_pre must be of h's dtype torch.float32"),
         ({"c_shift": torch.zeros(4)}, ValueError, r"c_shift must be of shape \(3,\)"),
+        ({"c_shift": torch.zeros(3, dtype=torch.complex64)}, TypeError, "c_shift must be floating point"),
+        ({"z_pre": 0.5}, TypeError, "z_pre must be a tensor, got 0.5"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -253,6 +253,9 @@ GOOD = {"logits": torch.zeros(2, 3), "target": torch.zeros(2, 3)}
         ({"target": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "target must be floating point, uint8 or bool"),
         ({"weight": torch.zeros(2)}, ValueError, r"weight must be of shape \(3,\)"),
         ({"smoothing": 1.5}, ValueError, r"smoothing must be in \[0, 1\], got 1.5"),
+        ({"smoothing": None}, TypeError, "smoothing must be a number, got None"),
+        ({"weight": torch.zeros(3, dtype=torch.int64)}, TypeError, "weight must be floating point, got int64"),
+        ({"target": 0.5}, TypeError, "target must be a tensor, got 0.5"),
     ],
 )
 def test_bernoulli_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -266,5 +269,7 @@ def test_gaussian_rejects() -> None:
         gaussian_kl(x[0], x[0])
     with pytest.raises(TypeError, match="logvar must be floating point"):
         gaussian_kl(x, x.int())
+    with pytest.raises(TypeError, match=r"gaussian_kl: mu must be a tensor, got 0\.5"):
+        gaussian_kl(0.5, x)
     with pytest.raises(ValueError, match=r"logvar must be of shape \(2, 3\)"):
         gaussian_kl(x, x[:, :2])

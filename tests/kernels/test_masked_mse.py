@@ -326,6 +326,8 @@ def test_mixed_dtypes_use_the_wider() -> None:
         ({"exclude": torch.zeros(2, 1, 2, 2)}, ValueError, r"exclude must be of shape \(2, 1, 4, 5\)"),
         ({"relax": "soft"}, ValueError, "relax must be one of"),
         ({"normalize": "mean"}, ValueError, "normalize must be one of"),
+        ({"b": None}, TypeError, "b must be a tensor, got None"),
+        ({"mask": 0.5}, TypeError, "mask must be a tensor, got 0.5"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:

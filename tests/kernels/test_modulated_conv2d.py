@@ -536,6 +536,13 @@ def test_backward_reference_reads_nothing_but_inputs() -> None:
         ({"rgb_weight": torch.zeros(3, 4)}, ValueError, "rgb_weight must come with rgb_styles"),
         ({"rgb_weight": torch.zeros(3, 3), "rgb_styles": torch.zeros(2, 4)}, ValueError, "rgb_weight must be of shape"),
         ({"act": "gelu"}, ValueError, "act must be one of"),
+        ({"weight": None}, TypeError, "weight must be a tensor, got None"),
+        ({"styles": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "styles must be floating point, got int64"),
+        ({"bias": torch.zeros(4, dtype=torch.complex64)}, TypeError, "bias must be floating point, got complex64"),
+        ({"fir": torch.zeros(4, dtype=torch.int64)}, TypeError, "fir must be floating point"),
+        ({"noise": torch.zeros(1, 1, 4, 5), "strength": 0.3}, TypeError, "strength must be a tensor, got 0.3"),
+        ({"up": 2.0}, TypeError, "up must be an integer, got 2.0"),
+        ({"clamp": None}, TypeError, "clamp must be a number, got None; pass -1 for no clamp"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:

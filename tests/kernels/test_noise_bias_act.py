@@ -281,6 +281,14 @@ def test_same_bits_at_any_thread_count_and_batch_size(fmt: torch.memory_format) 
         ({"noise": torch.zeros(3, 1, 4, 5)}, ValueError, "noise must be of shape"),
         ({"strength": torch.tensor(1.0)}, ValueError, "strength must come with noise"),
         ({"act": "gelu"}, ValueError, "act must be one of"),
+        ({"x": None}, TypeError, "x must be a tensor, got None"),
+        ({"noise": torch.zeros(1, 1, 4, 5), "strength": 0.3}, TypeError, "strength must be a tensor, got 0.3"),
+        ({"scale": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "scale must be floating point, got int64"),
+        ({"bias": torch.zeros(3, dtype=torch.complex64)}, TypeError, "bias must be floating point, got complex64"),
+        ({"noise": torch.zeros(1, 1, 4, 5, dtype=torch.uint8)}, TypeError, "noise must be floating point, got uint8"),
+        ({"slope": None}, TypeError, "slope must be a number, got None"),
+        ({"gain": torch.ones(())}, TypeError, r"gain must be a number, got tensor\(1.\)"),
+        ({"clamp": None}, TypeError, "clamp must be a number, got None; pass -1 for no clamp"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -334,6 +334,8 @@ MAP = torch.zeros(2, 1, 8, 8)
         ([MAP[:, :, :4]], 8, ValueError, r"noises\[0\] must be square and halve evenly down to stop=8"),
         ([torch.zeros(1, 1, 18, 18)], 8, ValueError, r"noises\[0\] must be square and halve evenly"),
         ([MAP], 0, ValueError, "stop must be 1 or more, got 0"),
+        ([MAP], 8.0, TypeError, "stop must be an integer, got 8.0"),
+        (None, 8, TypeError, "noises must be a list of tensors, got None"),
     ],
 )
 def test_rejects(noises: list[Tensor], stop: int, error: type[Exception], message: str) -> None:

@@ -429,6 +429,11 @@ def test_core_repeats_the_checks() -> None:
         ({"norm": "given", "mean": torch.zeros(2), "rstd": torch.ones(3)}, ValueError, "mean must be of shape"),
         ({"eps": 0.0}, ValueError, "eps must be positive"),
         ({"act": "gelu"}, ValueError, "act must be one of"),
+        ({"beta": torch.zeros(3, dtype=torch.int64)}, TypeError, "beta must be floating point, got int64"),
+        ({"norm": "given", "mean": torch.zeros(3).int(), "rstd": torch.ones(3)}, TypeError, "mean must be floating"),
+        ({"gamma": 1.0}, TypeError, "gamma must be a tensor, got 1.0"),
+        ({"eps": None}, TypeError, "eps must be a number, got None"),
+        ({"slope": None}, TypeError, "slope must be a number, got None"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -285,6 +285,10 @@ GOOD = {"components": [MAP], "centres": torch.zeros(2, 1, 2, dtype=torch.int32),
         ({"mask_features": torch.zeros(2, 3, 6, 8)}, ValueError, r"mask_features must be of size \(6, 7\)"),
         ({"size": None}, ValueError, r"size must be \(H, W\) without mask_features"),
         ({"size": (-1, 7)}, ValueError, "size must not be negative"),
+        ({"size": 6}, TypeError, r"size must be \(H, W\), got 6"),
+        ({"size": (6, 7.0)}, TypeError, "size must be an integer, got 7.0"),
+        ({"components": None}, TypeError, "components must be a list of tensors, got None"),
+        ({"centres": [[0, 0]]}, TypeError, "centres must be a tensor"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -297,3 +301,5 @@ def test_centres_reject() -> None:
         mask_centres(torch.zeros(3, 4))
     with pytest.raises(TypeError, match="mask must be floating point, uint8 or bool"):
         mask_centres(torch.zeros(1, 1, 2, 2, dtype=torch.int64))
+    with pytest.raises(TypeError, match="mask_centres: mask must be a tensor, got None"):
+        mask_centres(None)

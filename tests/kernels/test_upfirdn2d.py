@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -521,8 +522,10 @@ def test_the_core_repeats_the_checks() -> None:
         ({"x": torch.zeros(3, 4, 5)}, ValueError, "x must be of shape"),
         ({"x": torch.zeros(2, 3, 4, 5, dtype=torch.int32)}, TypeError, "x must be floating point"),
         ({"x": torch.zeros(2, 0, 4, 5)}, ValueError, "x must be of at least one channel and one pixel"),
-        ({"fir": torch.zeros(1, 2, 3)}, ValueError, r"fir must be floating point of shape \(kh, kw\) or \(k,\)"),
-        ({"fir": torch.zeros(3, dtype=torch.int64)}, ValueError, "fir must be floating point"),
+        ({"fir": torch.zeros(1, 2, 3)}, ValueError, r"fir must be of shape \(kh, kw\) or \(k,\)"),
+        ({"fir": torch.zeros(3, dtype=torch.int64)}, TypeError, "fir must be floating point"),
+        ({"fir": [1, 3, 3, 1]}, TypeError, r"fir must be a tensor, got \[1, 3, 3, 1\]; make it one with setup_filter"),
+        ({"fir": None}, TypeError, "fir must be a tensor, got None"),
         ({"fir": torch.zeros(33, 1)}, ValueError, "fir must have 1 to 32 taps an axis"),
         ({"fir": torch.zeros(0)}, ValueError, "fir must have 1 to 32 taps an axis"),
         ({"fir": torch.zeros(3, device="meta")}, ValueError, "fir must be on cpu, got meta"),
@@ -532,6 +535,11 @@ def test_the_core_repeats_the_checks() -> None:
         ({"pad": (1, 1)}, ValueError, r"pad must be one number or \(x0, x1, y0, y1\), got 2 numbers"),
         ({"up": 4}, ValueError, "up must be 1 or 2, got 4"),
         ({"down": 0}, ValueError, "down must be 1 or 2, got 0"),
+        ({"up": 2.0}, TypeError, "up must be an integer, got 2.0"),
+        ({"down": None}, TypeError, "down must be an integer, got None"),
+        ({"pad": 1.0}, TypeError, r"pad must be one number or \(x0, x1, y0, y1\), got 1.0; give integers"),
+        ({"pad": (1, 1, 1, 0.5)}, TypeError, r"pad must be .* got \(1, 1, 1, 0.5\)"),
+        ({"gain": None}, TypeError, "gain must be a number, got None"),
     ],
 )
 def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -543,6 +551,15 @@ def test_rejects(change: dict[str, Any], error: type[Exception], message: str) -
 def test_resamplers_name_themselves(function: Any) -> None:
     with pytest.raises(ValueError, match=f"{function.__name__}: pad must be one number"):
         function(torch.zeros(1, 1, 8, 8), torch.zeros(4), (1, 1))
+    with pytest.raises(TypeError, match=f"{function.__name__}: fir must be a tensor, got None"):
+        function(torch.zeros(1, 1, 8, 8), None)
+
+
+def test_takes_numbers_of_numpy() -> None:
+    x, fir = draw(1, 2, 6, 6, seed=1), setup_filter([1, 3, 3, 1])
+    expected = upfirdn2d(x, fir, 2, 1, 1, 1.5)
+    for pad in (np.int64(1), np.ones(4, np.int32), (np.int64(1), 1, 1, 1)):
+        assert torch.equal(upfirdn2d(x, fir, np.int64(2), np.int32(1), pad, np.float32(1.5)), expected)
 
 
 def test_the_other_order_of_the_last_two_arguments_is_refused() -> None:
@@ -556,3 +573,5 @@ def test_the_other_order_of_the_last_two_arguments_is_refused() -> None:
 def test_setup_filter_rejects_more_axes() -> None:
     with pytest.raises(ValueError, match="setup_filter: taps must be of shape"):
         setup_filter(torch.zeros(1, 2, 3))
+    with pytest.raises(TypeError, match=r"setup_filter: taps must be numbers, got None; \[1\] changes nothing"):
+        setup_filter(None)
