@@ -38,7 +38,8 @@ X = draw(2, 5, 8, 6, seed=1)
 BIAS, NOISE = draw(5, seed=2), draw(2, 1, 8, 6, seed=3)
 WEIGHT, STYLES = draw(7, 5, 3, 3, seed=4), draw(2, 5, seed=5) + 1
 POINT, OUT_BIAS = draw(3, 5, 1, 1, seed=6), draw(7, seed=7)
-NOISE_CONST, RGB_BIAS = NOISE[0, 0], OUT_BIAS[:3].view(1, 3, 1, 1)  # in the shapes that the other libraries keep
+# In the shapes that the other libraries keep.
+NOISE_CONST, RGB_BIAS, DCOEFS = NOISE[0, 0], OUT_BIAS[:3].view(1, 3, 1, 1), STYLES[:, :, None, None]
 
 Row = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 ROWS: dict[str, Row] = {}
@@ -126,8 +127,8 @@ row(
 )
 row(
     "NVlabs `fma(x, dcoefs, noise)`",
-    lambda: X.double() * STYLES.double()[:, :, None, None] + NOISE.double(),
-    lambda: noise_bias_act(X, STYLES, NOISE, act="linear"),
+    lambda: X.double() * DCOEFS.double() + NOISE.double(),
+    lambda: noise_bias_act(X, DCOEFS.flatten(1), NOISE, act="linear"),
 )
 row(
     "rosinality `fused_leaky_relu(x, b, slope, scale)`",
@@ -198,8 +199,8 @@ row(
 
 row(
     "NVlabs `modulated_conv2d(x, w, s, noise, padding=1)`",
-    lambda: convolved(X, WEIGHT, STYLES) + NOISE.double(),
-    lambda: modulated_conv2d(X, WEIGHT, STYLES, noise=NOISE, act="linear", gain=1),
+    lambda: convolved(X, WEIGHT, STYLES) + NOISE_CONST.double(),
+    lambda: modulated_conv2d(X, WEIGHT, STYLES, noise=NOISE_CONST[None, None], act="linear", gain=1),
 )
 row(
     "NVlabs `modulated_conv2d(x, w, s, up=2, padding=1, resample_filter=f, flip_weight=False)`",
@@ -298,12 +299,32 @@ def test_row_gives_the_same(there: str) -> None:
     assert_close(there, ours(), theirs(), relative_l2=2e-6)
 
 
-def test_every_row_of_the_page_is_here(request: pytest.FixtureRequest) -> None:
-    page = (
-        (request.config.rootpath / "docs" / "kernels" / "switching.md").read_text().split("## Without a counterpart")[0]
-    )
-    rows = re.findall(r"^\| ((?:NVlabs|rosinality) .*?) \| (.*) \|$", page, re.MULTILINE)
-    assert {there for there, _ in rows} == set(ROWS)
+@pytest.fixture
+def page(request: pytest.FixtureRequest) -> dict[str, str]:
+    """The page's right column by its left one."""
+    text = (request.config.rootpath / "docs" / "kernels" / "switching.md").read_text()
+    table = text.split("## Without a counterpart")[0]
+    return dict(re.findall(r"^\| ((?:NVlabs|rosinality) .*?) \| (.*) \|$", table, re.MULTILINE))
+
+
+def test_every_row_of_the_page_is_here(page: dict[str, str]) -> None:
+    assert set(page) == set(ROWS)
+
+
+@pytest.mark.parametrize(
+    ("there", "operands"),
+    [
+        ("NVlabs `fma(x, dcoefs, noise)`", {"x": X, "dcoefs": DCOEFS, "noise": NOISE}),
+        (
+            "NVlabs `modulated_conv2d(x, w, s, noise, padding=1)`",
+            {"x": X, "w": WEIGHT, "s": STYLES, "noise": NOISE_CONST},
+        ),
+    ],
+)
+def test_the_cell_itself_takes_the_operands_of_the_other_library(
+    page: dict[str, str], there: str, operands: dict[str, Tensor]
+) -> None:
+    assert_close(there, eval(page[there].strip("`"), globals() | operands), ROWS[there][0](), relative_l2=2e-6)
 
 
 def test_nan_passes_the_clamp() -> None:
