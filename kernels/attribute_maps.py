@@ -19,6 +19,7 @@ from faceedit.kernels.tensors import (
     describe,
     empty,
     empty_float,
+    flat_planes,
     in_format,
     memory_format,
 )
@@ -188,7 +189,7 @@ def backward_reference(
     g, gprobs, gattr = grad.to(dtype), probs.new_empty(0), attr.new_empty(0)
     if wanted[0]:
         weights = attr.to(dtype)[:, :, None] * relation.to(dtype)
-        gprobs = torch.matmul(weights.mT, g.flatten(2)).view(probs.shape).to(probs.dtype)
+        gprobs = torch.matmul(weights.mT, flat_planes(g)).reshape(probs.shape).to(probs.dtype)
     if wanted[1]:
         gattr = (g * _regions(probs, relation)).sum((2, 3)).to(attr.dtype)
     return gprobs, gattr
@@ -197,7 +198,7 @@ def backward_reference(
 def relation_gradient(probs: Tensor, grad: Tensor, attr: Tensor, relation: Tensor) -> Tensor:
     """Return the gradient to relation, (A,K) or (N,A,K): a product over pixels, differentiable again."""
     dtype = _compute_dtype(probs)
-    found = attr.to(dtype)[:, :, None] * torch.matmul(grad.to(dtype).flatten(2), probs.to(dtype).flatten(2).mT)
+    found = attr.to(dtype)[:, :, None] * torch.matmul(flat_planes(grad.to(dtype)), flat_planes(probs.to(dtype)).mT)
     return (found.sum(0) if relation.dim() == 2 else found).to(relation.dtype)
 
 

@@ -19,6 +19,7 @@ _scope_keys: Any = getattr(torch._C, "_dispatch_tls_local_include_set", None)
 _function_modes: Any = getattr(torch._C, "_len_torch_function_stack", None)
 _profiling: Any = getattr(torch.autograd, "_profiler_enabled", None)
 _interpreters: Any = getattr(getattr(torch._C, "_functorch", None), "get_interpreter_stack", None)
+_is_batched: Any = getattr(getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", None)
 _is_excluded: Any = getattr(torch._C, "_dispatch_tls_is_dispatch_key_excluded", None)
 _autograd_key: Any = getattr(getattr(torch._C, "DispatchKey", None), "AutogradFunctionality", None)
 
@@ -111,6 +112,15 @@ def way(arguments: tuple[Any, ...]) -> str:
     if not watched or not torch.is_grad_enabled():
         return "plain"
     return "dispatched" if has_list or _is_excluded(_autograd_key) else "recorded"
+
+
+def holds_many(grad: Tensor) -> bool:
+    """Return whether `grad` is many gradients at once, as torch.autograd.grad(is_grads_batched=True) hands them on.
+
+    PyTorch's first vmap carries them, which knows no rule of ours: it calls an op once a slice, but not one that takes
+    or returns a list of tensors. Such an op's gradient is then made of PyTorch's own operators.
+    """
+    return _is_batched is not None and _is_batched(grad)
 
 
 def is_ordinary(tensor: Tensor) -> bool:

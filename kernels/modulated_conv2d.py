@@ -38,6 +38,7 @@ from faceedit.kernels.tensors import (
     check_shape,
     check_tensor,
     describe,
+    flat_planes,
     memory_format,
 )
 
@@ -287,9 +288,10 @@ def backward_reference(
     grad_rgb_weight = grad_rgb_styles = None
     if grad_rgb is not None and rgb_weight is not None and rgb_styles is not None:
         y = epilogue(core, v.outer, noise, strength, bias, act, slope, gain, clamp).to(dtype)
-        mixed = torch.einsum("nkhw,ko->nohw", grad_rgb.to(dtype), rgb_weight.to(dtype))
+        rows = flat_planes(grad_rgb.to(dtype))
+        mixed = torch.matmul(rgb_weight.to(dtype).t(), rows).reshape(y.shape)
         g = g + mixed * rgb_styles.to(dtype)[:, :, None, None]
-        sums = torch.einsum("nkhw,nohw->nko", grad_rgb.to(dtype), y)
+        sums = torch.matmul(rows, flat_planes(y).mT)
         grad_rgb_weight = (sums * rgb_styles.to(dtype)[:, None]).sum(0)
         grad_rgb_styles = (sums * rgb_weight.to(dtype)).sum(1)
 

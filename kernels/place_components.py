@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import native
+from faceedit.kernels.direct import holds_many
 from faceedit.kernels.dispatch import NATIVE_DTYPES, dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
@@ -225,7 +226,8 @@ def backward_reference(grad: Tensor, centres: Tensor, sizes: list[int], features
     found, first = [], 0
     for k in range(len(sizes) // 3):
         c, h, w = sizes[3 * k : 3 * k + 3]
-        part, first = grad[:, first : first + c], first + c
+        # Not by index: a slice of all channels is an alias, which many gradients at a time do not have.
+        part, first = grad.narrow(1, first, c), first + c
         if height * width == 0:
             found.append(grad.new_zeros(n, c, h, w))
             continue
@@ -235,7 +237,7 @@ def backward_reference(grad: Tensor, centres: Tensor, sizes: list[int], features
         rows = part.gather(2, y.clamp(0, height - 1)[:, None, :, None].expand(n, c, h, width))
         values = rows.gather(3, x.clamp(0, width - 1)[:, None, None, :].expand(n, c, h, w))
         found.append(torch.where(inside, values, 0.0))
-    return [*found, *([grad[:, first:].clone()] if features else [])]
+    return [*found, *([grad.narrow(1, first, features).clone()] if features else [])]
 
 
 def _backward_eager(grad: Tensor, *arguments: Any) -> list[Tensor]:
@@ -300,7 +302,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (centres,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: the gradient is itself differentiated
+    # With create_graph=True the gradient is itself differentiated.
+    if torch.is_grad_enabled() or holds_many(grad):
         found = backward_reference(grad, centres, ctx.sizes, ctx.features)
     else:
         found = _backward_op(grad, centres, ctx.sizes, ctx.features, ctx.backend)
@@ -316,6 +319,13 @@ register_onnx_decomposition(_op, reference)
 def _vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
     """One call a slice: every component would have to be folded on its own."""
     return mapped_slices(_op, info, in_dims, arguments)
+
+
+@_backward_op.register_vmap
+def _backward_vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    """As forward; the results as the list that the op returns."""
+    found, dims = mapped_slices(_backward_op, info, in_dims, arguments)
+    return list(found), list(dims)
 
 
 # Centres.

@@ -18,9 +18,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
     channels_last only when x is that and not plainly contiguous too: a tensor with C = 1 or H = W = 1 is both.
     """
-    if x.is_contiguous() or x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+    if x.is_contiguous() or x.dim() != 4:
         return torch.contiguous_format
-    return torch.channels_last
+    try:
+        is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    except RuntimeError:  # a wrapper of torch.vmap, which answers for the plain format only
+        is_channels_last = False
+    return torch.channels_last if is_channels_last else torch.contiguous_format
 
 
 def as_float(tensor: Tensor | None) -> Tensor | None:
@@ -49,6 +53,12 @@ def apart_from(y: Tensor, x: Tensor) -> Tensor:
     except RuntimeError:  # a wrapper of torch.func, which does not show its memory
         shared = True
     return y.clone() if shared else y
+
+
+def flat_planes(x: Tensor) -> Tensor:
+    """Return (N,C,H,W) as (N,C,H*W), differentiable. Not by `flatten`: many gradients at a time do not have it."""
+    n, c, h, w = x.shape
+    return x.reshape(n, c, h * w)
 
 
 def describe(tensor: Tensor) -> str:

@@ -127,7 +127,8 @@ def filtered(x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], gain: f
     if up == 2:
         z = F.pad(z.reshape(n, c, h, 1, w, 1), [0, 1, 0, 0, 0, 1]).reshape(n, c, h * 2, w * 2)
     z = F.pad(z, [max(x0, 0), max(x1, 0), max(y0, 0), max(y1, 0)])
-    z = z[:, :, max(-y0, 0) : z.shape[2] - max(-y1, 0), max(-x0, 0) : z.shape[3] - max(-x1, 0)]
+    if min(pad) < 0:
+        z = z[:, :, max(-y0, 0) : z.shape[2] - max(-y1, 0), max(-x0, 0) : z.shape[3] - max(-x1, 0)]
     taps = fir.to(dtype) if fir.dim() == 2 else fir.to(dtype)[:, None] * fir.to(dtype)[None, :]
     taps = taps * gain
     taps = taps if flip else taps.flip(0, 1)

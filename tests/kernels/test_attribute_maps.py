@@ -133,6 +133,20 @@ def test_folding_into_a_convolution_equals_convolving_the_maps(
     assert conv_attribute_maps(attr[:0], probs[:0], relation[:0] if is_per_sample else relation, weight).shape[0] == 0
 
 
+@pytest.mark.parametrize("is_per_sample", [False, True], ids=["one", "per_sample"])
+def test_many_gradients_of_a_relation_at_a_time(is_per_sample: bool) -> None:
+    attr, probs, relation = inputs(2, 3, 4, 5, 6, torch.float32)
+    relation = relation.expand(2, 3, 4).clone() if is_per_sample else relation
+    tensors = [t.requires_grad_() for t in (attr, probs, relation)]
+    weight = draw(2, 3, 1, 1, seed=8)
+    for y in (attribute_maps(*tensors), conv_attribute_maps(*tensors, weight)):
+        many = draw(3, *y.shape, seed=9)
+        rows = torch.autograd.grad(y, tensors, many, is_grads_batched=True, retain_graph=True)
+        for index, one in enumerate(many):
+            for row, alone in zip(rows, torch.autograd.grad(y, tensors, one, retain_graph=True), strict=True):
+                assert_close("gradient", row[index], alone, relative_l2=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
 def test_opcheck(fmt: torch.memory_format, dtype: torch.dtype) -> None:

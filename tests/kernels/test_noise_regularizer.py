@@ -160,6 +160,24 @@ def test_second_differentiation_is_refused() -> None:
         gradients[1].square().sum().backward()
 
 
+def test_many_gradients_at_a_time() -> None:
+    """They are PyTorch's own operators, so that these have a second derivative too."""
+    noises = [t.requires_grad_() for t in maps(2, (8, 32))]
+    loss = noise_regularizer(noises)
+    rows = torch.autograd.grad(loss, noises, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    for index, chosen in enumerate(torch.eye(2)):
+        alone = torch.autograd.grad(loss, noises, chosen, retain_graph=True)
+        for row, one in zip(rows, alone, strict=True):
+            assert_close("gradient", row[index], one, relative_l2=1e-6)
+
+    x = draw(1, 1, 4, 4, seed=3).double().requires_grad_()
+    twice: list[Tensor] = []
+    for function in (noise_regularizer, lambda noises: reference(noises, 8)[0]):
+        (once,) = torch.autograd.grad(function([x]), x, x.new_ones(1, 1), is_grads_batched=True, create_graph=True)
+        twice.append(torch.autograd.grad(once.square().sum(), x)[0])
+    assert_close("second gradient", *twice, relative_l2=1e-9)
+
+
 def test_gradient_of_some_maps_only() -> None:
     noises = maps(1, (8, 16))
     noises[1].requires_grad_()

@@ -158,6 +158,21 @@ def test_gradcheck_and_gradgradcheck() -> None:
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("features", [True, False])
+def test_many_gradients_at_a_time(features: bool) -> None:
+    """A single component takes all channels of the gradient."""
+    tensors = [t.requires_grad_() for t in (pieces(2) if features else pieces(2)[:1])]
+    y = placing(some_centres(2) if features else some_centres(2)[:, :1], features)(*tensors)
+    many = draw(3, *y.shape, seed=4)
+    rows = torch.autograd.grad(y, tensors, many, is_grads_batched=True, retain_graph=True)
+    mapped = torch.vmap(lambda one: torch.autograd.grad(y, tensors, one, retain_graph=True))(many)
+    for index, one in enumerate(many):
+        alone = torch.autograd.grad(y, tensors, one, retain_graph=True)
+        for row, other, wanted in zip(rows, mapped, alone, strict=True):
+            assert torch.equal(row[index], wanted)
+            assert torch.equal(other[index], wanted)
+
+
 def test_only_the_wanted_gradients_come() -> None:
     tensors = pieces(2)
     tensors[1].requires_grad_()

@@ -23,6 +23,7 @@ FIR = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
 OTHER, MASK, STYLES = draw(2, 4, 6, 6, seed=2), draw(2, 1, 6, 6, seed=3).abs(), draw(2, 4, seed=4)
 WEIGHT, RELATION = draw(3, 4, 3, 3, seed=5), draw(5, 4, seed=6)
 STRENGTH = torch.tensor(0.3, dtype=torch.float64)
+CENTRES = torch.tensor([[[2, 3], [5, 5]], [[0, 4], [3, 1]]], dtype=torch.int32)
 ATTRIBUTES, CONV = draw(2, 5, seed=7), draw(2, 5, 1, 1, seed=8)
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -35,6 +36,9 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
         x, WEIGHT, STYLES, noise=MASK[:1], bias=STYLES[0, :3]
     ).square(),
     "modulated_conv2d of styles": lambda x: kernels.modulated_conv2d(OTHER, WEIGHT, x[:, :, 0, 0], up=2).square(),
+    "modulated_conv2d to RGB": lambda x: kernels.modulated_conv2d(
+        x, WEIGHT, STYLES, down=2, rgb_weight=WEIGHT[:, :3, 0, 0], rgb_styles=STYLES[:, :3]
+    )[1].square(),
     "modulated_conv2d of weights": lambda x: kernels.modulated_conv2d(
         OTHER, x.mT.reshape(4, 4, 3, 6)[..., :3], STYLES
     ).square(),
@@ -42,6 +46,7 @@ LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "spade": lambda x: kernels.spade(x, x * 0.1, OTHER).pow(3),
     "masked_mse": lambda x: kernels.masked_mse(x, OTHER, MASK),
     "noise_regularizer": lambda x: kernels.noise_regularizer([x[:, :1], x[:, 1:2]]),
+    "place_components": lambda x: kernels.place_components([x[:, :2], x[:, 2:, :3]], CENTRES, x).square(),
     "alpha_blend": lambda x: kernels.alpha_blend(x, OTHER, MASK).square(),
     "attribute_maps": lambda x: kernels.attribute_maps(ATTRIBUTES, x, RELATION).square(),
     "conv_attribute_maps": lambda x: kernels.conv_attribute_maps(ATTRIBUTES, x, RELATION, CONV).square(),
@@ -89,6 +94,18 @@ def test_forward_mode(loss: Callable[[Tensor], Tensor]) -> None:
             dual = forward_ad.make_dual(X.clone().requires_grad_(requires_grad), DIRECTION)
             found = forward_ad.unpack_dual(loss(dual)).tangent
         assert found is not None
+        close(found, expected, 1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_many_gradients_at_a_time(name: str) -> None:
+    """With is_grads_batched PyTorch's first vmap carries them, which has a rule for few operators."""
+    x = X.clone().requires_grad_()
+    y = LOSSES[name](x)
+    many = torch.stack([draw(*y.shape, seed=seed) for seed in (1, 2, 3)])
+    expected = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in many])
+    for create_graph in (False, True):
+        (found,) = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True, create_graph=create_graph)
         close(found, expected, 1e-9)
 
 
