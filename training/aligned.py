@@ -56,7 +56,9 @@ class AlignedConfig:
 class AlignedFaces:
     """Face images of one size, prepared once into a cache: uint8 N×S×S×3.
 
-    Raises: UsageError when the folder holds no image that can be read. Unreadable ones are counted in `refused`.
+    Unreadable ones of a folder are counted in `refused`, and their number is reported.
+
+    Raises: UsageError when the folder holds no image that can be read.
     """
 
     def __init__(self, config: AlignedConfig, report: Callable[[str], Any] = print) -> None:
@@ -72,6 +74,7 @@ class AlignedFaces:
                 f"train: images.folder must hold readable images, got none of {self.refused} in {config.folder}; "
                 "check the files"
             )
+        cache.report_refused(config.folder or "", self.refused, len(usable), report)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -54,6 +54,12 @@ def file_states(files: Sequence[Path], root: Path) -> list[tuple[str, int, int]]
     return [(str(path.relative_to(root)), state.st_size, state.st_mtime_ns) for path, state in states]
 
 
+def report_refused(folder: str | Path, refused: int, total: int, report: Callable[[str], Any]) -> None:
+    """Say how many of a folder's images are missing from what was made of it; nothing where none is."""
+    if refused:
+        report(f"{folder}: {refused} of {total} images could not be used")
+
+
 def open_cache(folder: Path) -> Arrays:
     """The arrays of a finished cache, memory-mapped read-only."""
     names = json.loads((folder / "complete.json").read_text())["arrays"]

@@ -60,7 +60,8 @@ def framed_photos(
 
     Landmarks (`contours`, a file of training/face_mesh.py) frame a photo as the runtime aligns it; photos that are not
     in the file are left out. Without them the detector alone frames: the parser that would find the eyes is what is
-    being trained. Raises OutOfRangeError for a folder without photos, or whose photos show no face.
+    being trained. How many are left out is reported. Raises OutOfRangeError for a folder without photos, or whose
+    photos show no face.
     """
     from faceedit.alignment import portrait_alignment, rough_alignment
     from faceedit.detection import detect_faces
@@ -110,5 +111,6 @@ def framed_photos(
     arrays = cache.build_cache((cache_dir or cache.default_cache_dir()) / name, shapes, 16, fill, report)
     usable = np.asarray(arrays["usable"])
     require(bool(usable.any()), "photos", "a folder of photos that show faces", folder)
+    cache.report_refused(folder, int((~usable).sum()), len(files), report)
     crops, drawn = (np.asarray(arrays[part])[usable] for part in ("crops", "contours"))
     return FramedPhotos(crops, drawn if meshes else None)

@@ -54,7 +54,11 @@ class PhotosConfig:
 class UnlabelledPhotos:
     """Aligned crops and soft masks of the photos in which a face was found.
 
-    Arrays: images uint8 N×S×S×3, masks (packed) uint8 N×S×S×3. Photos without a usable face are counted in `refused`.
+    Arrays: images uint8 N×S×S×3, masks (packed) uint8 N×S×S×3. Photos without a usable face are counted in `refused`,
+    and their number is reported.
+
+    Raises: UsageError when the folder holds no photo, or none that shows a face; UnknownNameError or WeightsError for
+            parser weights that are not there.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class UnlabelledPhotos:
             raise UsageError(
                 f"train: photos.folder must show faces, got {len(files)} photos without one; check the parser"
             )
+        cache.report_refused(config.folder, self.refused, len(files), report)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -129,10 +134,11 @@ def face_finder(parser: str) -> FindFace:
 
 
 def _parser_identity(parser: str) -> str:
-    """Name and, where the registry knows it, checksum: new parser weights make a new cache."""
-    from faceedit.registry import list_weights
+    """Name and checksum, which of a file that is not registered is computed: new parser weights make a new cache."""
+    from faceedit.registry import find, sha256_of
 
-    return f"{parser} {next((spec.sha256 for spec in list_weights() if spec.name == parser), '')}"
+    row = find(parser, "parser")
+    return f"{parser} {row.sha256 or sha256_of(row.path)}"
 
 
 def _prepare(files: Sequence[Path], find_face: FindFace, size_px: int) -> dict[str, np.ndarray[Any, Any]]:

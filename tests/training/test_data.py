@@ -14,6 +14,7 @@ from support.toy_task import FakeFace
 from faceedit.attributes import CELEBA, MAGGAN, attribute_index
 from faceedit.errors import FaceTooSmallError, OutOfRangeError, UnknownAttributeError, UsageError
 from faceedit.labels import flip_soft
+from faceedit.registry import find
 from faceedit.relations import influence_mask
 from faceedit.training import cache
 from faceedit.training import synthetic as portraits
@@ -25,7 +26,7 @@ from faceedit.training.data import (
     ask_for_what_is_there,
     sample_pairs,
 )
-from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
+from faceedit.training.photos import PhotosConfig, UnlabelledPhotos, _parser_identity
 
 PLAIN = AugmentConfig(flip=False, gain=0, gamma=0, tint=0, noise=0, soften_mask_share=0)
 
@@ -303,8 +304,9 @@ def test_photos_are_prepared_once_and_refusals_are_counted(tmp_path: Path) -> No
         return FakeFace(int(path.stem))
 
     config = PhotosConfig(folder=str(tmp_path / "photos"), size_px=32, cache_dir=str(tmp_path / "cache"))
-    photos = UnlabelledPhotos(config, find_face, report=quiet)
-    again = UnlabelledPhotos(config, find_face, report=quiet)
+    lines: list[list[str]] = [[], []]
+    photos, again = (UnlabelledPhotos(config, find_face, report=report.append) for report in lines)
+    assert [report[-1] for report in lines] == [f"{tmp_path / 'photos'}: 1 of 5 images could not be used"] * 2
     assert seen == [f"{number}.jpg" for number in range(5)]
     assert (len(again), again.refused) == (4, 1)
     image, mask = photos.read([0, 2], np.array([False, True]))
@@ -319,3 +321,14 @@ def test_photos_are_prepared_once_and_refusals_are_counted(tmp_path: Path) -> No
 def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"photos\.folder must hold photos"):
         UnlabelledPhotos(PhotosConfig(folder=str(tmp_path)), lambda path: FakeFace(0), report=quiet)
+
+
+def test_another_parser_of_the_same_path_makes_a_new_cache(tmp_path: Path) -> None:
+    weights, seen = tmp_path / "parser.safetensors", []
+    (tmp_path / "0.jpg").write_bytes(b"x")
+    config = PhotosConfig(str(tmp_path), size_px=32, parser=str(weights), cache_dir=str(tmp_path / "cache"))
+    for content in (b"one", b"one", b"other"):
+        weights.write_bytes(content)
+        UnlabelledPhotos(config, lambda path: seen.append(path) or FakeFace(0), report=quiet)
+    assert len(seen) == 2
+    assert _parser_identity("parser-starter") == f"parser-starter {find('parser-starter').sha256}"

@@ -20,6 +20,7 @@ from faceedit.registry import load_network
 from faceedit.training import parser_evaluation
 from faceedit.training.cache import pack_image
 from faceedit.training.degradation import flip_some
+from faceedit.training.framed_photos import framed_photos
 from faceedit.training.parser import ParserTask, pseudo_labels
 from faceedit.training.segmentation import dice_loss
 from faceedit.training.task import TrainingContext
@@ -166,6 +167,15 @@ def test_dice_counts_every_class_that_is_shown() -> None:
     assert dice_loss(logits, labels).item() == pytest.approx(1 - (6 / 7 + 0) / 2, abs=1e-5)
     perfect = torch.where(torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2) > 0, 50.0, -50.0)
     assert dice_loss(perfect, labels).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_photos_that_cannot_be_used_are_counted_aloud(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detection, "detect_faces", lambda pixels: [FaceBox(10, 15, 30, 30, 1.0)])
+    lines: list[str] = []
+    assert len(framed_photos(photos, None, 32, tmp_path, lines.append)) == 3
+    assert lines[-1] == f"{photos}: 1 of 4 images could not be used"
 
 
 def test_photos_without_a_face_are_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
