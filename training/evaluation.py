@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN, attribute_index, resolve_conflicts
 from faceedit.classification import STARTER
+from faceedit.errors import UsageError
 from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
+from faceedit.training.command import progress, require_option, run_command
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
 from faceedit.training.losses import moved_pixels
 
@@ -243,7 +246,14 @@ def _row(name: str, found: list[dict[str, float]]) -> AttributeScore:
 
 
 def classify_with(network: nn.Module, names: Sequence[str], size_px: int) -> Classify:
-    """Probabilities of MAGGAN's 13 attributes by a classifier whose outputs are `names` on size_px² images."""
+    """Probabilities of MAGGAN's 13 attributes by a classifier whose outputs are `names` on size_px² images.
+
+    Raises: UsageError when `names` lack one of the 13.
+    """
+    if missing := [name for name in MAGGAN if name not in names]:
+        raise UsageError(
+            f"classify_with: names must hold MagGAN's attributes, got none of {', '.join(missing)}; name another"
+        )
     columns = [list(names).index(name) for name in MAGGAN]
     network = network.eval()
     device = next(network.parameters()).device
@@ -259,30 +269,39 @@ def classify_with(network: nn.Module, names: Sequence[str], size_px: int) -> Cla
 
 
 def load_classify(weights: str) -> Classify:
-    """A classifier of the registry (or a file) for `evaluate_editor`."""
+    """A classifier of the registry (or a file) for `evaluate_editor`.
+
+    Raises: UnknownNameError or WeightsError without it, or for weights of another kind; UsageError when it does not
+            know MagGAN's attributes.
+    """
     from faceedit.registry import load_network
 
-    network: Any = load_network(weights)
+    network: Any = load_network(weights, kind="attribute-classifier")
     return classify_with(network, network.config.attributes, network.config.size_px)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: see the module's first lines. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m faceedit.training.evaluation", description=__doc__)
     parser.add_argument("weights", help="generator: a registry name or a .safetensors file")
     parser.add_argument("--classifier", default=STARTER, help="judge of edit success, trained apart")
     parser.add_argument("--people", type=int, default=96)
-    parser.add_argument("--size", type=int, default=None, help="pixels; default: what the network was trained at")
     parser.add_argument("--output", type=Path, required=True)
     chosen = parser.parse_args(arguments)
+    return run_command(lambda: _evaluate(chosen))
+
+
+def _evaluate(chosen: argparse.Namespace) -> str:
     from faceedit.registry import load_network
 
-    network: Any = load_network(chosen.weights)
-    size = chosen.size or network.config.size_px
-    data = SyntheticPortraits(thirteen_flips(chosen.people, size), "test")
-    report = evaluate_editor(network.eval(), data, load_classify(chosen.classifier))
+    require_option("evaluation", "--people", chosen.people, 1, "the published scores have 96")
+    network: Any = load_network(chosen.weights, kind="maggan")
+    classify = load_classify(chosen.classifier)
+    data = SyntheticPortraits(thirteen_flips(chosen.people, network.config.size_px), "test", progress)
+    report = evaluate_editor(network, data, classify)
     report.write(chosen.output)
-    print(report.markdown())
+    return report.markdown()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceedit.classification import STARTER
-from faceedit.errors import FaceEditError, MissingExtraError, WeightsError
+from faceedit.errors import FaceEditError, MissingExtraError, UsageError, WeightsError
+from faceedit.training.command import progress, require_option, run_command
 
 if TYPE_CHECKING:
     from faceedit.networks.stylegan2 import StyleGAN2Generator
+    from faceedit.training.aligned import AlignedConfig
 
 INCEPTION = "inception-v3"
 _BATCH = 32
@@ -138,13 +141,13 @@ def inception_weights() -> Path:
 
 
 def _inception(device: torch.device | str) -> FeatureNetwork:
-    from torchvision.models import inception_v3
+    from torchvision.models import Inception_V3_Weights, inception_v3
 
     path = inception_weights()
     if not path.is_file():
         raise WeightsError(
-            f"feature_network: Inception-v3's ImageNet weights must be at {path}, got no file; fetch them with "
-            "torchvision, or name another network"
+            f"feature_network: Inception-v3's ImageNet weights must be at {path}, got no file; put "
+            f"{Inception_V3_Weights.IMAGENET1K_V1.url} there, or name another network"
         )
     network = inception_v3(weights=None, init_weights=False)  # in [-1, 1], as its weights were trained
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -192,8 +195,8 @@ def generated_images(generator: StyleGAN2Generator, count: int, seed: int = 0, b
         yield generator.synthesis(generator.mapping(z.to(device)), [noise_map.to(device) for noise_map in noise])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the FID of a generator's weights against the training images of a recipe."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the FID of a generator's weights against the training images of a recipe. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m faceedit.training.fid", description=main.__doc__)
     parser.add_argument("weights", help="name or path of stylegan2 weights")
     parser.add_argument("--recipe", default="stylegan2-starter", help="whose images are the reference")
@@ -202,17 +205,44 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="fields of the recipe to change")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow options
+    return run_command(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> FIDResult:
+    from faceedit.devices import resolve_device
     from faceedit.registry import load_network
-    from faceedit.training import resolve
     from faceedit.training.aligned import AlignedFaces
 
-    recipe: Any = resolve(options.recipe, options.overrides)
-    faces = AlignedFaces(recipe.images)
-    generator = cast("StyleGAN2Generator", load_network(options.weights, options.device, kind="stylegan2"))
-    network = feature_network(options.network, options.device)
-    print(FID(network, faces.batches(options.images)).of(generated_images(generator, options.images, options.seed)))
+    require_option("fid", "--images", options.images, _FEWEST, "a covariance needs them")
+    device = resolve_device(options.device)
+    generator = cast("StyleGAN2Generator", load_network(options.weights, device, kind="stylegan2"))
+    network = feature_network(options.network, device)
+    faces = AlignedFaces(_references(options.recipe, options.overrides, generator.config.size_px), progress)
+    if len(faces) < _FEWEST:
+        raise UsageError(f"fid: the recipe must have {_FEWEST} images or more, got {len(faces)}; name another folder")
+    return FID(network, faces.batches(options.images)).of(generated_images(generator, options.images, options.seed))
+
+
+def _references(name: str, overrides: Sequence[str], size_px: int) -> AlignedConfig:
+    """The images of a recipe at the generator's size, whatever size the recipe's own generator has."""
+    from faceedit.training import resolve
+    from faceedit.training.aligned import AlignedConfig
+
+    own = "images.size_px="
+    asked = [override.removeprefix(own) for override in overrides if override.startswith(own)]
+    if any(size != str(size_px) for size in asked):
+        raise UsageError(f"fid: {own[:-1]} must be the generator's {size_px}, got {', '.join(asked)}; leave it out")
+    recipe: Any = resolve(name, [override for override in overrides if not override.startswith(own)])
+    images = getattr(recipe, "images", None)
+    if not isinstance(images, AlignedConfig):
+        raise UsageError(
+            f"fid: --recipe must be one of aligned images, got {name}; name stylegan2-starter or e4e-starter"
+        )
+    if images.size_px != size_px:
+        progress(f"the recipe's images at the generator's {size_px} px, not at {images.size_px}")
+    return replace(images, size_px=size_px)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

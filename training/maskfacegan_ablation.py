@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from faceedit.maskfacegan.plan import EditPlan, make_plan
 from faceedit.networks.resizing import resize
 from faceedit.training import cache
 from faceedit.training.aligned import framed_portraits
+from faceedit.training.command import progress, require_option, run_command
 from faceedit.training.data import SPLIT_SEEDS
 from faceedit.training.fid import FID, FeatureNetwork, feature_network
 from faceedit.training.synthetic import sample_parameters
@@ -205,7 +207,8 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: see the module's first lines. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m faceedit.training.maskfacegan_ablation", description=__doc__)
     parser.add_argument("weights", nargs="?", default="starter", help="starter, a bundle (.json) or a generator")
     parser.add_argument("--preset", default="default", choices=sorted(PRESETS))
@@ -219,8 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     chosen = parser.parse_args(arguments)
+    return run_command(lambda: _evaluate(chosen))
+
+
+def _evaluate(chosen: argparse.Namespace) -> str:
     from faceedit.devices import resolve_device
 
+    require_option("maskfacegan_ablation", "--people", chosen.people, _MIN_PEOPLE, "a covariance needs them")
+    require_option("maskfacegan_ablation", "--batch", chosen.batch, 1, "it is how many edits run together")
     device = resolve_device(chosen.device)
     bundle = read_bundle(chosen.weights)
     networks, config = load_networks(bundle, device), bundle.configuration(chosen.preset)
@@ -230,10 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     people = sample_parameters(chosen.people, SPLIT_SEEDS["test"] + chosen.seed)
     enlarged = 1.0 if bundle.framing == "ffhq" else PORTRAIT_SCALE
     images = cache.unpack_image(framed_portraits(people, networks.generator.config.size_px, enlarged))
-    report = run_ablation(networks, images, names, config, features, batch=chosen.batch, seed=chosen.seed)
+    report = run_ablation(
+        networks, images, names, config, features, batch=chosen.batch, seed=chosen.seed, report=progress
+    )
     report.write(chosen.output)
-    print(report.markdown())
+    return report.markdown()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

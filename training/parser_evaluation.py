@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from faceedit.errors import FaceEditError, OutOfRangeError
 from faceedit.labels import CELEBAMASK_HQ
+from faceedit.training.command import progress, require_option, run_command
 from faceedit.training.contours import UNKNOWN
 from faceedit.training.framed_photos import FramedPhotos, framed_photos
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
@@ -128,30 +128,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse.parse_args(arguments)
     if (options.photos is None) != (options.photo_contours is None):
         parse.error("--photos and --photo-contours must come together: one is measured against the other")
-    try:
-        report = _evaluate(options)
-    except FaceEditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(json.dumps(asdict(report), indent=2) if options.json else report.markdown())
-    return 0
+    return run_command(lambda: _evaluate(options))
 
 
-def _evaluate(options: argparse.Namespace) -> ParserReport:
+def _evaluate(options: argparse.Namespace) -> str:
     from faceedit.devices import resolve_device
     from faceedit.registry import load_network
 
-    if options.people < 1:
-        raise OutOfRangeError(
-            f"parser_evaluation: --people must be 1 or more, got {options.people}; 96 is the header's"
-        )
+    require_option("parser_evaluation", "--people", options.people, 1, "96 is the header's")
     device = resolve_device(options.device)
     network: Any = load_network(options.weights, device, kind="parser")
     size = network.config.size_px
-    people = labelled_portraits("test", options.people, size, None, _progress)
+    people = labelled_portraits("test", options.people, size, None, progress)
     photos = None
     if options.photos is not None:
-        photos = framed_photos(options.photos, options.photo_contours, size, None, _progress).split()[1]
+        photos = framed_photos(options.photos, options.photo_contours, size, None, progress).split()[1]
     report = ParserReport(
         options.weights,
         parser_scores(network, people, photos, device),
@@ -162,11 +153,7 @@ def _evaluate(options: argparse.Namespace) -> ParserReport:
     )
     report.write(options.output)
     write_png(options.output / "sheet.png", evaluation_sheet(network, people, photos, device))
-    return report
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr)
+    return json.dumps(asdict(report), indent=2) if options.json else report.markdown()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +23,9 @@ from torch import Tensor
 
 from faceedit.attributes import MAGGAN
 from faceedit.classification import STARTER
+from faceedit.errors import UsageError
 from faceedit.training.carry_over import LOOKS
+from faceedit.training.command import progress, require_option, run_command
 from faceedit.training.data import AugmentConfig, SyntheticPortraits
 from faceedit.training.evaluation import (
     Classify,
@@ -154,7 +157,8 @@ def _score(edit: Edit, pairs: dict[str, Tensor], name: str, classify: Classify) 
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line: see the module's first lines. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m faceedit.training.photo_evaluation", description=__doc__)
     parser.add_argument("weights", help="generator: a registry name or a .safetensors file")
     parser.add_argument("--photos", required=True, help="a folder of photos, searched recursively")
@@ -164,20 +168,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--classifier", default=STARTER, help="tells what photos show, and judges")
     parser.add_argument("--output", type=Path, required=True)
     chosen = parser.parse_args(arguments)
+    return run_command(lambda: _evaluate(chosen))
+
+
+def _evaluate(chosen: argparse.Namespace) -> str:
     from faceedit.registry import load_network
 
-    network: Any = load_network(chosen.weights)
-    size = network.config.size_px
-    photos = UnlabelledPhotos(PhotosConfig(folder=chosen.photos, size_px=size))
-    if not chosen.all:
-        _, photos = photos.split()
-    drawings = SyntheticPortraits(thirteen_flips(chosen.people, size), "test")
-    report = evaluate_on_photos(
-        network.eval(), photos, drawings, load_classify(chosen.classifier), count=chosen.pairs, held_out=not chosen.all
-    )
+    require_option("photo_evaluation", "--pairs", chosen.pairs, 1, "the published scores have 48")
+    require_option("photo_evaluation", "--people", chosen.people, 1, "the published scores have 96")
+    network: Any = load_network(chosen.weights, kind="maggan")
+    classify, size = load_classify(chosen.classifier), network.config.size_px
+    everyone = UnlabelledPhotos(PhotosConfig(folder=chosen.photos, size_px=size), report=progress)
+    photos = everyone if chosen.all else everyone.split()[1]
+    if not len(photos):
+        raise UsageError(
+            f"photo_evaluation: --photos must hold photos that are held out, got {len(everyone)} in all, of which "
+            "every eighth is; add photos or pass --all"
+        )
+    drawings = SyntheticPortraits(thirteen_flips(chosen.people, size), "test", progress)
+    report = evaluate_on_photos(network, photos, drawings, classify, count=chosen.pairs, held_out=not chosen.all)
     report.write(chosen.output)
-    print(report.markdown())
+    return report.markdown()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

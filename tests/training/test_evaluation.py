@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN, attribute_index
+from faceedit.errors import UsageError
 from faceedit.training import cache, evaluation
 from faceedit.training.data import SyntheticPortraits
 
@@ -125,3 +126,28 @@ def test_classify_with_reorders_and_resizes() -> None:
     names = tuple(reversed(MAGGAN))
     seen = evaluation.classify_with(Net(), names, 16)(torch.zeros(2, 3, 64, 64))
     assert torch.equal(seen[0], torch.arange(12.0, -1.0, -1.0).sigmoid())
+
+
+def test_a_classifier_must_know_the_thirteen() -> None:
+    with pytest.raises(UsageError, match="must hold MagGAN's attributes, got none of Bald"):
+        evaluation.classify_with(nn.Identity(), MAGGAN[1:], 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["maggan-startre"], 2, "maggan-starter"),
+        (["parser-starter"], 1, "must hold a maggan, got parser"),
+        (["maggan-starter", "--classifier", "parser-starter"], 1, "must hold a attribute-classifier, got parser"),
+        (["maggan-starter", "--people", "0"], 2, "--people must be 1 or more, got 0"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], code: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluation.main([*arguments, "--output", str(tmp_path / "report")]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert words in said.err
+    assert len(said.err.splitlines()) == 1

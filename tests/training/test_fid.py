@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from faceedit.errors import FaceEditError, UnknownNameError, WeightsError
 from faceedit.networks.stylegan2 import StyleGAN2Config, StyleGAN2Generator
+from faceedit.registry import save_weights
 from faceedit.training import fid as fid_module
 from faceedit.training.fid import FID, FeatureNetwork, feature_network, generated_images
 
@@ -136,3 +138,55 @@ def test_generated_images_follow_the_seed_alone() -> None:
     assert one.shape == (5, 3, 8, 8)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.fixture
+def command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """The command on an untrained generator of 16 px: exit code, stdout, stderr."""
+    monkeypatch.setenv("FACEEDIT_CACHE", str(tmp_path))
+    config = StyleGAN2Config(size_px=16, channel_base=64, channel_max=8, z_width=8, w_width=8, mapping_layers=1)
+    about = {"licence": "Apache-2.0", "training_data": "none", "source": "test"}
+    path = tmp_path / "tiny.safetensors"
+    save_weights(path, "stylegan2", config, StyleGAN2Generator(config).state_dict(), **about)
+
+    def call(*more: str) -> tuple[int, str, str]:
+        code = fid_module.main([str(path), "--network", "attribute-classifier-starter", *more])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+@pytest.mark.parametrize("more", [(), ("images.size_px=16",)])
+def test_the_command_compares_at_the_generators_size(
+    command: Callable[..., tuple[int, str, str]], more: tuple[str, ...]
+) -> None:
+    """The recipe's own generator has 128 px; and overrides may come after options."""
+    code, out, err = command("--images", "4", "images.people=4", *more)
+    assert code == 0, err
+    assert out.endswith("4 images against 4\n")
+    assert len(out.splitlines()) == 1
+    assert "at the generator's 16 px, not at 128" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "words"),
+    [
+        (("--images", "4", "images.size_px=32"), 2, "images.size_px must be the generator's 16, got 32"),
+        (("--images", "1"), 2, "--images must be 2 or more, got 1"),
+        (("--recipe", "maggan-starter"), 2, "--recipe must be one of aligned images"),
+        (("--network", "maggan-starter"), 1, "must hold a attribute-classifier, got maggan"),
+        (("imagse.people=3",), 2, "did you mean images"),
+        (("images.people=1",), 2, "the recipe must have 2 images or more, got 1"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(
+    command: Callable[..., tuple[int, str, str]], more: tuple[str, ...], code: int, words: str
+) -> None:
+    found = command(*more)
+    assert found[:2] == (code, "")
+    last = found[2].splitlines()[-1]  # after the progress of a cache
+    assert last.startswith("error: ")
+    assert words in last

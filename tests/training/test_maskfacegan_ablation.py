@@ -72,11 +72,25 @@ def test_people_without_the_region_are_skipped() -> None:
 def test_the_command_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = STEPS | {"latent_steps": 4, "semantic_start": 2, "dynamic_stop": 3, "noise_start": 3, "noise_steps": 1}
     bundle = write_bundle(tmp_path, config=short)
-    main(
+    code = main(
         [str(bundle), "--people", "2", "--attributes", "Smiling", "--network", str(tmp_path / "c.safetensors"),
          "--output", str(tmp_path / "report")]
     )  # fmt: skip
+    assert code == 0
     printed = capsys.readouterr().out
     assert all(variant in printed for variant in VARIANTS)
     written = json.loads((tmp_path / "report" / "ablation.json").read_text())
     assert (written["people"], written["features"]) == (2, "c")
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code, words in (
+        (("--people", "1"), 2, "--people must be 2 or more, got 1"),
+        (("--batch", "0"), 2, "--batch must be 1 or more, got 0"),
+        ((str(tmp_path / "none.json"),), 1, "none.json"),
+    ):
+        assert main([*arguments, "--output", str(tmp_path / "report")]) == code
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert words in said.err
+        assert len(said.err.splitlines()) == 1

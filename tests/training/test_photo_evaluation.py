@@ -13,7 +13,7 @@ from torch import Tensor
 
 from faceedit.attributes import MAGGAN, attribute_index
 from faceedit.errors import OutOfRangeError
-from faceedit.training import cache
+from faceedit.training import cache, photo_evaluation
 from faceedit.training.carry_over import LOOKS
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
 from faceedit.training.photo_evaluation import PhotoReport, evaluate_on_photos
@@ -104,3 +104,26 @@ def test_report(families: SyntheticPortraits, tmp_path: Path) -> None:
     assert "24 photos that were held out" in text
     written = json.loads((tmp_path / "report" / "photo_evaluation.json").read_text())
     assert written["rows"][0]["value"] == 1
+
+
+def test_mistakes_are_one_line(
+    families: SyntheticPortraits,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few = photos_of(families, tmp_path / "photos")
+    few.index = few.index[:7]
+    monkeypatch.setattr(photo_evaluation, "UnlabelledPhotos", lambda *_, **__: few)
+    common = ("--photos", str(tmp_path / "photos"), "--output", str(tmp_path / "report"))
+    for arguments, code, words in (
+        (("parser-starter",), 1, "must hold a maggan, got parser"),
+        (("maggan-starter", "--pairs", "0"), 2, "--pairs must be 1 or more, got 0"),
+        (("maggan-starter", "--people", "0"), 2, "--people must be 1 or more, got 0"),
+        (("maggan-starter",), 2, "must hold photos that are held out, got 7 in all"),
+    ):
+        assert photo_evaluation.main([*arguments, *common]) == code
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert words in said.err
+        assert len(said.err.splitlines()) == 1
