@@ -14,12 +14,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from faceedit.errors import UnknownNameError, UsageError, suggestion
+from faceedit.errors import OutOfRangeError, UnknownNameError, UsageError, suggestion
 
 T = TypeVar("T")
 
 MAX_JSON_BYTES = 2**20
 MAX_NESTING = 32
+
+
+class OwnKeyError(OutOfRangeError):
+    """A dataclass refuses the value of one of its own keys, which it calls by their bare names.
+
+    Args: function and key, as messages begin; reason, what comes after. `from_dict`, which knows where the dataclass
+          stands in a recipe, raises it `below` there.
+    """
+
+    def __init__(self, function: str, key: str, reason: str) -> None:
+        super().__init__(function, key, reason)  # as `args`, so that it can be pickled
+        self.function, self.key, self.reason = function, key, reason
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.key} {self.reason}"
+
+    def below(self, where: str) -> "OwnKeyError":
+        """The same error, its key under that path; the first name of the path is what the whole is called."""
+        path = where.partition(".")[2]
+        return OwnKeyError(self.function, f"{path}.{self.key}" if path else self.key, self.reason)
+
 
 _shown = reprlib.Repr()  # values in messages, which someone else's file must not fill with megabytes
 _shown.maxstring = _shown.maxlong = _shown.maxother = 120
@@ -85,6 +106,8 @@ def from_dict(cls: type[T], mapping: Mapping[str, Any], *, where: str = "") -> T
     values = {key: _convert(kinds[key], value, f"{where}.{key}") for key, value in mapping.items()}
     try:
         return cls(**values)
+    except OwnKeyError as error:
+        raise error.below(where) from error
     except (ValueError, TypeError) as error:
         if isinstance(error, UsageError):
             raise

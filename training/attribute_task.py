@@ -23,6 +23,7 @@ from faceedit.training import cache, losses
 from faceedit.training.config import AdamConfig, Recipe, require
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
 from faceedit.training.sheets import image_sheet
+from faceedit.training.synthetic import SUPPORTED_ATTRIBUTES
 from faceedit.training.task import Report, Task, TrainingContext, start_from
 
 # What a region of random colour no longer says.
@@ -34,8 +35,9 @@ _COLOUR_ATTRIBUTES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class AttributeRecipe(Recipe):
-    """What every recipe of an attribute classifier has; `network` is each one's own configuration. `initial_weights`
-    goes on from an exported or registered classifier."""
+    """What every recipe of an attribute classifier has; `network` is each one's own configuration, whose `attributes`
+    have to be ones that synthetic portraits show. `initial_weights` goes on from an exported or registered classifier.
+    """
 
     network: Any = None
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -46,6 +48,12 @@ class AttributeRecipe(Recipe):
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "batch_size", "positive", self.batch_size)
+        require(self.validation_people > 0, "validation_people", "positive", self.validation_people)
+        names = self.network.attributes
+        require(len(names) > 0, "network.attributes", "one or more names", list(names))
+        # Always absent in drawings: a network that never finds them would be reported as perfect.
+        unseen = [name for name in names if name not in SUPPORTED_ATTRIBUTES]
+        require(not unseen, "network.attributes", "ones that synthetic portraits show", unseen)
 
 
 A = TypeVar("A", bound=AttributeRecipe)

@@ -21,6 +21,7 @@ from faceedit.networks.classifier import AttributeClassifierConfig
 from faceedit.training.attribute_task import AttributeRecipe, AttributeTask
 from faceedit.training.config import require
 from faceedit.training.data import AugmentConfig, augment_images
+from faceedit.training.synthetic import SUPPORTED_ATTRIBUTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,9 @@ class PlacementConfig:
 class ClassifierRecipe(AttributeRecipe):
     """A `task: classifier` recipe."""
 
-    network: AttributeClassifierConfig = field(default_factory=AttributeClassifierConfig)
+    network: AttributeClassifierConfig = field(
+        default_factory=lambda: AttributeClassifierConfig(attributes=SUPPORTED_ATTRIBUTES)
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
 

@@ -7,8 +7,11 @@ file must match exactly. Defaults live in the dataclasses alone.
 
 from __future__ import annotations
 
+import copy
+import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +19,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from faceedit.config import to_dict
+from faceedit.config import OwnKeyError, to_dict
 from faceedit.errors import OutOfRangeError, UsageError
 
 Precision = Literal["32-true", "bf16-mixed", "bf16-true", "16-mixed", "64-true"]
@@ -78,8 +81,13 @@ class AdamConfig:
     final_rate_share: float = 0.1
 
     def __post_init__(self) -> None:
-        require(self.rate > 0, "optimizer.rate", "positive", self.rate)
-        require(0 <= self.decay_from <= 1, "optimizer.decay_from", "in [0, 1]", self.decay_from)
+        require(0 < self.rate < math.inf, "rate", "positive", self.rate)
+        require(0 <= self.beta1 < 1, "beta1", "in [0, 1)", self.beta1)
+        require(0 <= self.beta2 < 1, "beta2", "in [0, 1)", self.beta2)
+        require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more", self.weight_decay)
+        require(self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
+        require(0 <= self.decay_from <= 1, "decay_from", "in [0, 1]", self.decay_from)
+        require(0 <= self.final_rate_share < math.inf, "final_rate_share", "0 or more", self.final_rate_share)
 
     def rate_at(self, step: int, progress: float) -> float:
         """Learning rate before update `step` (0-based) when `progress` in [0, 1] of the run is behind."""
@@ -98,38 +106,72 @@ class Recipe:
 
 
 def require(condition: bool, key: str, expected: str, actual: object) -> None:
-    """Raise OutOfRangeError about a recipe key unless `condition` holds."""
-    if not condition:
-        raise OutOfRangeError(f"recipe: {key} must be {expected}, got {actual!r}; change it in the recipe or override")
+    """Raise OutOfRangeError about a recipe key unless `condition` holds.
+
+    A key without a dot is the dataclass's own; in a recipe the error names the path that leads to it.
+    """
+    if condition:
+        return
+    reason = f"must be {expected}, got {actual!r}; change it in the recipe or override"
+    raise OutOfRangeError(f"recipe: {key} {reason}") if "." in key else OwnKeyError("recipe", key, reason)
+
+
+def require_float32_weights(trainer: TrainerConfig) -> None:
+    """Raise OutOfRangeError for a precision that changes the weights themselves, in recipes of tasks that compute some
+    of their terms on bare networks, in float32."""
+    accepted = ("32-true", "bf16-mixed", "16-mixed")
+    require(
+        trainer.precision in accepted, "trainer.precision", f"{' or '.join(accepted)} in this task", trainer.precision
+    )
 
 
 def read_recipe(source: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The YAML file `source` with dotted `key=value` overrides applied, as plain nested dictionaries.
 
-    Raises: UsageError when the file is not a YAML mapping or an override has no `=`.
+    Raises: UsageError when the file is not a YAML mapping, or an override has no `=` or a value that is not YAML.
     """
+    file = (f"recipe must be readable YAML, got {source}", "correct the file")
+    with _blamed(*file):
+        loaded = OmegaConf.load(source)
+    if not isinstance(loaded, DictConfig):
+        raise UsageError(f"train: recipe must be a YAML mapping, got a list in {source}; start it with `task: NAME`")
+    merged = copy.deepcopy(loaded)
     for override in overrides:
         if "=" not in override:
             raise UsageError(f"train: override must be key=value, got {override!r}; write e.g. trainer.steps=100")
-    try:
-        loaded = OmegaConf.load(source)
-        if not isinstance(loaded, DictConfig):
-            raise UsageError(
-                f"train: recipe must be a YAML mapping, got a list in {source}; start it with `task: NAME`"
-            )
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        with _blamed(*_override(override)):
+            merged.merge_with_dotlist([override])
+    # Resolved as a whole, since a reference may be to what comes later; who is to blame is asked afterwards.
+    references = [override for override in overrides if "${" in override]
+    with _blamed(*(_override(" ".join(references)) if references and _resolves(loaded) else file)):
         values = typing.cast(dict[Any, Any], OmegaConf.to_container(merged, resolve=True))
-    except UsageError:
-        raise
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"train: recipe must be readable YAML, got {source}: {reason}; correct the file") from error
-    except Exception as error:  # PyYAML's scanner errors share no base class that omegaconf re-exports
-        if type(error).__module__.split(".")[0] != "yaml":
-            raise
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"train: recipe must be valid YAML, got {source}: {reason}; correct the file") from error
     return {str(key): value for key, value in values.items()}
+
+
+def _override(text: str) -> tuple[str, str]:
+    return f"override must be key=value of the recipe, got {text!r}", "write e.g. trainer.steps=100, with a YAML value"
+
+
+@contextmanager
+def _blamed(what: str, advice: str) -> Iterator[None]:
+    """One line for whatever the YAML reader and omegaconf find wrong."""
+    try:
+        yield
+    except Exception as error:
+        # PyYAML's errors share no base class that omegaconf re-exports.
+        is_known = isinstance(error, OmegaConfBaseException | ValueError | TypeError | OSError)
+        if not is_known and type(error).__module__.split(".")[0] != "yaml":
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"train: {what}: {reason}; {advice}") from error
+
+
+def _resolves(loaded: DictConfig) -> bool:
+    try:
+        OmegaConf.to_container(loaded, resolve=True)
+    except OmegaConfBaseException:
+        return False
+    return True
 
 
 # How long, on what and how often: changing these does not make another run of it.

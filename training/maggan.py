@@ -40,7 +40,7 @@ from faceedit.networks.resizing import resize
 from faceedit.relations import influence_mask
 from faceedit.training import cache, losses
 from faceedit.training.classifier import PlacementConfig, place_at_random
-from faceedit.training.config import AdamConfig, Recipe, require
+from faceedit.training.config import AdamConfig, Recipe, require, require_float32_weights
 from faceedit.training.data import (
     AugmentConfig,
     PairConfig,
@@ -160,6 +160,7 @@ class MagGANRecipe(Recipe):
         judge = self.validation_classifier
         require(judge is None or judge not in self.class_networks, "class_networks", "other than the judge", judge)
         require(self.validation_people > 0, "validation_people", "positive", self.validation_people)
+        require_float32_weights(self.trainer)
 
 
 class MagGANTask(Task[MagGANRecipe]):

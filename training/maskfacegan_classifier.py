@@ -22,6 +22,7 @@ from faceedit.training.attribute_task import AttributeRecipe, AttributeTask
 from faceedit.training.config import require
 from faceedit.training.degradation import photograph, random_warp, warp_image
 from faceedit.training.framing import ffhq_frames, framed
+from faceedit.training.synthetic import SUPPORTED_ATTRIBUTES
 from faceedit.training.task import TrainingContext
 
 _RAREST = 0.05  # an attribute is balanced as if at least this share of the people had it, and lacked it
@@ -39,18 +40,31 @@ class FramedAttributeRecipe(AttributeRecipe):
         require(self.warp_strength >= 0, "warp_strength", "not negative", self.warp_strength)
 
 
+def _require_samples(batch_size: int) -> None:
+    require(batch_size > 1, "batch_size", "above 1: normalisation needs more than one sample", batch_size)
+
+
 @dataclass(frozen=True, slots=True)
 class AttributeTreeRecipe(FramedAttributeRecipe):
     """A `task: attribute-tree` recipe."""
 
-    network: AttributeTreeConfig = field(default_factory=AttributeTreeConfig)
+    network: AttributeTreeConfig = field(default_factory=lambda: AttributeTreeConfig(attributes=SUPPORTED_ATTRIBUTES))
+
+    def __post_init__(self) -> None:
+        FramedAttributeRecipe.__post_init__(self)
+        _require_samples(self.batch_size)
 
 
 @dataclass(frozen=True, slots=True)
 class AttributeCNNRecipe(FramedAttributeRecipe):
     """A `task: attribute-cnn` recipe."""
 
-    network: AttributeCNNConfig = field(default_factory=AttributeCNNConfig)
+    network: AttributeCNNConfig = field(default_factory=lambda: AttributeCNNConfig(attributes=SUPPORTED_ATTRIBUTES))
+
+    def __post_init__(self) -> None:
+        FramedAttributeRecipe.__post_init__(self)
+        if self.network.backbone.startswith("resnet"):  # a VGG has no normalisation
+            _require_samples(self.batch_size)
 
 
 FramedRecipe = TypeVar("FramedRecipe", bound=FramedAttributeRecipe)

@@ -35,7 +35,7 @@ from faceedit.training.adaptive_augmentation import (
     draw_augmentation,
 )
 from faceedit.training.aligned import AlignedConfig, AlignedFaces
-from faceedit.training.config import AdamConfig, Recipe, require
+from faceedit.training.config import AdamConfig, Recipe, require, require_float32_weights
 from faceedit.training.ema import HalfLife
 from faceedit.training.fid import FID, feature_network, generated_images
 from faceedit.training.sheets import image_sheet
@@ -135,6 +135,7 @@ class StyleGAN2Recipe(Recipe):
         fits = self.batch_size <= group or self.batch_size % group == 0
         require(fits, "batch_size", f"a multiple of critic.group_size = {group}", self.batch_size)
         require(0 <= self.style_mixing <= 1, "style_mixing", "in [0, 1]", self.style_mixing)
+        require_float32_weights(self.trainer)
 
 
 class Unrounded:
@@ -218,7 +219,9 @@ class StyleGAN2Task(Task[StyleGAN2Recipe]):
 
     @classmethod
     def prepare(cls, recipe: StyleGAN2Recipe, *, report: Report = print) -> None:
-        AlignedFaces(recipe.images, report)
+        feature_network(recipe.fid.network)  # or validation would miss it hours later
+        faces = AlignedFaces(recipe.images, report)
+        require(len(faces) > 1, "images", "two or more, as FID needs", len(faces))
 
     def batch(self, step: int) -> dict[str, Tensor]:
         generator = self.context.generator("images", step)

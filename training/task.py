@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from faceedit.errors import UnknownNameError, UsageError, suggestion
+from faceedit.errors import UnknownNameError, UsageError, WeightsError, suggestion
 from faceedit.training.config import AdamConfig, Recipe, TrainerConfig
 from faceedit.training.ema import ExponentialMovingAverage, HalfLife
 
@@ -60,7 +60,8 @@ def start_from(network: nn.Module, weights: str | None, *, may_lack: str | None 
 
     `may_lack` names a submodule that the weights may be without; it then keeps its own start.
 
-    Raises: WeightsError if they can't be read; RuntimeError, naming the keys, if they are of another architecture.
+    Raises: WeightsError if they can't be read or are of another architecture; UnknownNameError for a name that is not
+            registered.
     """
     if weights is not None:
         from faceedit.registry import load_network
@@ -69,7 +70,14 @@ def start_from(network: nn.Module, weights: str | None, *, may_lack: str | None 
         if may_lack is not None and not any(key.startswith(f"{may_lack}.") for key in given):
             own = network.state_dict()
             given |= {key: value for key, value in own.items() if key.startswith(f"{may_lack}.")}
-        network.load_state_dict(given)
+        try:
+            network.load_state_dict(given)
+        except RuntimeError as error:  # one line for each key
+            reason = " ".join(str(error).split())[:300]
+            raise WeightsError(
+                f"train: initial_weights must fit the recipe's network, got {weights} ({reason}); use weights of the "
+                "same configuration"
+            ) from error
 
 
 class TrainingContext:
@@ -304,7 +312,11 @@ class Task(ABC, Generic[R]):
 
     @classmethod
     def prepare(cls, recipe: R, *, report: Report = print) -> None:
-        """Build what the task reads from disk (caches), once, before any process is launched."""
+        """Build what the task reads from disk (caches), once, before any process is launched. What only the end of the
+        run would find missing is looked for first."""
+
+    def resume_at(self, step: int) -> None:
+        """Called once a checkpoint's networks are restored, `step` steps into the run: what else follows from that."""
 
 
 def task_class(name: str) -> type[Task[Any]]:

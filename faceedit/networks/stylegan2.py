@@ -121,6 +121,11 @@ class StyleGAN2Config(_Pyramid):
 
     def __post_init__(self) -> None:
         _Pyramid.__post_init__(self)  # a slotted dataclass is made twice, so super() would look in the first one
+        if min(self.z_width, self.w_width) < 1:
+            raise ValueError(
+                f"StyleGAN2Config: z_width and w_width must be positive, got {self.z_width} and {self.w_width}; "
+                "the paper has 512"
+            )
         if self.mapping_layers < 1 or self.mapping_rate <= 0:
             raise ValueError(
                 f"StyleGAN2Config: mapping_layers and mapping_rate must be positive, got {self.mapping_layers} and "

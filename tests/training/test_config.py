@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +26,15 @@ from faceedit.training.task import derive_seed
         ("trainer.progress_by=time", OutOfRangeError, "when max_minutes is not set"),
         ("trainer.steps", UsageError, "override must be key=value"),
         ("task=toi", UnknownNameError, "got 'toi'; did you mean toy"),
+        ("adam.rate=-1", OutOfRangeError, "recipe: adam.rate must be positive, got -1"),
+        ("adam.rate=.inf", OutOfRangeError, "recipe: adam.rate must be positive, got inf"),
+        ("adam.beta1=1", OutOfRangeError, r"recipe: adam.beta1 must be in \[0, 1\), got 1"),
+        ("adam.beta2=-0.1", OutOfRangeError, r"recipe: adam.beta2 must be in \[0, 1\), got -0.1"),
+        ("adam.weight_decay=-1", OutOfRangeError, "recipe: adam.weight_decay must be 0 or more, got -1"),
+        ("adam.warmup_steps=-1", OutOfRangeError, "recipe: adam.warmup_steps must be 0 or more, got -1"),
+        ("trainer.steps=[1", UsageError, r"override must be key=value of the recipe, got 'trainer.steps=\[1': while"),
+        ("width=${nosuch}", UsageError, r"override must be .*, got 'width=\$\{nosuch\}': .* 'nosuch' not found"),
+        ("width=${", UsageError, r"override must be .*, got 'width=\$\{'"),
     ],
 )
 def test_wrong_overrides_are_refused(toy_recipe: Path, override: str, error: type[Exception], message: str) -> None:
@@ -50,6 +61,28 @@ def test_overrides_replace_and_defaults_fill(toy_recipe: Path) -> None:
     assert recipe.adam == AdamConfig(rate=1.0)
     assert isinstance(recipe.adam.rate, float)
     assert (recipe.trainer.steps, recipe.trainer.max_minutes, recipe.width) == (12, 2.0, 8)
+
+
+def test_one_value_of_a_list_is_replaced() -> None:
+    recipe: Any = training.resolve("e4e-starter", ["network.blocks[0]=3"])
+    assert recipe.network.blocks == (3, 2, 4, 2)
+    for override in ("network.blocks[9]=3", "network.blocks.first=3"):
+        with pytest.raises(UsageError, match="override must be key=value of the recipe") as caught:
+            training.resolve("e4e-starter", [override])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_that_refers_to_nothing_is_blamed_itself(toy_recipe: Path) -> None:
+    toy_recipe.write_text(toy_recipe.read_text() + "width: ${trainer.none}\n")
+    with pytest.raises(UsageError, match=r"recipe must be readable YAML, got .*toy\.yaml: .*trainer\.none"):
+        training.resolve(toy_recipe, ["adam.rate=${width}"])
+
+
+def test_errors_about_keys_survive_a_process(toy_recipe: Path) -> None:
+    with pytest.raises(OutOfRangeError) as caught:
+        AdamConfig(rate=0)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert "recipe: rate must be positive, got 0" in str(caught.value)
 
 
 def test_dry_run_prints_what_resolves_to_the_same_recipe(toy_recipe: Path, tmp_path: Path) -> None:

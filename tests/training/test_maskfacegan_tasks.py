@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,8 @@ def test_starter_recipes_fit_what_ships(tmp_path: Path) -> None:
     [
         (tiny_classifier, "warp_strength=-1", "warp_strength must be not negative"),
         (tiny_classifier, "batch_size=0", "batch_size must be positive"),
+        (tiny_classifier, "batch_size=1", "batch_size must be above 1"),
+        (tiny_classifier, "network.attributes=[Attractive]", "ones that synthetic portraits show"),
         (tiny_classifier, "network.attributes=[Smilling]", "did you mean Smiling"),
         (tiny_classifier, "network.size_px=40", "size_px must be a multiple of 32"),
         (tiny_parser, "batch=1", "batch must be above 1"),
@@ -178,6 +181,15 @@ def test_starter_recipes_fit_what_ships(tmp_path: Path) -> None:
 def test_wrong_values_are_refused(make: Any, override: str, words: str, cache_dir: Path) -> None:
     with pytest.raises(UsageError, match=words):
         make(cache_dir, override)
+
+
+@pytest.mark.parametrize(("backbone", "is_refused"), [("resnet34", True), ("vgg16", False)])
+def test_one_image_is_no_batch_for_normalisation(backbone: str, is_refused: bool, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("task: attribute-cnn\ntrainer: {steps: 1}\nbatch_size: 1\nsynthetic: {variants: 0}\n")
+    changes = [f"network={{backbone: {backbone}, attributes: {NAMES}}}"]
+    with pytest.raises(UsageError, match="batch_size must be above 1") if is_refused else nullcontext():
+        training.resolve(path, changes)
 
 
 # What a batch shows

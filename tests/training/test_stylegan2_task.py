@@ -12,7 +12,7 @@ import torch
 from support.stylegan2_tiny import tiny_generator
 
 from faceedit import training
-from faceedit.errors import OutOfRangeError
+from faceedit.errors import OutOfRangeError, UsageError, WeightsError
 from faceedit.networks.stylegan2 import (
     StyleGAN2Discriminator,
     StyleGAN2DiscriminatorConfig,
@@ -271,6 +271,28 @@ def test_recipe_mistakes_are_named(cache_dir: Path) -> None:
         ("batch_size=5", r"batch_size must be a multiple of critic\.group_size = 2, got 5"),
         ("style_mixing=2", r"style_mixing must be in \[0, 1\]"),
         ("path_length.batch_share=0", r"path_length\.batch_share must be in"),
+        ("images.people=0", r"images\.people must be positive"),
+        (
+            "trainer.precision=bf16-true",
+            r"precision must be 32-true or bf16-mixed or 16-mixed in this task, got 'bf16-t",
+        ),
+        (
+            "trainer.precision=64-true",
+            r"precision must be 32-true or bf16-mixed or 16-mixed in this task, got '64-true'",
+        ),
     ):
         with pytest.raises(OutOfRangeError, match=message):
             tiny(cache_dir, override)
+    for override in ("generator.z_width=0", "generator.w_width=-1"):
+        with pytest.raises(UsageError, match="z_width and w_width must be positive"):
+            tiny(cache_dir, override)
+
+
+def test_what_validation_would_miss_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    cache = tmp_path / "cache"
+    with pytest.raises(WeightsError, match=r"weights must be at .*; put https.*there, or name another network"):
+        StyleGAN2Task.prepare(tiny(cache, "fid.network=inception-v3"), report=quiet)
+    assert not cache.exists()
+    with pytest.raises(OutOfRangeError, match="images must be two or more, as FID needs, got 1"):
+        StyleGAN2Task.prepare(tiny(cache, "images.people=1"), report=quiet)

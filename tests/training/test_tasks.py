@@ -13,7 +13,7 @@ from support.toy_task import FakeFace
 
 from faceedit import training
 from faceedit.attributes import MAGGAN
-from faceedit.errors import OutOfRangeError
+from faceedit.errors import OutOfRangeError, WeightsError
 from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
 from faceedit.registry import load_network, save_weights
 from faceedit.training.checkpoint import load_checkpoint
@@ -21,6 +21,7 @@ from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_
 from faceedit.training.config import to_yaml
 from faceedit.training.losses import moved_pixels
 from faceedit.training.maggan import LossConfig, MagGANTask, photo_edits
+from faceedit.training.synthetic import SUPPORTED_ATTRIBUTES
 from faceedit.training.task import TrainingContext
 from faceedit.training.trainer import make_fabric, seed_step
 from faceedit.training.transplants import TransplantConfig
@@ -224,6 +225,12 @@ def test_transplants_need_photos_of_known_attributes(cache_dir: Path) -> None:
         tiny_maggan(cache_dir, "batch.transplants=2")
 
 
+def test_precisions_that_round_the_weights_are_refused(cache_dir: Path) -> None:
+    for precision in ("bf16-true", "64-true"):
+        with pytest.raises(OutOfRangeError, match="precision must be 32-true or bf16-mixed or 16-mixed in this task"):
+            tiny_maggan(cache_dir, f"trainer.precision={precision}")
+
+
 def test_photo_edits_flip_one_known_attribute() -> None:
     attributes = torch.zeros(64, 13)
     black, blond = MAGGAN.index("Black_Hair"), MAGGAN.index("Blond_Hair")
@@ -283,6 +290,27 @@ def test_classifier_run_exports_what_loads(cache_dir: Path, tmp_path: Path) -> N
     goes_on = build(tiny_classifier(cache_dir, f"initial_weights={result.weights}"), ClassifierTask)
     for key, value in goes_on.context.networks["classifier"].state_dict().items():
         assert torch.equal(value, network.state_dict()[key]), key
+
+
+def test_weights_of_another_size_are_refused_in_one_line(cache_dir: Path, tmp_path: Path) -> None:
+    recipe = tiny_classifier(cache_dir, f"initial_weights={_classifier_of_the_13(tmp_path)}")
+    with pytest.raises(WeightsError, match=r"initial_weights must fit the recipe's network, got .*logits") as caught:
+        build(recipe, ClassifierTask)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_attributes_that_drawings_show_are_learned(cache_dir: Path, tmp_path: Path) -> None:
+    """Any other is absent in every drawing; not to find it would count as perfect."""
+    with pytest.raises(OutOfRangeError, match=r"network\.attributes must be ones that .*, got \['Blurry'\]"):
+        tiny_classifier(cache_dir, "network.attributes=[Blurry, Male]")
+    with pytest.raises(OutOfRangeError, match=r"network\.attributes must be one or more names"):
+        tiny_classifier(cache_dir, "network.attributes=[]")
+    for task in ("classifier", "attribute-tree", "attribute-cnn"):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"task: {task}\ntrainer: {{steps: 1}}\n")
+        recipe: Any = training.resolve(path)
+        assert set(recipe.network.attributes) == set(SUPPORTED_ATTRIBUTES)
+    assert len(AttributeClassifierConfig().attributes) == 40, "what other people's weights know"
 
 
 def test_placement_without_spread_changes_nothing() -> None:
