@@ -42,7 +42,7 @@ class EncoderBatchConfig:
     def __post_init__(self) -> None:
         require(self.made >= 0, "batch.made", "0 or more", self.made)
         require(self.faces >= 0, "batch.faces", "0 or more", self.faces)
-        require(self.made + self.faces > 1, "batch", "two images or more", self.made + self.faces)
+        require(self.made + self.faces > 1, "batch.made + batch.faces", "two or more", self.made + self.faces)
         require(0 < self.truncation <= 1, "batch.truncation", "in (0, 1]", self.truncation)
 
 
@@ -104,7 +104,7 @@ class E4ETask(Task[E4ERecipe]):
         encoder = E4EEncoder(recipe.network)
         encoder.average.copy_(self.synthesiser.mapping.average.cpu().expand_as(encoder.average))
         self.encoder = context.add_network("encoder", encoder, recipe.adam, average=True)
-        self.stage = recipe.network.num_ws - 1  # of a run that is resumed at its end; training_step says
+        self.stage = 0  # of the last step that was trained: what validation and export show
         with torch.no_grad():
             z = torch.randn(10_000, self.synthesiser.config.z_width, generator=torch.Generator().manual_seed(0))
             self.variance = self.synthesiser.mapping.w(z.to(context.device)).var(0).mean()
@@ -144,6 +144,9 @@ class E4ETask(Task[E4ERecipe]):
             loss = loss + getattr(weights, name) * value
         self.context.minimise("encoder", loss)
         return {name: value.detach() for name, value in {**terms, "loss": loss}.items()}
+
+    def resume_at(self, step: int) -> None:
+        self.stage = self.recipe.progressive.stage_at(step - 1, self.recipe.network.num_ws)
 
     @torch.no_grad()
     def _known(self, z: Tensor) -> tuple[Tensor, Tensor]:

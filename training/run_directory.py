@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class RunDirectory:
         self.root = root
         self.checkpoints = root / "checkpoints"
         self._metrics = root / "metrics.jsonl"
+        self._logged: set[tuple[int, str]] = set()
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -88,20 +90,25 @@ class RunDirectory:
                 f"train: output_dir must be creatable, got {root} ({error.strerror or error}); choose another place"
             ) from error
         if resume_step is not None:
-            self._forget_after(resume_step)
+            self._keep_metrics(lambda step, split: step <= resume_step)  # the resumed run writes the others again
             set_aside_after(self.checkpoints, resume_step)
-        self._board = SummaryWriter(str(root / "tensorboard"), purge_step=resume_step)
+        # Events of `purge_step` itself are purged too; the checkpoint's step is behind the run.
+        self._board = SummaryWriter(
+            str(root / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+        )
 
-    def _forget_after(self, step: int) -> None:
-        """Drop metric lines past the checkpoint: the resumed run writes them again."""
+    def _keep_metrics(self, is_kept: Callable[[int, str], bool]) -> None:
+        """Drop the metric lines whose step and split are not to be kept."""
         if not self._metrics.exists():
             return
-        kept = []
+        kept = {}
         for line in self._metrics.read_text().splitlines():
             with suppress(ValueError):  # a line torn by a crash came after the checkpoint
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        self.write_text("metrics.jsonl", "".join(kept))
+                found = json.loads(line)
+                if is_kept(found["step"], found["split"]):
+                    kept[found["step"], found["split"]] = line + "\n"
+        self._logged = set(kept)
+        self.write_text("metrics.jsonl", "".join(kept.values()))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the run atomically."""
@@ -111,10 +118,18 @@ class RunDirectory:
         self.write_text(name, json.dumps(value, indent=2) + "\n")
 
     def log(self, step: int, split: str, scalars: dict[str, float]) -> None:
-        """Append one line to metrics.jsonl and the same numbers to TensorBoard."""
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard.
+
+        A step that was logged already (a run that is resumed at its end validates again) keeps one line, the new one;
+        TensorBoard keeps its old point, which it cannot take back.
+        """
+        is_new = (step, split) not in self._logged
+        if not is_new:
+            self._keep_metrics(lambda *logged: logged != (step, split))
+        self._logged.add((step, split))
         with self._metrics.open("a") as stream:
             stream.write(json.dumps({"step": step, "split": split, **scalars}) + "\n")
-        for name, value in scalars.items():
+        for name, value in scalars.items() if is_new else ():
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def write_sheet(self, step: int, pixels: Tensor) -> None:

@@ -167,8 +167,8 @@ def _train(
     if state is not None:
         for change in recipe_changes(state["recipe"], to_yaml(recipe)):
             report(f"resumed with another recipe: {change}")
+    fabric = make_fabric(config)  # before the caches: an absent device is known at once
     task_type.prepare(recipe, report=report)
-    fabric = make_fabric(config)
     try:
         fabric.launch()
         return _train_here(task_type, recipe, directory, state, fabric, report)
@@ -188,9 +188,7 @@ def _end_others(fabric: Any, *, failed_here: bool) -> int | None:
     Returns: the exit code of one that had failed by itself. Unless `failed_here`, which says that none had, they are
              given time to leave: what is seen first of a process that fails is its lost connection.
     """
-    launched: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
-    processes = launched.copy()
-    launched.clear()  # Fabric watches this list, and would answer the end of one of them by killing this process
+    processes = _unwatched(fabric)
     deadline = time.monotonic() + (0 if failed_here else _GRACE_S)
     failed = None
     for process in processes:
@@ -200,6 +198,15 @@ def _end_others(fabric: Any, *, failed_here: bool) -> int | None:
         process.kill()  # a process that waits for another one hears no milder signal; only this one holds files
         process.wait()
     return failed
+
+
+def _unwatched(fabric: Any) -> list[subprocess.Popen[bytes]]:
+    """The processes that this one started. Fabric watches them no longer: if one of them ended with another code than
+    0, it would kill this process."""
+    launched: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+    processes = launched.copy()
+    launched.clear()
+    return processes
 
 
 def _train_here(
@@ -222,6 +229,7 @@ def _train_here(
     if state is not None:
         context.load_state_dict(state["context"])
         step, elapsed = int(state["step"]), float(state["elapsed_s"])
+        task.resume_at(step)
     files: RunDirectory | None = None
     if fabric.is_global_zero:
         files = RunDirectory(directory, resume_step=None if state is None else step)
@@ -307,6 +315,8 @@ class _Loop:
         if self.files is not None:
             summary = {"reason": reason, "step": step, "minutes": round(elapsed / 60, 3), "metrics": metrics}
             self.files.write_json("summary.json", summary)
+        if reason == "interrupted":
+            _unwatched(context.fabric)  # before the others know: the command ends with 130 in each of them
         self.report(f"{reason} at step {step} after {elapsed / 60:.1f} min: {self.directory}")
         return replace(context.agree(result), rank=context.fabric.global_rank)
 

@@ -15,7 +15,7 @@ import typer
 
 from faceedit.cli import options
 from faceedit.cli.editing import compare_path, write_outputs
-from faceedit.cli.output import print_json, print_note, progress_bar
+from faceedit.cli.output import INTERRUPTED, print_json, print_note, progress_bar
 from faceedit.config import from_dict
 from faceedit.errors import FaceEditError, ImageReadError, ImageWriteError, OutOfRangeError, UsageError
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MANIFEST = ".faceedit-batch.jsonl"
 READABLE = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".avif"})
 WRITABLE = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True, slots=True)

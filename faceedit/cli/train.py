@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from faceedit.cli import options
-from faceedit.cli.output import print_json
+from faceedit.cli.output import INTERRUPTED, print_json
 from faceedit.errors import MissingExtraError
 
 
@@ -44,3 +44,5 @@ def train(
     # On several devices every process comes to this point.
     if json and result is not None and result.rank == 0:
         print_json(result.__dict__ if hasattr(result, "__dict__") else {})
+    if result is not None and result.reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)

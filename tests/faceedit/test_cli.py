@@ -23,6 +23,7 @@ from faceedit.config import to_dict
 from faceedit.kernels.benchmarking import machine
 from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
 from faceedit.registry import METADATA_KEY, read_header
+from faceedit.training.trainer import TrainingResult
 
 COMMANDS = (
     "edit",
@@ -369,6 +370,15 @@ def test_train_dry_run_prints_the_recipe(run: Run, tmp_path: Path) -> None:
     assert "steps: 7" in outcome.out
     run("train", "magan-starter", "--dry-run").refused(2, "maggan-starter")
     run("train", "maggan-starter", "trainer.stesp=7", "--dry-run").refused(2, "steps")
+
+
+def test_an_interrupted_training_ends_with_130(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in (0, 1):  # one that prints the result, and one of another device
+        result = TrainingResult("interrupted", 3, 0.1, tmp_path, tmp_path / "x.pt", None, {}, rank)
+        monkeypatch.setattr("faceedit.training.run", lambda *_, result=result, **__: result)
+        outcome = run("train", "maggan-starter", "--json")
+        assert (outcome.code, outcome.err) == (130, "")
+        assert (json.loads(outcome.out)["reason"] == "interrupted") if rank == 0 else outcome.out == ""
 
 
 # bench

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from support.command_line import subprocess_run
 from support.ddp_ranks import (
     RANKS,
@@ -27,6 +30,7 @@ from support.ddp_ranks import (
 
 from faceedit import training
 from faceedit.registry import load_network
+from faceedit.training import trainer
 from faceedit.training.task import TASKS
 from faceedit.training.trainer import _end_others
 
@@ -171,6 +175,24 @@ def test_processes_of_other_devices_end_with_rank_0(failed_here: bool, code: int
     assert _end_others(fabric, failed_here=failed_here) == code
     assert other.poll() is not None
     assert watched == []  # by Fabric, which would kill this process
+
+
+def test_processes_of_an_interrupted_run_end_as_they_like(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fabric would kill this process because the others end with 130."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    watched = [object()]
+    fabric.strategy._launcher = SimpleNamespace(procs=watched, launch=lambda function, *given: function(*given))
+    monkeypatch.setattr(trainer, "make_fabric", lambda config: fabric)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 4 train"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = training.run(toy_recipe, output_dir=tmp_path / "run", report=interrupt)
+    assert result is not None
+    assert (result.reason, watched) == ("interrupted", [])
 
 
 def test_command_line_trains_stylegan2_on_two_devices(folder: Path) -> None:

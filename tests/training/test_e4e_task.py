@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.stylegan2_tiny import tiny_generator
 
 from faceedit import training
@@ -135,3 +137,21 @@ def test_an_encoder_of_another_generator_is_refused(folder: Path) -> None:
         E4ETask.prepare(tiny(folder, "images.size_px=16"), report=quiet)
     with pytest.raises(OutOfRangeError, match=r"network\.size_px must be at most the generator's 32"):
         E4ETask.prepare(tiny(folder, "network.size_px=64"), report=quiet)
+
+
+def test_a_run_resumed_at_its_end_exports_the_same(folder: Path, tmp_path: Path) -> None:
+    """Heads that had no turn stay silent, and the step keeps one line of scores."""
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(to_yaml(tiny(folder)))
+    ends = []
+    for resume in (None, run):
+        result = training.run(path, output_dir=run, resume=resume, report=quiet)
+        assert result is not None
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        ends.append(
+            (result.metrics, load_file(result.weights or ""), [(line["step"], line["split"]) for line in lines])
+        )
+    (metrics, weights, lines), (again, same, kept) = ends
+    assert again == metrics
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    assert kept == lines == [(2, "train"), (4, "train"), (4, "validation")]

@@ -16,6 +16,7 @@ from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
 from safetensors.torch import load_file
 from support.toy_task import ToyTask
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from faceedit import training
 from faceedit.errors import DeviceError, UsageError, WeightsError
@@ -302,13 +303,31 @@ def test_a_metrics_line_torn_by_a_crash_does_not_keep_a_run_from_resuming(toy_re
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()][-1] == 16
 
 
-def test_absent_devices_and_unusable_folders_are_typed_errors(toy_recipe: Path, tmp_path: Path) -> None:
+def test_tensorboard_keeps_the_step_that_a_run_is_resumed_from(toy_recipe: Path, tmp_path: Path) -> None:
+    """And each step once, when a run is resumed at its end too."""
+    run, often = tmp_path / "run", ["trainer.checkpoint_every=4", "trainer.validate_every=4"]
+    training.run(toy_recipe, [*often, "trainer.steps=8"], output_dir=run, report=quiet)
+    for _ in range(2):
+        training.run(toy_recipe, often, resume=run, report=quiet)
+    board = EventAccumulator(str(run / "tensorboard")).Reload()
+    for name in ("train/fit", "validation/error"):
+        assert [event.step for event in board.Scalars(name)] == [4, 8, 12], name
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 4, 8, 8, 12, 12]
+
+
+def test_absent_devices_and_unusable_folders_are_typed_errors(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[Any] = []
+    monkeypatch.setattr(ToyTask, "prepare", lambda recipe, *, report: prepared.append(recipe))
     with pytest.raises(DeviceError, match="accelerator=auto"):
         training.run(toy_recipe, ["trainer.accelerator=abacus"], output_dir=tmp_path / "run", report=quiet)
     with pytest.raises(DeviceError, match="must exist here, got cuda x 1000"):
         training.run(
             toy_recipe, ["trainer.accelerator=cuda", "trainer.devices=1000"], output_dir=tmp_path / "run", report=quiet
         )
+    assert not prepared, "caches are built for a device that is there"
     with pytest.raises(UsageError, match="must be creatable"):
         training.run(toy_recipe, output_dir=toy_recipe / "run", report=quiet)
 
