@@ -36,6 +36,7 @@ PARTS: dict[str, tuple[str, str]] = {  # what the two families call it
 _DEFAULT_FIR = (1.0, 3.0, 3.0, 1.0)
 _RESAMPLING = (".resample_filter", ".blur.kernel", ".upsample.kernel", ".0.kernel")  # buffers that hold the filter
 _AVERAGE_SAMPLES = 50_000
+_NVLABS_BLOCK = re.compile(r"synthesis\.b[0-9]+\.")
 _AFFINE = ("affine.weight", "affine.bias")
 
 
@@ -43,13 +44,24 @@ def convert(checkpoint: Checkpoint, part: str = "") -> Converted:
     """One network of a StyleGAN2 checkpoint.
 
     Args:    part, one of PARTS; "" for the averaged generator, or the generator when there is no average, or whatever
-             single network the file is.
+             single network the file is. Such a file does not say whether its generator is an average.
     Raises:  WeightsError when that is not there, or a tensor is missing, left over or of another shape.
     """
     found, content = _choose(checkpoint, part)
     state = flatten(checkpoint.name, content)
-    has, word = state.tensors.keys(), f"{found} of " if found else ""
-    if any(key.startswith("synthesis.b") for key in has):
+    converted = _convert(checkpoint, state, f"{found} of " if found else "")
+    wanted = "stylegan2-discriminator" if part == "discriminator" else "stylegan2"
+    if part and converted.kind != wanted:
+        raise WeightsError(
+            f"import_weights: {checkpoint.name} must hold the {part}, got a {converted.kind}; name another part"
+        )
+    return converted
+
+
+def _convert(checkpoint: Checkpoint, state: State, word: str) -> Converted:
+    """The network that these tensors are; word, what its origin begins with."""
+    has = state.tensors.keys()
+    if any(_NVLABS_BLOCK.match(key) for key in has):
         return _nvlabs_generator(state, f"{word}an NVlabs checkpoint")
     if "input.input" in has or "to_rgb1.bias" in has:
         average = _latent_average(checkpoint.content)
@@ -58,6 +70,11 @@ def convert(checkpoint: Checkpoint, part: str = "") -> Converted:
         return _nvlabs_discriminator(state, f"{word}an NVlabs checkpoint")
     if "final_linear.1.weight" in has or "final_conv.0.weight" in has:
         return _rosinality_discriminator(state, f"{word}a rosinality checkpoint")
+    if any(key.startswith("synthesis.blocks.") for key in has) or {"blocks.0.conv0.weight", "logit.weight"} <= has:
+        raise WeightsError(
+            f"import_weights: {checkpoint.name} must be a checkpoint of NVlabs or rosinality, got one that is "
+            "converted already; use it as it is"
+        )
     known = "a StyleGAN3 generator" if "synthesis.input.freqs" in has else f"tensors like {next(iter(has))}"
     raise WeightsError(f"import_weights: {checkpoint.name} must hold a StyleGAN2 network, got {known}; check the file")
 

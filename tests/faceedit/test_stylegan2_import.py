@@ -410,6 +410,31 @@ def test_what_is_wrong_with_a_network_is_named(tmp_path: Path) -> None:
     refused(path, tmp_path, "must hold the discriminator, got G_ema", part="discriminator")
 
 
+def test_a_part_is_what_an_undivided_file_holds(tmp_path: Path) -> None:
+    """Whether a generator is an average, such a file does not say."""
+    path = tmp_path / "net.pt"
+    generator, critic = originals.nvlabs_generator(WIDTHS[:2]), originals.nvlabs_discriminator(WIDTHS[:2])
+    for state, part, found in (
+        (generator, "discriminator", "stylegan2"),
+        (originals.rosinality_generator(WIDTHS[:2]), "discriminator", "stylegan2"),
+        (critic, "ema", "stylegan2-discriminator"),
+        (critic, "generator", "stylegan2-discriminator"),
+    ):
+        torch.save(state, path)
+        refused(path, tmp_path, f"must hold the {part}, got a {found};", part=part)
+    assert isinstance(imported(path, tmp_path, part="discriminator"), StyleGAN2Discriminator)
+    torch.save(generator, path)
+    assert all(isinstance(imported(path, tmp_path, part=part), StyleGAN2Generator) for part in ("ema", "generator"))
+
+
+@pytest.mark.parametrize("part", ["generator", "discriminator"])
+def test_a_file_that_is_converted_already_says_so(part: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save({"G": originals.nvlabs_generator(WIDTHS[:2]), "D": originals.nvlabs_discriminator(WIDTHS[:2])}, path)
+    import_weights("stylegan2", path, tmp_path / "ours.safetensors", part=part)
+    refused(tmp_path / "ours.safetensors", tmp_path, "got one that is converted already; use it as it is")
+
+
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
     state, path = originals.nvlabs_generator(WIDTHS[:2]), tmp_path / "net.pkl"
     for match, settings in (
