@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+INTERRUPTED = 130
+"""The exit code of what Ctrl-C or SIGTERM ended."""
+
 
 class FaceEditError(Exception):
     """Base of every error that faceedit raises on purpose; anything else that escapes is a bug."""

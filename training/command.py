@@ -6,9 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from faceedit.errors import FaceEditError, OutOfRangeError
-
-INTERRUPTED = 130
+from faceedit.errors import INTERRUPTED, FaceEditError, OutOfRangeError
 
 
 def run_command(work: Callable[[], object]) -> int:

@@ -19,8 +19,8 @@ import typer
 
 from faceedit import __version__
 from faceedit.cli import batch, bench, doctor, editing, faces, projection, synthesis, train, weights
-from faceedit.cli.output import INTERRUPTED, print_error
-from faceedit.errors import FaceEditError
+from faceedit.cli.output import print_error
+from faceedit.errors import INTERRUPTED, FaceEditError
 
 # typer may carry its own copy of click, so the base of its usage errors is taken from a public subclass.
 _ClickException: type[Exception] = next(

@@ -15,9 +15,9 @@ import typer
 
 from faceedit.cli import options
 from faceedit.cli.editing import compare_path, write_outputs
-from faceedit.cli.output import INTERRUPTED, print_json, print_note, progress_bar
+from faceedit.cli.output import print_json, print_note, progress_bar
 from faceedit.config import from_dict
-from faceedit.errors import FaceEditError, ImageReadError, ImageWriteError, OutOfRangeError, UsageError
+from faceedit.errors import INTERRUPTED, FaceEditError, ImageReadError, ImageWriteError, OutOfRangeError, UsageError
 
 if TYPE_CHECKING:
     from faceedit.editors.base import Editor, EditRequest

@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 
-INTERRUPTED = 130
-"""The exit code of what Ctrl-C or SIGTERM ended."""
-
-
 def print_error(message: object) -> None:
     """Write `error: <message>` to stderr as exactly one line."""
     typer.echo(f"error: {' '.join(str(message).split())}", err=True)

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from faceedit.cli import options
-from faceedit.cli.output import INTERRUPTED, print_json
-from faceedit.errors import MissingExtraError
+from faceedit.cli.output import print_json
+from faceedit.errors import INTERRUPTED, MissingExtraError
 
 
 def train(
