@@ -5,8 +5,8 @@ over to where the photo's own brows, eyes, nose and lips are.
 Colours are carried over as the ratio of the two drawings, which keeps the photo's light and grain (the expression ratio
 images of Liu, Shan and Zhang 2001); glasses cover the face. Drawn mouths are too unlike photographed ones, so an open
 mouth comes from a photo, in the skin colour of the one that it is given to. From a photo also comes the hair that bald
-heads get: without it they show a real scalp and what was really behind the hair. Bangs, moustaches and bushy brows
-grow on the photo itself (`training.grown_hair`).
+heads get: without it they show a real scalp and what was really behind the hair. Bangs, moustaches, beards and bushy
+brows grow on the photo itself (`training.grown_hair`).
 """
 
 from __future__ import annotations
@@ -21,31 +21,27 @@ from faceedit.labels import CELEBAMASK_HQ
 
 _FEATURES = (("l_brow",), ("r_brow",), ("l_eye",), ("r_eye",), ("nose",), ("u_lip", "mouth", "l_lip"))
 _SMALLEST = 5e-5  # share of the image below which a feature's centre is noise
-_STRANDS = 0.7  # hair of a beard or a brow is this much darker than the mean of what it takes its colour from
 _ANCHOR = 3.0  # how much more than the others a thing's own features count in the fit
 
 
 class Look(NamedTuple):
     """How one thing is carried over.
 
-    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `strands` (as dense as the drawing's are
-    dark), `shade` (the ratio of the drawings), `mouth` (from another photo), `haircut` (another photo's hair, on one
-    that shows the attribute: this photo is always the result, since nothing in it tells which hair it would have) or
-    `grown` (drawn on the photo, from nothing but itself).
-    parts: of the photo, what it may change.  anchors: the features that must lie best.  colour: the parts of the photo
-    whose colour strands take; the drawing's own would be a look that nothing in the photo tells.  density: of shades,
-    the power of the ratio.
+    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `shade` (the ratio of the drawings),
+    `mouth` (from another photo), `haircut` (another photo's hair, on one that shows the attribute: this photo is always
+    the result, since nothing in it tells which hair it would have) or `grown` (drawn on the photo, from nothing but
+    itself).
+    parts: of the photo, what it may change.  anchors: the features that must lie best.  density: of shades, the power
+    of the ratio.
     """
 
     shown_as: int
-    how: Literal["cover", "strands", "shade", "mouth", "haircut", "grown"]
+    how: Literal["cover", "shade", "mouth", "haircut", "grown"]
     parts: str
     anchors: str
-    colour: str = "hair"
     density: float = 1.0
 
 
-_SKIN = "skin nose u_lip l_lip"
 _AROUND_HAIR = "background skin l_ear r_ear ear_r neck neck_l hair cloth"
 LOOKS: dict[str, Look] = {
     "Bald": Look(1, "haircut", _AROUND_HAIR, "l_brow r_brow l_eye r_eye"),
@@ -54,7 +50,7 @@ LOOKS: dict[str, Look] = {
     "Eyeglasses": Look(1, "cover", "skin nose l_brow r_brow l_eye r_eye l_ear r_ear hair", "l_eye r_eye"),
     "Mouth_Slightly_Open": Look(1, "mouth", "u_lip mouth l_lip", "mouth"),
     "Mustache": Look(1, "grown", "skin nose u_lip", "nose mouth"),
-    "No_Beard": Look(0, "strands", f"{_SKIN} neck", "nose mouth"),
+    "No_Beard": Look(0, "grown", "skin nose neck", "nose mouth"),
     "Young": Look(0, "shade", "skin nose", "l_brow r_brow nose mouth", density=1.7),
 }
 
@@ -78,15 +74,9 @@ def transplant(
             ((worn + 0.03) / (bare + 0.03)).pow(look.density).clamp(0.4, 1.15)
         )  # wrinkles; a lip that moved would be a white blot
         return (light * torch.lerp(torch.ones_like(ratio), ratio, where)).clamp(0, 1) * 2 - 1, mask
-    if look.how == "cover":
-        changes = (worn - bare).abs().mean(1, keepdim=True)
-        opacity = where * ((changes - 0.03) / 0.1).clamp(0, 1)
-        return torch.lerp(light, worn, opacity) * 2 - 1, torch.lerp(mask, worn_mask, opacity)
-    hair = CELEBAMASK_HQ.id("hair")
-    colour = _mean_colour(light, mask[:, [CELEBAMASK_HQ.id(part) for part in look.colour.split()]].sum(1)) * _STRANDS
-    dark = _mean_colour(worn, worn_mask[:, hair]) * _STRANDS
-    share = (bare - worn).mean(1, keepdim=True) / (bare - dark).mean(1, keepdim=True).clamp_min(0.1)
-    return torch.lerp(light, colour, where * share.clamp(0, 1)) * 2 - 1, mask
+    changes = (worn - bare).abs().mean(1, keepdim=True)
+    opacity = where * ((changes - 0.03) / 0.1).clamp(0, 1)
+    return torch.lerp(light, worn, opacity) * 2 - 1, torch.lerp(mask, worn_mask, opacity)
 
 
 def transplant_mouth(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A moustache, bangs or bushy brows on a photo, where its mask has the features, in the colour of its own hair.
+"""A moustache, beard, bangs or bushy brows on a photo, where its mask has the features, in the colour of its own hair.
 
 Nothing but the photo decides where they lie and how they look, so that an editor can learn them from the photo alone.
 Of drawn people's, moved to the photo, moustaches and brows were often hardly seen, and bangs ragged and of one colour.
@@ -49,12 +49,57 @@ def grow_moustache(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     opacity = torch.minimum(torch.minimum(lower, upper), (1.05 - u.abs()) * half / (2 * pixel)).clamp(0, 1)
     where = (_share(mask, "skin", "u_lip") + 0.5 * _share(mask, "nose")).clamp(0, 1)
     opacity = (_DENSITY * opacity * where)[:, None]
+    made = torch.lerp(light, _strands_in_shade(light, mask, opacity, strands), opacity)
+    return made * 2 - 1, mask
+
+
+def grow_beard(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The photo with a full beard without a moustache, and its mask, which has no class for one and stays as it is.
+
+    Args:    photo 1×3×S×S in [-1, 1], mask 1×19×S×S that shows the eyes, the nose, the lips and skin.
+    Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
+    """
+    light = ((photo + 1) / 2).clamp(0, 1)
+    lips, skin_share = _share(mask, *_LIPS), _share(mask, "skin")
+    across, down = _along_the_eyes(mask, _centre(lips))
+    pixel = 2 / photo.shape[-1]
+    mouth = 1.7 * _spread(across, lips)
+    chin = _quantile(down, skin_share * (across.abs() < 0.7 * mouth) * (down > 0), 0.98)
+    under = _quantile(down, lips * (across.abs() < 0.7 * mouth), 0.97)
+    height = max(chin - under, 4 * pixel)
+    # A turned head shows more of one cheek: 1 is where the face ends beside the mouth, on either side.
+    beside = skin_share * (down.abs() < 0.5 * height)
+    left, right = (
+        max(sign * _quantile(across, beside * (sign * across > 0), share), 1.2 * mouth)
+        for sign, share in ((-1, 0.03), (1, 0.97))
+    )
+    u = torch.where(across < 0, across / left, across / right)
+    nose = _quantile(down, _share(mask, "nose"), 0.97)
+    # Its upper edge runs from below the lip past the corners of the mouth and up to the ears.
+    corner = (across.abs() / mouth).clamp(0, 1.25)
+    cheek = ((u.abs() - 0.55) / 0.45).clamp(0, 1)
+    top = under + 0.3 * height * (1 - corner.square()) - (under - 0.4 * nose) * (corner - 0.75).clamp_min(0) * 2
+    top = top - (0.9 * height) * cheek.square()
+    low = chin + 0.12 * height
+    above = (low - down) / (low - top).clamp_min(2 * pixel)  # 0 below the chin, 1 at the upper edge
+    strands = 0.7 * _strands((u.abs() + 0.1 * above.clamp(0, 1)).clamp(0, 1), u < 0, above, curls=9)
+    reach = (1.02 + 0.08 * strands - above) * (low - top) / (5 * pixel)
+    opacity = reach.clamp(0, 1)
+    # A little over the chin's edge, where skin and neck mix.
+    face = F.max_pool2d(skin_share[:, None], 5, 1, 2)[:, 0] * _share(mask, "skin", "neck")
+    opacity = opacity * F.avg_pool2d(face[:, None], 3, 1, 1)[:, 0] * (face > 0)
+    opacity = (_DENSITY * opacity.clamp(0, 1) * (1 - lips).clamp(0, 1))[:, None]
+    made = torch.lerp(light, _strands_in_shade(light, mask, opacity, strands), opacity)
+    return made * 2 - 1, mask
+
+
+def _strands_in_shade(light: Tensor, mask: Tensor, opacity: Tensor, strands: Tensor) -> Tensor:
+    """1×3×S×S: hair of the photo's colour where the opacity is, as light and dark as the skin it covers."""
     grey = (light * torch.tensor(_LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
     skin = _luminance_of(light, opacity[:, 0] * _share(mask, "skin"))
     shade = (F.avg_pool2d(grey, 5, 1, 2, count_include_pad=False) / max(skin, 0.02)).clamp(0.6, 1.3)
     shade = shade * (1 + _CONTRAST * strands[:, None])
-    made = torch.lerp(light, (_hair_colour(light, mask, skin) * shade).clamp(0, 1), opacity)
-    return made * 2 - 1, mask
+    return (_hair_colour(light, mask, skin) * shade).clamp(0, 1)
 
 
 def grow_bangs(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,10 +218,10 @@ def _quantile(position: Tensor, weight: Tensor, share: float) -> float:
     return float(ordered[int((reached < share * reached[-1]).sum().clamp(max=len(order) - 1))])
 
 
-def _strands(root: Tensor, left: Tensor, along: Tensor) -> Tensor:
+def _strands(root: Tensor, left: Tensor, along: Tensor, curls: int = 3) -> Tensor:
     """Hairs, the same for everybody, by where they grow from (0 to 1, on the left or right side) and the place along
-    them (0 to 1): about -1 to 1, over 1×S×S."""
-    table = torch.rand(1, 1, 3, _STRANDS, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    them (0 to 1), of which each lies `curls` times above or below others: about -1 to 1, over 1×S×S."""
+    table = torch.rand(1, 1, curls, _STRANDS, generator=torch.Generator().manual_seed(0)) * 2 - 1
     grid = torch.stack([torch.where(left, -root, root), along.clamp(0, 1) * 2 - 1], dim=-1)
     return F.grid_sample(table, grid, mode="bilinear", padding_mode="border", align_corners=True)[:, 0]
 

@@ -35,17 +35,16 @@ from faceedit.training.carry_over import (
 )
 from faceedit.training.config import require
 from faceedit.training.data import AugmentConfig, SyntheticPortraits, augment_images, soften_mask
-from faceedit.training.grown_hair import grow_bangs, grow_brows, grow_moustache
+from faceedit.training.grown_hair import grow_bangs, grow_beard, grow_brows, grow_moustache
 from faceedit.training.photos import UnlabelledPhotos
 
 _LACKS, _HAS_HAIR = 0.2, 0.06  # a probability below which a photo lacks a thing; share of the image its hair must fill
 _SHUT, _OPEN = 0.0012, 0.0025  # share of the image between the lips, at most and at least
 _BARE, _HATLESS = 0.02, 0.002  # shares of the image that the hair of a bald head, and a hat, fill at most
 _CANDIDATES = 32  # drawn people of whom the best fitting one lends what it wears
-_DARK_HAIR = ("Black_Hair", "Brown_Hair")  # whoever lends strands has one of these: on skin their density is seen
 
 
-_GROW = {"Bangs": grow_bangs, "Bushy_Eyebrows": grow_brows, "Mustache": grow_moustache}
+_GROW = {"Bangs": grow_bangs, "Bushy_Eyebrows": grow_brows, "Mustache": grow_moustache, "No_Beard": grow_beard}
 _OF_HAIR = [MAGGAN.index(name) for name in ("Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair")]
 _GONE_WITH_HAIR = [MAGGAN.index(name) for name in conflicting("Bald")]
 
@@ -101,7 +100,7 @@ class Transplants:
             look, column = LOOKS[name], MAGGAN.index(name)
             shows = attributes[:, column] if look.shown_as else 1 - attributes[:, column]
             takes = visible & (shows < _LACKS)
-            if name == "Bangs" or (look.how == "strands" and look.colour == "hair"):
+            if name == "Bangs":
                 takes &= haired
             if look.how == "mouth":
                 takes &= mouth < _SHUT
@@ -282,8 +281,6 @@ def _lenders(data: SyntheticPortraits, name: str, look: Look) -> tuple[NDArray[A
     if name not in data.config.attributes:
         return (np.zeros(0, dtype=np.int64),) * 3
     flipped = data.flipped[:, 1:] == data.config.attributes.index(name)
-    if look.how == "strands":
-        flipped &= data.attributes[:, 0, [attribute_index(hair) for hair in _DARK_HAIR]].any(1, keepdims=True)
     flipped &= data.attributes[:, 1:, attribute_index(name)] == look.shown_as
     person, member = np.nonzero(flipped)
     return person, np.zeros_like(person), member + 1

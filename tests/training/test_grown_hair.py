@@ -16,13 +16,14 @@ from faceedit.labels import CELEBAMASK_HQ
 from faceedit.training import cache
 from faceedit.training.carry_over import LOOKS, feature_points
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
-from faceedit.training.grown_hair import grow_bangs, grow_brows, grow_moustache
+from faceedit.training.grown_hair import grow_bangs, grow_beard, grow_brows, grow_moustache
 
 SIZE = 96
 GROW: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "Bangs": grow_bangs,
     "Bushy_Eyebrows": grow_brows,
     "Mustache": grow_moustache,
+    "No_Beard": grow_beard,
 }
 
 
@@ -90,6 +91,27 @@ def test_a_moustache_lies_between_nose_and_mouth(people: list[tuple[Tensor, Tens
         lips = share(mask, "u_lip", "mouth", "l_lip")[0]
         width = (lips.amax(0) > 0.5).sum()
         assert 0.6 * width < changed(photo, made).any(0).sum() < 1.5 * width
+
+
+def test_a_beard_runs_around_the_mouth_to_the_chin(people: list[tuple[Tensor, Tensor]]) -> None:
+    for photo, mask in people:
+        made, made_mask = grow_beard(photo, mask)
+        assert torch.equal(made_mask, mask)
+        grown = changed(photo, made)
+        lips = share(mask, "u_lip", "mouth", "l_lip")[0] > 0.5
+        lip_rows, lip_columns = lips.nonzero(as_tuple=True)
+        under = slice(int(lip_rows.max()), None), slice(lip_columns.min(), lip_columns.max())
+        skin = share(mask, "skin")[0][under] > 0.9
+        bare = round(0.5 * float(skin.any(1).sum()))  # below the lip
+        assert grown[under][bare:][skin[bare:]].float().mean() > 0.8
+        assert not grown[share(mask, "u_lip", "mouth", "l_lip")[0] > 0.9].any()
+        assert not grown[: int(feature_rows(mask))].any()
+        # On both cheeks, as far as the face goes and beyond the corners of the mouth.
+        columns = grown.any(0).nonzero()[:, 0]
+        assert columns.min() < lip_columns.min()
+        assert columns.max() > lip_columns.max()
+        top = int(lip_rows.min())
+        assert grown[top - 3 : top, lip_columns.min() : lip_columns.max()].float().mean() < 0.3  # no moustache
 
 
 def test_bangs_reach_from_the_hair_to_the_brows(people: list[tuple[Tensor, Tensor]]) -> None:
