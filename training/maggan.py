@@ -82,9 +82,11 @@ class LossConfig:
     """Weights of the terms (MagGAN eqs. 3 and 6 to 10). `edit`, `moved` and `opacity` are this project's. The first two
     are means over the influence region, and over those of its pixels that the true edit changes, there as a share of
     that change: bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the
-    region is smallest when nothing is done. `opacity` is the price of hiding the input, a mean over the image: without
-    it a layered output would repaint hair that only needs another colour. `features` is `moved` in feature space, and
-    `classes` what classifiers make of the edits, photos' included: the critic sees half the size at most."""
+    region is smallest when nothing is done. `faint` is the squared error as a share of the squared change of edits that
+    change little: of an aged face the folds, of which `moved` sees little beside the tint of all the skin. `opacity` is
+    the price of hiding the input, a mean over the image: without it a layered output would repaint hair that only needs
+    another colour. `features` is `moved` in feature space, and `classes` what classifiers make of the edits, photos'
+    included: the critic sees half the size at most."""
 
     adversarial: float = 1.0
     reconstruction: float = 100.0
@@ -92,6 +94,7 @@ class LossConfig:
     preserve: float = 100.0
     edit: float = 100.0
     moved: float = 0.0
+    faint: float = 0.0
     features: float = 0.0
     classes: float = 0.0
     opacity: float = 0.0
@@ -273,6 +276,9 @@ class MagGANTask(Task[MagGANRecipe]):
             "moved": losses.region_l1(made[:pairs], batch["target"], moved, batch["source"]),
             "preserve": losses.masked_l1(made[edited], images[edited], preserve),
         }
+        if weights.faint:
+            pictures = made[:pairs], batch["target"], batch["source"]
+            parts["faint"] = losses.faint_squared_share(*pictures, batch["influence"])
         if self.features is not None:
             parts["features"] = self._feature_distance(batch, made[:pairs])
         if self.classes is not None:

@@ -52,6 +52,44 @@ def test_region_means_as_a_share_of_the_edit() -> None:
     assert shares == pytest.approx([0.5, 0.5, 0.1])
 
 
+def test_a_square_asks_for_the_mean_of_a_line_that_may_lie_in_two_places() -> None:
+    """Where an absolute error is as small without any line: the reason for the term."""
+    source, region = torch.zeros(1, 3, 32, 32), torch.ones(1, 1, 32, 32)
+    lines = [source.clone(), source.clone(), source.clone()]
+    for row, line in enumerate(lines, start=3):
+        line[:, :, row] = -0.3
+    mean = torch.stack(lines).mean(0)
+
+    def cost(made: torch.Tensor) -> tuple[float, float]:
+        both = [
+            (losses.faint_squared_share(made, line, source, region).item(), losses.region_l1(made, line, region).item())
+            for line in lines
+        ]
+        return sum(square for square, _ in both) / 3, sum(absolute for _, absolute in both) / 3
+
+    (nothing, nothing_l1), (faint, faint_l1) = cost(source), cost(mean)
+    assert nothing == pytest.approx(1)
+    assert faint == pytest.approx(2 / 3)
+    assert faint_l1 > nothing_l1
+
+
+def test_squares_are_a_share_of_faint_edits_inside_the_region() -> None:
+    source = torch.zeros(5, 3, 4, 4)
+    target = source + torch.tensor([0.05, 0.09, 0.001, 0.5, 0.05]).view(5, 1, 1, 1)  # two faint, none, strong, faint
+    region = torch.ones(5, 1, 4, 4)
+    region[4] = 0
+    made = target / 2
+    made[1] = 0
+    each = [
+        losses.faint_squared_share(*(x[i : i + 1] for x in (made, target, source, region))).item() for i in range(5)
+    ]
+    assert each == pytest.approx([0.25, 1, 0, 0, 0])
+    assert losses.faint_squared_share(made, target, source, region).item() == pytest.approx(1.25 / 2)
+    region[0, :, 0] = 0
+    made[0, :, 0] += 7
+    assert losses.faint_squared_share(made, target, source, region).item() == pytest.approx(1.25 / 2)
+
+
 def test_feature_share_is_relative_to_the_true_change() -> None:
     """Half way costs a half in a loud and in a quiet map; a sample that the edit leaves as it was has no say."""
     target = [torch.ones(3, 2, 4, 4), torch.full((3, 1, 2, 2), 0.01)]
