@@ -107,6 +107,7 @@ class Projection:
         return {"ws": self.ws} | {f"noise.{k}": one for k, one in enumerate(self.noise)}
 
 
+@torch.inference_mode(False)  # with gradients, whatever mode the caller is in
 def project(
     generator: StyleGAN2Generator,
     image: Tensor,
@@ -132,11 +133,12 @@ def project(
     """
     config = config or ProjectionConfig()
     _check(generator, image, start, callback_every)
+    image = image.clone()  # the caller's may be of an inference mode, which no gradient may pass
     embedding = face_embedding(image.device) if embedding is None else embedding
     draws = torch.Generator().manual_seed(seed)
     average, deviation = _statistics_of_w(generator, config.average_samples, draws)
     count, layers = image.shape[0], generator.config.num_ws if config.space == "w+" else 1
-    first = average.expand(1, layers, -1) if start is None else start.detach()
+    first = average.expand(1, layers, -1) if start is None else start.detach().clone()
     if layers == 1 and first.shape[1] > 1:
         first = first.mean(1, keepdim=True)
     ws = first.expand(count, layers, -1).clone().requires_grad_(True)

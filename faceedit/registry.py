@@ -328,6 +328,8 @@ def load_network(
     Raises:  UnknownNameError for a name that does not exist; WeightsError for a file that is missing, altered, damaged
              or of another kind; DeviceError for a device that is not here.
     """
+    import torch
+
     from faceedit.devices import resolve_device
 
     place = resolve_device(device)
@@ -338,10 +340,11 @@ def load_network(
             f"load_network: weights must hold a {kind}, got {header.kind} in {row.path}; name other weights"
         )
     network_class, config = _configured(header, shapes, row.path)
-    network = network_class(config)
-    load_weights(network, row.path, row.sha256)
-    network.header = header  # type: ignore[assignment]
-    return network.eval().requires_grad_(False).to(place)
+    with torch.inference_mode(False):  # weights made in that mode would pass no gradient to an image, ever
+        network = network_class(config)
+        load_weights(network, row.path, row.sha256)
+        network.header = header  # type: ignore[assignment]
+        return network.eval().requires_grad_(False).to(place)
 
 
 def _configured(

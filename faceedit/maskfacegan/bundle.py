@@ -108,6 +108,7 @@ def read_bundle(weights: str | Path) -> Bundle:
     return replace(bundle, **beside)  # type: ignore[arg-type]
 
 
+@torch.inference_mode(False)  # folding makes weights anew, and gradients are to pass them later
 def load_networks(bundle: Bundle, device: torch.device) -> Networks:
     """The bundle's networks on a device, frozen.
 

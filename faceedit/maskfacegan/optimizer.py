@@ -73,6 +73,7 @@ class _State:
         )
 
 
+@torch.inference_mode(False)
 def optimize(
     networks: Networks,
     source: Tensor,
@@ -92,7 +93,7 @@ def optimize(
              seed, of the noise that every edit starts with; start, latent codes (N,L,W) to start from, as from an
              encoder; observe is called every `every` iterations, after a stage's last one, at the start and at the
              end; should_stop is asked before each iteration; batch, how many edits of one kind run together, for memory
-             alone.
+             alone. Modes without gradients, as `torch.inference_mode`, change nothing.
     Returns: outcomes in the order of the plans. One whose latent stage stopped being finite is an OptimizationError in
              the list, to raise or to report; the others are what they are without it. Where only the noise stage did,
              the maps stay at their last finite state and the outcome says since when (`held_from`).
@@ -101,7 +102,8 @@ def optimize(
     """
     config = config or MaskFaceGANConfig()
     _check(networks, source, plans, start)
-    source = source.to(networks.device)
+    # Clones, for a tensor of the caller's inference mode could not be part of what gradients pass through.
+    source, start = source.clone().to(networks.device), None if start is None else start.clone()
     groups = [[i for i, plan in enumerate(plans) if plan.is_global == is_global] for is_global in (False, True)]
     chunks = [group[at : at + batch] for group in groups for at in range(0, len(group), batch)]
     outcomes: dict[int, EditOutcome | OptimizationError] = {}

@@ -114,6 +114,19 @@ def test_presets_and_the_bundles_own_counts_join(bundle: Path) -> None:
         load_editor("maggan", preset="fast")
 
 
+def test_edits_and_loading_are_the_same_under_modes_without_gradients(
+    bundle: Path, editor: MaskFaceGANEditor, face: FaceRecord
+) -> None:
+    for request in (SMILE, AttributeEdit({"Young": 0.0})):
+        plain = editor.apply(face, request).after
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                assert torch.equal(editor.apply(face, request).after, plain), mode
+                loaded = load_editor("maskfacegan", bundle)
+            assert isinstance(loaded, MaskFaceGANEditor)
+            assert torch.equal(loaded.apply(face, request).after, plain), mode
+
+
 # What is refused
 
 

@@ -71,6 +71,17 @@ def test_start_is_the_average_and_noise_maps_stay_noise(generator: StyleGAN2Gene
     assert noise_regularizer(long.noise).item() < 0.2 * noise_regularizer(unbound.noise).item()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_mode_without_gradients_changes_nothing(generator: StyleGAN2Generator, mode: type) -> None:
+    image = made(generator, 1)
+    start = generator.mapping.average.expand(1, 6, -1).clone()
+    plain = project(generator, image, SHORT, start=start)
+    with mode():
+        again = project(generator, image.clone(), SHORT, start=start.clone())
+    assert torch.equal(again.ws, plain.ws)
+    assert not again.ws.is_inference()
+
+
 def test_a_batch_equals_its_images_alone(generator: StyleGAN2Generator) -> None:
     network = copy.deepcopy(generator).double()
     image = made(generator, 3).double()

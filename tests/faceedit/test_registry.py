@@ -87,6 +87,15 @@ def test_full_precision_is_exact(folder, classifier):
     assert all(torch.equal(network.state_dict()[name], value) for name, value in classifier.state_dict().items())
 
 
+def test_a_network_loaded_in_inference_mode_passes_gradients(folder, classifier):
+    path = save(folder, classifier)
+    with torch.inference_mode():
+        network = registry.load_network(path)
+    image = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    network(image).sum().backward()
+    assert image.grad is not None
+
+
 def test_kind_completes_a_short_name(folder, classifier):
     registry.pin_weights("attribute-classifier-tiny", save(folder, classifier))
     assert registry.find("tiny", "attribute-classifier").name == "attribute-classifier-tiny"
