@@ -13,9 +13,10 @@ import sys
 import threading
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from faceedit import __version__
 from faceedit.cli import batch, bench, doctor, editing, faces, projection, synthesis, train, weights
@@ -27,8 +28,21 @@ _ClickException: type[Exception] = next(
     base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
 )
 
+
+class _Commands(TyperGroup):
+    """The commands; one that Ctrl-C or SIGTERM ends says so, for typer would end it without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
     name="faceedit",
+    cls=_Commands,
     help="Edit portraits under the guidance of a semantic face mask.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

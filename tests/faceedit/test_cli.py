@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -379,6 +380,19 @@ def test_an_interrupted_training_ends_with_130(run: Run, tmp_path: Path, monkeyp
         outcome = run("train", "maggan-starter", "--json")
         assert (outcome.code, outcome.err) == (130, "")
         assert (json.loads(outcome.out)["reason"] == "interrupted") if rank == 0 else outcome.out == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_commands_end_with_130_and_one_line(
+    run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    for name in ("images.check_writable", "registry.list_weights"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"faceedit.{name}", lambda *_: signal.raise_signal(number))
+            command = ("weights", "list") if "weights" in name else ("sample", "-o", tmp_path / "out.png")
+            run(*command).refused(130, "error: interrupted\n")
+    monkeypatch.setattr("faceedit.cli.batch._edit_one", lambda *_: signal.raise_signal(number))
+    run("batch", photo.parent, tmp_path / "out", *SET).refused(130, "interrupted after 0 of 1 photos")
 
 
 # bench
