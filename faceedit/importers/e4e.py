@@ -2,13 +2,16 @@
 """The e4e encoder, from the official file (`e4e_ffhq_encode.pt`) or MaskFaceGAN's (`e4e/state.pt`).
 
 The official file keeps the encoder under `encoder.`, beside a decoder, which is left out; MaskFaceGAN's holds nothing
-else. Both have the average w apart. Ours has the same names, and sizes are read from the tensors.
+else. Both have the average w apart; it counts unless the options say that styles are whole. Ours has the same names,
+and sizes are read from the tensors.
 """
 
+import argparse
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from faceedit.errors import WeightsError
@@ -18,6 +21,7 @@ from faceedit.networks.e4e import E4EConfig, E4EEncoder
 
 PARTS: tuple[str, ...] = ()
 _WHAT = "an e4e encoder"
+_KIND = "Encoder4Editing"
 _STAGES = 4
 
 
@@ -25,6 +29,7 @@ def convert(checkpoint: Checkpoint, part: str = "") -> Converted:
     """The encoder of a checkpoint. Raises WeightsError that names what is missing, left over or of another shape;
     `part` is always ""."""
     layout, content, average = _encoder(checkpoint)
+    options = _options(checkpoint)
     state = flatten(checkpoint.name, content)
     if "input_layer.0.weight" not in state.tensors:
         raise WeightsError(
@@ -32,7 +37,10 @@ def convert(checkpoint: Checkpoint, part: str = "") -> Converted:
             "file"
         )
     config = _configuration(state)
-    state.tensors["average"] = _average(state, average, config)
+    if options.get("start_from_latent_avg", True):
+        state.tensors["average"] = _average(state, average, config)
+    else:  # its styles are whole, not differences from the average
+        state.tensors["average"] = torch.zeros(config.num_ws, config.w_width)
     return fill(E4EEncoder, "e4e", config, state, f"the encoder of {layout}", what=_WHAT)
 
 
@@ -55,6 +63,20 @@ def _encoder(checkpoint: Checkpoint) -> tuple[str, Any, Any]:
         f"import_weights: {checkpoint.name} must hold encoder_state_dict, or state_dict with names in encoder., got "
         "neither; check the file"
     )
+
+
+def _options(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The training options that a file keeps, as official ones do; {} for none. Raises WeightsError for an encoder of
+    another kind: pSp's has the same tensors, and reads them otherwise."""
+    kept = checkpoint.content.get("opts")
+    options = kept if isinstance(kept, Mapping) else vars(kept) if isinstance(kept, argparse.Namespace) else {}
+    kind = options.get("encoder_type", _KIND)
+    if kind != _KIND:
+        raise WeightsError(
+            f"import_weights: {checkpoint.name} must be {_KIND}, got {str(kind)[:80]!r} as its encoder_type; use an "
+            "encoder that e4e trained"
+        )
+    return options
 
 
 def _configuration(state: State) -> E4EConfig:

@@ -153,6 +153,27 @@ def test_damaged_files_are_refused(change: str, message: str, tmp_path: Path) ->
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("as_mapping", [True, False])
+def test_encoders_of_other_kinds_are_refused_by_what_they_say(as_mapping: bool, tmp_path: Path) -> None:
+    """pSp's has the tensors of e4e's, but each style is its own and no difference from the first."""
+    options = {"encoder_type": "GradualStyleEncoder", "start_from_latent_avg": True}
+    content = official(original.encoder_state(), average(1))
+    content["opts"] = options if as_mapping else Namespace(**options)
+    with pytest.raises(WeightsError, match=r"e4e\.pt must be Encoder4Editing, got 'GradualStyleEncoder'"):
+        imported(content, tmp_path)
+
+
+def test_an_encoder_that_does_not_start_from_the_average_keeps_none(tmp_path: Path) -> None:
+    state = original.encoder_state()
+    content = official(state, average(1))
+    content["opts"] = {"encoder_type": "Encoder4Editing", "start_from_latent_avg": False}
+    encoder = imported(content, tmp_path)
+    assert not encoder.average.any()
+    with torch.no_grad():
+        theirs = original.encode(state, torch.zeros(5), image())
+        torch.testing.assert_close(encoder(image()), theirs, rtol=0, atol=1e-4)
+
+
 def test_there_is_one_part(tmp_path: Path) -> None:
     torch.save(official(original.encoder_state(), average(1)), tmp_path / "e4e.pt")
     with pytest.raises(UnknownNameError, match="part must be left out for e4e, got 'decoder'"):
