@@ -28,14 +28,14 @@ from faceedit.maskfacegan.perceptual import StageFeatures
 from faceedit.networks.classifier import AttributeClassifier
 from faceedit.networks.folding import for_inference
 
-# What each part is for an error message, and how to come by it.
+# What each part is for an error message, how to come by it, and the kind that it has to be ("" where several will do).
 _PARSER_KINDS = ("parser", "deeplab-parser", "fcn-parser", "region-unet-parser")
 _PARTS = {
-    "generator": ("a StyleGAN2 generator", "faceedit weights import stylegan2"),
-    "classifier": ("an attribute classifier", "faceedit weights import maskfacegan-classifier"),
-    "parser": ("a face parser", "faceedit weights import maskfacegan-parser"),
-    "encoder": ("an encoder", "faceedit weights import e4e"),
-    "features": ("a feature network", "faceedit weights list"),
+    "generator": ("a StyleGAN2 generator", "faceedit weights import stylegan2", "stylegan2"),
+    "classifier": ("an attribute classifier", "faceedit weights import maskfacegan-classifier", ""),
+    "parser": ("a face parser", "faceedit weights import maskfacegan-parser", ""),
+    "encoder": ("an encoder", "faceedit weights import e4e", "e4e"),
+    "features": ("a feature network", "faceedit weights list", "attribute-classifier"),
 }
 
 
@@ -63,11 +63,16 @@ class Bundle:
         return from_dict(MaskFaceGANConfig, {**to_dict(preset(preset_name)), **self.config}, where="config")
 
     def files(self) -> list[Path]:
-        """The weights' files on this machine, in the order of the fields. Raises UnknownNameError, WeightsError."""
+        """The weights' files on this machine, in the order of the fields, without features that may be missing.
+
+        Raises UnknownNameError, WeightsError.
+        """
         from faceedit.registry import find
 
-        names = (self.generator, self.classifier, self.parser, self.encoder, self.features)
-        return [find(name).path for name in names if name]
+        named = {part: getattr(self, part) for part in _PARTS}
+        if _lacks_features(self.features):
+            named["features"] = ""
+        return [find(name, _PARTS[part][2]).path for part, name in named.items() if name]
 
 
 STARTER = Bundle(
@@ -114,7 +119,7 @@ def load_networks(bundle: Bundle, device: torch.device) -> Networks:
 
     Raises: WeightsError that says what to train or import when one is missing or of another kind.
     """
-    generator = _load("generator", bundle.generator, device, "stylegan2")
+    generator = _load("generator", bundle.generator, device)
     classifier = _load("classifier", bundle.classifier, device)
     if not hasattr(getattr(classifier, "config", None), "attributes"):
         raise WeightsError(
@@ -127,7 +132,7 @@ def load_networks(bundle: Bundle, device: torch.device) -> Networks:
             f"maskfacegan: parser must be a face parser, got {parser.header.kind} in {bundle.parser}; name other "
             "weights"
         )
-    encoder = _load("encoder", bundle.encoder, device, "e4e") if bundle.encoder else None
+    encoder = _load("encoder", bundle.encoder, device) if bundle.encoder else None
     if encoder is not None:
         _check_encoder(generator, encoder, bundle)
     return Networks(
@@ -155,19 +160,20 @@ def _check_encoder(generator: nn.Module, encoder: nn.Module, bundle: Bundle) -> 
         )
 
 
-def _load(part: str, weights: str, device: torch.device, kind: str = "") -> nn.Module:
-    from faceedit.registry import load_network
+def _load(part: str, weights: str, device: torch.device) -> nn.Module:
+    from faceedit.registry import find, load_network
 
-    what, how = _PARTS[part]
+    what, how, kind = _PARTS[part]
     try:
-        return load_network(weights, device, kind=kind)
+        find(weights, kind)
     except (UnknownNameError, WeightsError) as error:
-        if isinstance(error, WeightsError) and not _is_missing(weights):
+        if isinstance(error, WeightsError) and not (weights.endswith(".safetensors") and _is_missing(weights)):
             raise
         raise WeightsError(
             f"maskfacegan: {part} must be {what} that is installed, got {weights!r}; train one (docs/maskfacegan.md) "
             f"or run `{how}`, and name it in a bundle"
         ) from error
+    return load_network(weights, device, kind=kind)
 
 
 def _is_missing(path: str) -> bool:
@@ -180,11 +186,17 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def _features(weights: str, device: torch.device) -> StageFeatures | None:
+def _lacks_features(weights: str) -> bool:
+    """Whether these are the features that bundles have by default, and not installed. Global edits alone need them, and
+    say so."""
     from faceedit.registry import list_weights
 
-    if weights == Bundle().features and all(row.name != weights for row in list_weights()):
-        return None  # needed by global edits alone, which say so
-    network = _load("features", weights, device, "attribute-classifier")
+    return weights == Bundle().features and all(row.name != weights for row in list_weights())
+
+
+def _features(weights: str, device: torch.device) -> StageFeatures | None:
+    if _lacks_features(weights):
+        return None
+    network = _load("features", weights, device)
     assert isinstance(network, AttributeClassifier)
     return StageFeatures(for_inference(network.features), network.config.size_px)

@@ -28,7 +28,7 @@ from faceedit.maskfacegan.outcome import EditCancelledError, OptimizationError, 
 from faceedit.maskfacegan.trajectory import Trajectory
 from faceedit.parsing import FaceParser, FaceRecord
 from faceedit.pipeline import edit
-from faceedit.registry import DIRECTORY_VARIABLE
+from faceedit.registry import DIRECTORY_VARIABLE, pin_weights
 
 SMILE = AttributeEdit({"Smiling": 1.0})
 
@@ -135,6 +135,47 @@ def test_missing_starter_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("faceedit.registry.PACKAGED", tmp_path)
     with pytest.raises(WeightsError, match=r"stylegan2-starter.*train one.*faceedit weights import stylegan2"):
         load_editor("maskfacegan")
+
+
+def test_registered_weights_that_are_damaged_are_not_called_missing(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes((bundle.parent / "g.safetensors").read_bytes())
+    pin_weights("mine", file)
+    listing = write_bundle(bundle.parent, "registered.json", generator="mine")
+    load_editor("maskfacegan", listing)
+    whole = file.read_bytes()
+    for damage, words in ((whole[:-1] + b"!", "must have SHA-256"), (b"text", "must be a safetensors file")):
+        file.write_bytes(damage)
+        with pytest.raises(WeightsError, match=words):
+            load_editor("maskfacegan", listing)
+    file.write_bytes((bundle.parent / "c.safetensors").read_bytes())
+    with pytest.raises(WeightsError, match="must hold a stylegan2, got attribute-classifier"):
+        load_editor("maskfacegan", listing)
+    (tmp_path / "index.json").write_text("[")
+    with pytest.raises(WeightsError, match="must be a valid index"):
+        load_editor("maskfacegan", listing)
+
+
+def test_the_files_of_a_bundle_are_those_that_were_loaded(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    monkeypatch.setattr("faceedit.registry.PACKAGED", tmp_path)
+    for name in ("g", "c"):
+        (tmp_path / f"{name}.safetensors").write_bytes((bundle.parent / f"{name}.safetensors").read_bytes())
+    pin_weights("stylegan2-starter", tmp_path / "g.safetensors")
+    tagged = write_bundle(bundle.parent, "tagged.json", generator="starter", features=Bundle().features)
+    loaded = load_editor("maskfacegan", tagged)
+    assert isinstance(loaded, MaskFaceGANEditor)
+    assert loaded.networks.features is None
+    assert [path.name for path in loaded.files] == ["tagged.json", "g.safetensors", "c.safetensors", "p.safetensors"]
+    pin_weights("attribute-classifier-starter", tmp_path / "c.safetensors")
+    tagged = write_bundle(bundle.parent, "tagged.json", generator="starter", features="starter")
+    assert read_bundle(tagged).files()[-1] == tmp_path / "c.safetensors"
+    assert load_editor("maskfacegan", tagged).networks.features is not None
 
 
 @pytest.mark.parametrize(
