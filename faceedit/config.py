@@ -122,6 +122,23 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
 
 
+def check_choices(config: Any) -> None:
+    """Refuse a value that is none of its field's `Literal` choices, which Python itself takes; for `__post_init__`.
+
+    Raises: UnknownNameError that lists the closest ones.
+    """
+    kinds = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        if typing.get_origin(kinds[field.name]) is not typing.Literal:
+            continue
+        value, choices = getattr(config, field.name), typing.get_args(kinds[field.name])
+        if value not in choices:
+            raise UnknownNameError(
+                f"{type(config).__name__}: {field.name} must be one of {', '.join(map(str, choices))}, got "
+                f"{_shown.repr(value)}; {suggestion(str(value), [str(choice) for choice in choices])}"
+            )
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)

@@ -28,6 +28,9 @@ Embedding = Callable[[Tensor], Sequence[Tensor]]
 """What images are compared by: N×3×S×S in [-1, 1] to tensors N×…, whose squared differences are summed over all."""
 
 
+_MAX_RATE = 1e30  # what Adam can compute with
+
+
 class ProjectionError(FaceEditError):
     """The optimisation left the range of numbers."""
 
@@ -62,6 +65,8 @@ class ProjectionConfig:
         for name in ("rate", "spread_until"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"ProjectionConfig: {name} must be positive, got {getattr(self, name)}; raise it")
+        if self.rate > _MAX_RATE:
+            raise ValueError(f"ProjectionConfig: rate must be at most {_MAX_RATE:g}, got {self.rate:g}; lower it")
         if self.space not in ("w+", "w"):
             raise ValueError(f'ProjectionConfig: space must be "w+" or "w", got {self.space!r}; choose one of them')
 

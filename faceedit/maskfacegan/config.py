@@ -7,9 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_type_hints
 
+from faceedit.config import check_choices
 from faceedit.errors import OutOfRangeError, UnknownNameError, suggestion
+
+MAX_RATE = 1e30
+"""What Adam can compute with; far below, an edit leaves the range of numbers and says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +77,10 @@ class MaskFaceGANConfig:
     cuda_graph: bool = True
 
     def __post_init__(self) -> None:
+        check_choices(self)
         kinds = get_type_hints(type(self))
         for field in fields(self):
             value, kind = getattr(self, field.name), kinds[field.name]
-            if (choices := get_args(kind)) and value not in choices:
-                raise UnknownNameError(
-                    f"MaskFaceGANConfig: {field.name} must be one of {', '.join(choices)}, got {value!r}; "
-                    f"{suggestion(str(value), choices)}"
-                )
             if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
                 raise OutOfRangeError(
                     f"MaskFaceGANConfig: {field.name} must be a whole number, got {value!r}; "
@@ -96,6 +96,11 @@ class MaskFaceGANConfig:
                 f"MaskFaceGANConfig: latent_steps, noise_stop_px and both rates must be positive, got "
                 f"{self.latent_steps}, {self.noise_stop_px}, {self.latent_rate:g} and {self.noise_rate:g}; "
                 "noise_steps=0 leaves the noise stage out"
+            )
+        if max(self.latent_rate, self.noise_rate) > MAX_RATE:
+            raise OutOfRangeError(
+                f"MaskFaceGANConfig: rates must be at most {MAX_RATE:g}, got {self.latent_rate:g} and "
+                f"{self.noise_rate:g}; the defaults are 0.001 and 0.1"
             )
         if not 0 < self.epsilon < 0.5:
             raise OutOfRangeError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from faceedit.attributes import CLASSIFIER_ORDER, check_attribute
+from faceedit.config import check_choices
 from faceedit.networks.folding import for_inference
 from faceedit.networks.resizing import resize_square
 
@@ -31,6 +32,7 @@ class AttributeNetworkConfig:
     size_px: int = 224
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in self.attributes:
             check_attribute(name)
         if not self.attributes or len(set(self.attributes)) < len(self.attributes):

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from torchvision import models
+
+from faceedit.errors import UnknownNameError, suggestion
 
 DilatedBackbone = Literal["resnet50", "resnet101", "mobilenet_v3_large"]
 
@@ -22,8 +24,13 @@ def dilated_backbone(name: DilatedBackbone, width: float, output_stride: int) ->
 
     Args:    width, of the layers that torchvision lets one scale: the inner convolutions of a ResNet's bottlenecks, all
              layers of MobileNetV3; 1 is the published network.
-    Raises:  ValueError on a width that leaves a layer empty, or another output stride than 8 and 16.
+    Raises:  ValueError on another name, a width that leaves a layer empty, or another output stride than 8 and 16.
     """
+    if name not in (choices := get_args(DilatedBackbone)):
+        raise UnknownNameError(
+            f"dilated_backbone: name must be one of {', '.join(choices)}, got {name!r}; "
+            f"{suggestion(str(name), choices)}"
+        )
     if output_stride not in _MOBILENET_STRIDES:
         raise ValueError(f"dilated_backbone: output_stride must be 8 or 16, got {output_stride}; choose one of these")
     if not 1 / 16 <= width <= 4:

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN
+from faceedit.config import check_choices
 from faceedit.kernels import noise_bias_act
 from faceedit.labels import scheme
 from faceedit.networks.resizing import resize
@@ -65,6 +66,7 @@ class MagGANConfig:
     blend: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.encoder_stages < 1 or self.size_px % 2**self.encoder_stages:
             raise ValueError(
                 f"MagGANConfig: size_px must be a multiple of 2**encoder_stages, got {self.size_px} and "

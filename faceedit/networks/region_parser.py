@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from faceedit.config import check_choices
 from faceedit.labels import MASKFACEGAN, scheme
 from faceedit.networks.folding import for_inference
 from faceedit.networks.resizing import resample, resize_square
@@ -17,13 +18,14 @@ class RegionParserConfig:
     """What every region parser has.
 
     Args:   size_px, side that images are resized to; label_scheme, whose classes the channels are.
-    Raises: UnknownNameError for a scheme that does not exist; ValueError on a size.
+    Raises: UnknownNameError for a scheme or a backbone that does not exist; ValueError on a size.
     """
 
     size_px: int = 512
     label_scheme: str = MASKFACEGAN.name
 
     def __post_init__(self) -> None:
+        check_choices(self)
         scheme(self.label_scheme)
         if self.size_px < 32 or self.size_px % 32:
             raise ValueError(

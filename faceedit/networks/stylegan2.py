@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from faceedit.config import check_choices
 from faceedit.kernels import (
     downsample2d,
     fir_epilogue,
@@ -50,6 +51,9 @@ class Precision:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     from_px: int = 64
 
+    def __post_init__(self) -> None:
+        check_choices(self)
+
     def at(self, size_px: int, full: torch.dtype = torch.float32) -> torch.dtype:
         """The dtype of activations of that size in a network whose parameters are `full`."""
         is_half = self.dtype != "float32" and size_px >= self.from_px
@@ -73,6 +77,7 @@ class _Pyramid:
     precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:
+        check_choices(self)
         name = type(self).__name__
         if not MIN_PX <= self.size_px <= MAX_PX or self.size_px & (self.size_px - 1):
             raise ValueError(
@@ -157,9 +162,7 @@ class StyleGAN2DiscriminatorConfig(_Pyramid):
     def __post_init__(self) -> None:
         _Pyramid.__post_init__(self)
         if self.group_size < 1:
-            raise ValueError(
-                f"StyleGAN2DiscriminatorConfig: group_size must be positive, got {self.group_size}; the paper has 4"
-            )
+            raise ValueError(f"StyleGAN2DiscriminatorConfig: group_size must be positive, got {self.group_size}; use 4")
 
 
 def size_at(level: int) -> int:
@@ -197,9 +200,7 @@ class MappingNetwork(nn.Module):
     def w(self, z: Tensor) -> Tensor:
         """One w (N, w_width) for each z, not truncated."""
         if z.ndim != 2 or z.shape[1] != self.config.z_width:
-            raise ValueError(
-                f"MappingNetwork: z must be (N,{self.config.z_width}), got {tuple(z.shape)}; draw it with torch.randn"
-            )
+            raise ValueError(f"MappingNetwork: z must be (N,{self.config.z_width}), got {tuple(z.shape)}; use torch.randn")
         x = z * (z.square().mean(1, keepdim=True) + _NORM_EPS).rsqrt()
         for layer in self.layers:
             x = layer(x)

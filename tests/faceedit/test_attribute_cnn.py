@@ -80,5 +80,7 @@ def test_rejects_mistakes(network: AttributeNetwork) -> None:
         AttributeCNNConfig(backbone="resnet34", width=0.5)
     with pytest.raises(ValueError, match="width must be in"):
         AttributeCNNConfig(width=0)
+    with pytest.raises(ValueError, match=r"backbone must be one of vgg16, .*, got 'vgg11'; did you mean vgg1"):
+        AttributeCNNConfig(backbone="vgg11")
     with pytest.raises(ValueError, match=r"AttributeCNN: image must be \(N,3,S,S\)"):
         network(torch.zeros(3, 32, 32))

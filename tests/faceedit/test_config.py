@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from faceedit.config import from_dict, to_dict
+from faceedit.config import check_choices, from_dict, to_dict
 from faceedit.errors import UnknownNameError, UsageError
 
 
@@ -73,3 +73,9 @@ def test_integers_become_floats_only_where_asked():
 def test_rejects(mapping, error, text):
     with pytest.raises(error, match=text):
         from_dict(Recipe, mapping)
+
+
+def test_choices_are_checked_where_from_dict_did_not() -> None:
+    check_choices(Recipe(steps=1))
+    with pytest.raises(UnknownNameError, match="Recipe: precision must be one of fp32, bf16, got 'fp64'; did you mean"):
+        check_choices(Recipe(steps=1, precision="fp64"))  # type: ignore[arg-type]

@@ -298,6 +298,9 @@ def test_rejects_mistakes():
         MagGANConfig(size_px=100)
     with pytest.raises(ValueError, match="stu_units"):
         MagGANConfig(stu_units=5)
+    for field in ("decoder", "encoder_norm", "decoder_norm", "output"):
+        with pytest.raises(ValueError, match=f"MagGANConfig: {field} must be one of .*, got 'spad'"):
+            MagGANConfig(**{field: "spad"})
     with pytest.raises(ValueError, match="is_pooled"):
         MagGANDiscriminatorConfig(levels=2)
     with pytest.raises(ValueError, match="image must be"):

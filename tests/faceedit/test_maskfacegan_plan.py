@@ -182,6 +182,8 @@ def test_the_fast_preset_differs_in_counts_and_the_rate_alone() -> None:
         ({"latent_steps": 0}, "latent_steps"),
         ({"semantic_weight": -1.0}, "semantic_weight"),
         ({"noise_rate": float("nan")}, "noise_rate"),
+        ({"latent_rate": 1e38}, r"rates must be at most 1e\+30, got 1e\+38 and 0\.1"),
+        ({"noise_rate": 1e38}, r"rates must be at most 1e\+30"),
         ({"epsilon": 0.5}, "epsilon"),
         ({"semantic_start": 1000}, "nothing would be edited"),
         ({"dynamic_stop": 499}, "dynamic_stop"),

@@ -194,6 +194,8 @@ def test_mistakes_are_named(generator: StyleGAN2Generator) -> None:
         project(generator, image, SHORT, start=torch.zeros(1, 4, 8))
     with pytest.raises(ValueError, match="callback_every must be positive"):
         project(generator, image, SHORT, callback_every=0)
+    with pytest.raises(ValueError, match=r"rate must be at most 1e\+30, got 1e\+38"):
+        ProjectionConfig(rate=1e38)
     with pytest.raises(ValueError, match='space must be "w\\+" or "w"'):
         ProjectionConfig(space="z")  # type: ignore[arg-type]
     with pytest.raises(ProjectionError, match="distance must be finite, got nan or inf by step 11 for image 0"):

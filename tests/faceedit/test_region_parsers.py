@@ -161,6 +161,12 @@ def test_saved_parser_loads(parser: RegionParser, kind: str, tmp_path) -> None:
 def test_rejects_mistakes(parser: RegionParser) -> None:
     with pytest.raises(UnknownNameError, match="celebamask-hq"):
         DeepLabConfig(label_scheme="celebamask")
+    with pytest.raises(ValueError, match=r"DeepLabConfig: backbone must be one of .*, got 'resnet18'; did you mean"):
+        DeepLabConfig(backbone="resnet18")
+    with pytest.raises(ValueError, match="FCNConfig: backbone must be one of resnet50, resnet101"):
+        FCNConfig(backbone="mobilenet_v3_large")
+    with pytest.raises(ValueError, match=r"dilated_backbone: name must be one of .*, got 'resnet18'; did you mean"):
+        dilated_backbone("resnet18", 1.0, 8)
     for mistake, words in (
         ({"size_px": 100}, "multiple of 32, got 100"),
         ({"head_width": 0}, "head_width and rates must be positive"),

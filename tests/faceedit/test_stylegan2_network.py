@@ -345,6 +345,15 @@ def test_rejects_mistakes():
         (r"fir must be four taps", lambda: StyleGAN2Config(fir=(1.0, 2.0, 1.0))),
         (r"fir must be four taps", lambda: StyleGAN2Config(fir=(1.0, -1.0, 1.0, -1.0))),
         (r"mapping_layers and mapping_rate must be positive", lambda: StyleGAN2Config(mapping_layers=0)),
+        (
+            r"StyleGAN2Config: architecture must be one of .*did you mean skip",
+            lambda: StyleGAN2Config(architecture="Skip"),
+        ),
+        (
+            r"StyleGAN2DiscriminatorConfig: architecture must be one of skip, resnet, orig, got 'residual'",
+            lambda: StyleGAN2DiscriminatorConfig(architecture="residual"),
+        ),
+        (r"Precision: dtype must be one of float32, bfloat16, float16, got 'bf16'", lambda: Precision("bf16")),
         (r"group_size must be positive", lambda: StyleGAN2DiscriminatorConfig(group_size=0)),
     ):
         with pytest.raises(ValueError, match=match):
