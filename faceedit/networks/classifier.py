@@ -78,7 +78,15 @@ class AttributeClassifier(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, image: Tensor) -> Tensor:
-        """Probabilities (N,A) of an image (N,3,H,W) of any size in [-1, 1], resized with antialiasing first."""
+        """Probabilities (N,A) of an image (N,3,H,W) of any size in [-1, 1], resized with antialiasing first.
+
+        Raises ValueError on another shape.
+        """
+        if image.ndim != 4 or image.shape[1] != 3 or not image.shape[2] * image.shape[3]:
+            raise ValueError(
+                f"AttributeClassifier.probabilities: image must be (N,3,H,W), got {tuple(image.shape)}; add a batch "
+                "axis or convert it to RGB"
+            )
         side = (self.config.size_px, self.config.size_px)
         if image.shape[-2:] != side:
             image = F.interpolate(image, side, mode="bilinear", align_corners=False, antialias=True)

@@ -60,6 +60,7 @@ class ParserNet(nn.Module):
 
     Flow:    space-to-depth stem S/2 -> encoder to S/32 -> context -> decoder to S/2, skips added -> depth-to-space head
     Args:    image (N,3,S,S) in [-1, 1], S a multiple of 32.   Returns: logits (N,19,S,S), CelebAMask-HQ order.
+    Raises:  ValueError on the image's shape.
     Config:  ParserConfig, frozen.   Weights: "parser-starter".   Recipe: training/recipes/parser-starter.yaml.
     Source:  U-Net (Ronneberger et al. 2015) with additive skips; the sizes are this project's own.
     """
@@ -81,6 +82,12 @@ class ParserNet(nn.Module):
         self.head = nn.Conv2d(widths[0], 4 * self.config.num_classes, 3, padding=1)
 
     def forward(self, image: Tensor) -> Tensor:
+        step = 2 ** len(self.encoder)  # 32, unless the configuration has other levels
+        if image.ndim != 4 or image.shape[1:3] != (3, image.shape[3]) or not image.shape[3] or image.shape[3] % step:
+            raise ValueError(
+                f"ParserNet: image must be (N,3,S,S) with S a multiple of {step}, got {tuple(image.shape)}; crop an "
+                "aligned square and resize it"
+            )
         x = self.stem(F.pixel_unshuffle(image, 2))  # N×24×S/2
         skips = []
         for stage in self.encoder:

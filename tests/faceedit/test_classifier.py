@@ -58,6 +58,9 @@ def test_probabilities_resize():
 def test_rejects_mistakes():
     with pytest.raises(ValueError, match=r"image must be \(N,3,16,16\)"):
         AttributeClassifier(TINY)(torch.zeros(1, 3, 32, 32))
+    for shape in ((3, 16, 16), (3, 20, 20), (1, 1, 20, 20), (1, 3, 0, 20)):
+        with pytest.raises(ValueError, match=r"AttributeClassifier\.probabilities: image must be \(N,3,H,W\), got \("):
+            AttributeClassifier(TINY).probabilities(torch.zeros(shape))
     with pytest.raises(UnknownAttributeError, match="Blond_Hair"):
         AttributeClassifierConfig(("Blond",))
     with pytest.raises(ValueError, match="multiple of"):

@@ -13,6 +13,7 @@ from faceedit.alignment import portrait_alignment
 from faceedit.detection import FaceBox, FaceSearch, Proposals
 from faceedit.errors import FaceCutOffError, FaceTooSmallError, NoFaceError, OutOfRangeError
 from faceedit.labels import CELEBAMASK_HQ, flip_soft
+from faceedit.networks.parser import ParserConfig, ParserNet
 from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, image_tensor, inside_photo
 
 
@@ -210,3 +211,11 @@ def test_the_palette_parser_can_be_wrong() -> None:
     """The oracle these tests lean on reads colours: another colour, another class."""
     crop = image_tensor(np.full((32, 32, 3), CELEBAMASK_HQ.palette[CELEBAMASK_HQ.id("hat")], np.uint8))
     assert (PaletteParser()(crop).argmax(1) == CELEBAMASK_HQ.id("hat")).all()
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 3, 48, 48), (1, 3, 64, 32), (1, 3, 0, 0)])
+def test_the_network_refuses_images_that_it_cannot_halve(shape: tuple[int, ...]) -> None:
+    network = ParserNet(ParserConfig(widths=(4,) * 5, blocks=(1,) * 5)).eval()
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 19, 64, 64)
+    with pytest.raises(ValueError, match=r"ParserNet: image must be \(N,3,S,S\) with S a multiple of 32, got \("):
+        network(torch.zeros(shape))
