@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from faceedit.cli import options
 from faceedit.cli.files import check_distinct
 from faceedit.cli.output import print_json
+from faceedit.errors import FaceEditError
+
+if TYPE_CHECKING:
+    from faceedit.registry import WeightSpec
 
 app = typer.Typer(help="List, describe and import weights.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -23,23 +27,35 @@ def list_(json: options.Json = False) -> None:
     """
     from faceedit.registry import list_weights
 
-    rows = [
-        {
-            "name": row.name,
-            "kind": row.header.kind,
-            "mib": round(row.bytes / 2**20, 2),
-            "licence": row.header.licence,
-            "training_data": row.header.training_data,
-        }
-        for row in list_weights()
-    ]
+    rows = [_row(spec) for spec in list_weights()]
     if json:
         print_json(rows)
         return
     for row in rows:
         typer.echo(
-            f"{row['name']:<24} {row['kind']:<12} {row['mib']:6.1f} MiB  {row['licence']:<12} {row['training_data']}"
+            f"{row['name']:<24} UNUSABLE: {row['problem']}"
+            if row["problem"]
+            else f"{row['name']:<24} {row['kind']:<12} {row['mib']:6.1f} MiB  {row['licence']:<12} "
+            f"{row['training_data']}"
         )
+
+
+def _row(spec: WeightSpec) -> dict[str, Any]:
+    """What the list says of one file; a file that cannot be read is a row with a problem, for the others still can."""
+    kind, licence, training_data, problem = "unknown", "", "", ""
+    try:
+        header = spec.header
+        kind, licence, training_data = header.kind, header.licence, header.training_data
+    except FaceEditError as error:
+        problem = str(error)
+    return {
+        "name": spec.name,
+        "kind": kind,
+        "mib": round(spec.bytes / 2**20, 2),
+        "licence": licence,
+        "training_data": training_data,
+        "problem": problem,
+    }
 
 
 @app.command("show")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from faceedit.cli import bench
 from faceedit.config import to_dict
 from faceedit.kernels.benchmarking import machine
 from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
-from faceedit.registry import METADATA_KEY, read_header
+from faceedit.registry import DIRECTORY_VARIABLE, METADATA_KEY, read_header
 from faceedit.training.trainer import TrainingResult
 
 COMMANDS = (
@@ -363,6 +364,22 @@ def test_weights_list_and_show(run: Run) -> None:
     assert shown["licence"] == "Apache-2.0"
     assert "training_data" in run("weights", "show", "maggan-starter").out
     run("weights", "show", "magan-starter").refused(2, "maggan-starter")
+
+
+def test_a_missing_file_is_listed_as_unusable_among_the_others(
+    run: Run, weights_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in weights_dir.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "m.safetensors").unlink()
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    outcome = run("weights", "list")
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"maggan-starter +UNUSABLE: read_header: .*m\.safetensors", outcome.out)
+    assert re.search(r"parser-starter +parser .*Apache-2\.0", outcome.out)
+    rows = {row["name"]: row for row in json.loads(run("weights", "list", "--json").out)}
+    assert "m.safetensors" in rows["maggan-starter"]["problem"]
+    assert (rows["parser-starter"]["kind"], rows["parser-starter"]["problem"]) == ("parser", "")
 
 
 def test_train_dry_run_prints_the_recipe(run: Run, tmp_path: Path) -> None:
