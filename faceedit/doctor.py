@@ -41,14 +41,17 @@ def examine() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "devices": _devices(),
         "kernels": _kernels(),
+        "weights_folders": _weights_folders(),
         "weights": _weights(),
         "extras": {name: _extra(extra) for name, extra in EXTRAS.items()},
     }
 
 
 def is_healthy(report: Mapping[str, Any]) -> bool:
-    """Can this installation edit a photo? Compiled kernels and extras are faster or more, never required."""
-    return bool(report["weights"]) and all(row["verified"] for row in report["weights"])
+    """Can this installation edit a photo? Compiled kernels and extras are faster or more, never required, and files
+    that no index names may be anything."""
+    pinned = [row for row in report["weights"] if row.get("pinned", True)]
+    return bool(pinned) and all(row["verified"] for row in pinned)
 
 
 def _version(package: str) -> str | None:
@@ -76,21 +79,32 @@ def _extra(extra: Extra) -> dict[str, Any]:
     return {"installed": not missing, "missing": missing, "gives": extra.gives}
 
 
+def _weights_folders() -> list[str]:
+    """Where weights are looked for, in this order; none where $FACEEDIT_WEIGHTS is wrong, as the weights' row says."""
+    from faceedit.errors import FaceEditError
+    from faceedit.registry import directories
+
+    try:
+        return [str(folder) for folder in directories()]
+    except FaceEditError:
+        return []
+
+
 def _weights() -> list[dict[str, Any]]:
-    """Every registered file, read and compared with its pinned checksum."""
+    """Every registered file, read and compared with its pinned checksum, if it has one."""
     from faceedit.errors import FaceEditError
     from faceedit.registry import list_weights, sha256_of
 
     try:
         specs = list_weights()
     except FaceEditError as error:
-        index = {"name": "index.json", "kind": "unknown", "path": "", "bytes": 0, "verified": False}
-        return [{**index, "problem": str(error)}]
+        registry = {"name": "registry", "kind": "unknown", "path": "", "bytes": 0, "pinned": True, "verified": False}
+        return [{**registry, "problem": str(error)}]
     rows = []
     for spec in specs:
         problem = ""
         try:
-            if sha256_of(spec.path) != spec.sha256:
+            if spec.sha256 not in ("", sha256_of(spec.path)):
                 problem = "its SHA-256 differs from the registry's; reinstall the package"
             kind = spec.header.kind
         except FaceEditError as error:
@@ -101,6 +115,7 @@ def _weights() -> list[dict[str, Any]]:
                 "kind": kind,
                 "path": str(spec.path),
                 "bytes": spec.bytes,
+                "pinned": bool(spec.sha256),
                 "verified": not problem,
                 "problem": problem,
             }

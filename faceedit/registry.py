@@ -110,16 +110,31 @@ class WeightSpec:
 
 
 def directories() -> tuple[Path, ...]:
-    """Folders that hold registered weights, first match wins: $FACEEDIT_WEIGHTS when set, then the package's own."""
+    """Folders that hold registered weights, first match wins: $FACEEDIT_WEIGHTS when set, then the package's own.
+
+    Raises WeightsError when the variable names no folder.
+    """
     override = os.environ.get(DIRECTORY_VARIABLE)
-    return (Path(override), PACKAGED) if override else (PACKAGED,)
+    if not override:
+        return (PACKAGED,)
+    folder = os.path.expanduser(override)
+    if not os.path.isdir(folder):
+        raise WeightsError(
+            f"directories: {DIRECTORY_VARIABLE} must name a folder, got {override[:300]}; correct it or unset it"
+        )
+    return (Path(folder), PACKAGED)
 
 
 def list_weights() -> tuple[WeightSpec, ...]:
-    """Every registered row, in order of name. Raises WeightsError for an index that cannot be read."""
+    """Every registered row, in order of name.
+
+    Files of $FACEEDIT_WEIGHTS that its index does not name (it need not have one) are rows as well, called as their
+    stems and not pinned. Raises WeightsError for a folder that is none or an index that cannot be read.
+    """
     rows: dict[str, WeightSpec] = {}
     for directory in directories():
-        for row in _read_index(directory):
+        indexed = _read_index(directory)
+        for row in indexed if directory == PACKAGED else [*indexed, *_unindexed(directory, indexed)]:
             rows.setdefault(row.name, row)
     return tuple(rows[name] for name in sorted(rows))
 
@@ -141,7 +156,7 @@ def find(name_or_path: str | os.PathLike[str], kind: str = "") -> WeightSpec:
     if path.suffix == ".safetensors" or path.is_file():
         if not path.is_file():
             raise WeightsError(f"find: weights must be a readable file, got {name}; check the path")
-        return WeightSpec(path.stem, path.name, "", path.stat().st_size, path=path)
+        return _unpinned(path)
     if not rows:
         raise UnknownNameError(
             f"find: weights must be registered, got {name!r}; none is installed, give a path instead"
@@ -152,21 +167,26 @@ def find(name_or_path: str | os.PathLike[str], kind: str = "") -> WeightSpec:
 def describe(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     """All that is known about some weights, as plain data: row, header and the text of the model card.
 
+    Size and SHA-256 are the file's own; where the index pins another, "problem" says so, else it is "".
+
     Raises: UnknownNameError; WeightsError for a file that does not hold the network it describes. Values are not read.
     """
     row = find(name_or_path)
     header, shapes = _contents(row.path)
     _configured(header, shapes, row.path)
     card = row.path.parent / row.card if row.card else None
+    digest = sha256_of(row.path)
+    is_altered = row.sha256 not in ("", digest)
     return {
         "name": row.name,
         "file": str(row.path),
-        "bytes": row.bytes,
-        "sha256": row.sha256 or sha256_of(row.path),
+        "bytes": row.path.stat().st_size,
+        "sha256": digest,
         "pinned": bool(row.sha256),
+        "problem": f"the index pins {row.sha256[:12]}…, this is another file; install it again" if is_altered else "",
         "url": row.url,
         **to_dict(header),
-        "card": card.read_text(encoding="utf-8") if card is not None and card.is_file() else "",
+        "card": card.read_text(encoding="utf-8", errors="replace") if card is not None and card.is_file() else "",
     }
 
 
@@ -428,6 +448,16 @@ def _read_index(directory: Path) -> list[WeightSpec]:
             f"list_weights: {index} must be a valid index, got {error}; install the package again"
         ) from error
     return [dataclasses.replace(row, path=directory / row.file) for row in rows]
+
+
+def _unindexed(directory: Path, indexed: list[WeightSpec]) -> list[WeightSpec]:
+    named = {row.file for row in indexed}
+    files = [path for path in directory.glob("*.safetensors") if path.name not in named and path.is_file()]
+    return [_unpinned(path) for path in files]
+
+
+def _unpinned(path: Path) -> WeightSpec:
+    return WeightSpec(path.stem, path.name, "", path.stat().st_size, path=path)
 
 
 def _some(names: list[str]) -> str:

@@ -38,9 +38,11 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     lines.append("")
     lines += _describe_kernels(report["kernels"])
     lines.append("")
-    lines.append("weights:" if report["weights"] else "weights: none installed; reinstall the package")
+    folders = "".join(f", {'then' if i else 'of'} {folder}" for i, folder in enumerate(report["weights_folders"]))
+    lines.append(f"weights{folders}:" if report["weights"] else "weights: none installed; reinstall the package")
     for row in report["weights"]:
-        state = "ok" if row["verified"] else f"UNUSABLE: {row['problem']}"
+        fine = "ok" if row["pinned"] else "ok, not pinned"
+        state = fine if row["verified"] else f"UNUSABLE: {row['problem']}"
         lines.append(f"  {row['name']:<24} {row['bytes'] / 2**20:6.1f} MiB  {state}")
     lines.append("")
     lines.append("extras:")

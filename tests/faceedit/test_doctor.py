@@ -68,6 +68,22 @@ def test_a_damaged_index_is_reported_and_not_raised(tmp_path: Path, monkeypatch:
     assert "index.json" in outcome.out
 
 
+def test_the_folder_of_the_users_weights_is_shown(
+    weights_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    """Also what lies there without being registered, which does not make the installation worse."""
+    assert f"weights, of {weights_dir}, then " in run("doctor").out
+    (tmp_path / "foreign.safetensors").write_text("nothing of ours")
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
+    outcome = run("doctor", "--json")
+    rows = {row["name"]: row for row in json.loads(outcome.out)["weights"]}
+    assert (rows["foreign"]["verified"], rows["foreign"]["pinned"], outcome.code) == (False, False, 0)
+    monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "absent"))
+    outcome = run("doctor")
+    assert outcome.code == 1
+    assert f"FACEEDIT_WEIGHTS must name a folder, got {tmp_path / 'absent'}" in outcome.out
+
+
 def test_no_weights_is_unhealthy() -> None:
     assert not doctor.is_healthy({"weights": []})
     assert doctor.is_healthy({"weights": [{"verified": True}]})

@@ -130,6 +130,20 @@ def test_altered_file_is_refused(folder, classifier):
         registry.load_network("tiny")
 
 
+def test_describe_tells_the_files_own_checksum(folder, classifier):
+    path = save(folder, classifier)
+    registry.pin_weights("tiny", path, card="tiny.md")
+    (folder / "tiny.md").write_bytes("ein Gerät".encode("latin-1"))
+    known = registry.describe("tiny")
+    assert (known["sha256"], known["problem"]) == (registry.sha256_of(path), "")
+    assert known["card"] == "ein Ger\ufffdt"
+    save(folder, classifier, training_data="something else")
+    altered = registry.describe("tiny")
+    assert altered["sha256"] == registry.sha256_of(path) != known["sha256"]
+    assert altered["bytes"] == path.stat().st_size
+    assert altered["problem"].startswith(f"the index pins {known['sha256'][:12]}")
+
+
 def test_unknown_name_suggests(folder, classifier):
     registry.pin_weights("classifier-tiny", save(folder, classifier))
     with pytest.raises(UnknownNameError, match="classifier-tiny"):
@@ -249,6 +263,29 @@ def test_a_networks_own_scheme_that_does_not_exist_is_a_weights_error(folder):
     write(path, state, header | {"config": header["config"] | {"label_scheme": "nope"}})
     with pytest.raises(WeightsError, match="known label scheme"):
         registry.load_network(path)
+
+
+@pytest.mark.parametrize("value", ["absent", "file.txt", "n" * 5000], ids=("absent", "a file", "too long"))
+def test_a_folder_that_is_none_is_named(tmp_path, monkeypatch, value):
+    (tmp_path / "file.txt").touch()
+    monkeypatch.setenv(registry.DIRECTORY_VARIABLE, str(tmp_path / value))
+    for use in (registry.list_weights, lambda: registry.load_network("parser-starter")):
+        with pytest.raises(WeightsError, match=r"FACEEDIT_WEIGHTS must name a folder, got .*; correct it or unset it"):
+            use()
+
+
+def test_files_without_an_index_go_by_their_own_names(tmp_path, classifier, monkeypatch):
+    """In the user's folder, which may be written from the home folder on."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(registry.DIRECTORY_VARIABLE, "~/weights")
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save(folder, classifier, "mine")
+    registry.pin_weights("pinned", save(folder, classifier, "other"))
+    rows = {row.name: row for row in registry.list_weights() if row.path.parent == folder}
+    assert {name: bool(row.sha256) for name, row in rows.items()} == {"mine": False, "pinned": True}
+    assert isinstance(registry.load_network("mine"), AttributeClassifier)
+    assert not registry.describe("mine")["pinned"]
 
 
 def test_bad_index_is_named(folder):
