@@ -7,6 +7,7 @@ value of the wrong type is an error everywhere and a default is written in one p
 
 import dataclasses
 import json
+import math
 import reprlib
 import types
 import typing
@@ -137,6 +138,15 @@ def check_choices(config: Any) -> None:
                 f"{type(config).__name__}: {field.name} must be one of {', '.join(map(str, choices))}, got "
                 f"{_shown.repr(value)}; {suggestion(str(value), [str(choice) for choice in choices])}"
             )
+
+
+def without_infinities(value: Any) -> Any:
+    """Plain data for JSON, which has neither NaN nor infinity: None in their place, lists for tuples."""
+    if isinstance(value, Mapping):
+        return {key: without_infinities(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> Any:

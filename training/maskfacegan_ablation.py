@@ -25,6 +25,7 @@ from torch import Tensor
 
 from faceedit.alignment import PORTRAIT_SCALE
 from faceedit.attributes import MASKFACEGAN_LOCAL
+from faceedit.config import without_infinities
 from faceedit.errors import UsageError
 from faceedit.labels import MASKFACEGAN
 from faceedit.maskfacegan.bundle import load_networks, read_bundle
@@ -93,9 +94,10 @@ class AblationReport:
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path) -> None:
-        """ablation.json and ablation.md."""
+        """ablation.json, with null for nan, and ablation.md."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ablation.json").write_text(json.dumps(asdict(self), indent=1) + "\n")
+        text = json.dumps(without_infinities(asdict(self)), indent=1, allow_nan=False)
+        (folder / "ablation.json").write_text(text + "\n")
         (folder / "ablation.md").write_text(self.markdown())
 
 

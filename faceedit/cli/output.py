@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from faceedit.config import without_infinities
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -25,8 +27,8 @@ def print_note(message: str) -> None:
 
 
 def print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write one JSON document to stdout."""
-    typer.echo(json.dumps(value, indent=2, sort_keys=False, default=str))
+    """Write one JSON document to stdout, with null for NaN and infinity."""
+    typer.echo(json.dumps(without_infinities(value), indent=2, sort_keys=False, default=str, allow_nan=False))
 
 
 def progress_bar() -> Progress:

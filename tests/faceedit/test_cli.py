@@ -24,7 +24,8 @@ from faceedit.cli import bench
 from faceedit.config import to_dict
 from faceedit.kernels.benchmarking import machine
 from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
-from faceedit.registry import DIRECTORY_VARIABLE, METADATA_KEY, read_header
+from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
+from faceedit.registry import DIRECTORY_VARIABLE, METADATA_KEY, read_header, save_weights
 from faceedit.training.trainer import TrainingResult
 
 COMMANDS = (
@@ -380,6 +381,15 @@ def test_a_missing_file_is_listed_as_unusable_among_the_others(
     rows = {row["name"]: row for row in json.loads(run("weights", "list", "--json").out)}
     assert "m.safetensors" in rows["maggan-starter"]["problem"]
     assert (rows["parser-starter"]["kind"], rows["parser-starter"]["problem"]) == ("parser", "")
+
+
+def test_documents_hold_null_for_numbers_that_json_lacks(run: Run, tmp_path: Path) -> None:
+    config = AttributeClassifierConfig(("Smiling",), size_px=16, base_width=2, stages=2, hidden_width=4)
+    network, path = AttributeClassifier(config), tmp_path / "c.safetensors"
+    facts = {"licence": "MIT", "training_data": "none", "source": "tests", "metrics": {"accuracy": float("nan")}}
+    save_weights(path, "attribute-classifier", config, network.state_dict(), **facts)
+    outcome = run("weights", "show", path, "--json")
+    assert json.loads(outcome.out, parse_constant=pytest.fail)["metrics"] == {"accuracy": None}
 
 
 def test_train_dry_run_prints_the_recipe(run: Run, tmp_path: Path) -> None:

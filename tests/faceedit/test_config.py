@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
 
-from faceedit.config import check_choices, from_dict, to_dict
+from faceedit.config import check_choices, from_dict, to_dict, without_infinities
 from faceedit.errors import UnknownNameError, UsageError
 
 
@@ -79,3 +80,10 @@ def test_choices_are_checked_where_from_dict_did_not() -> None:
     check_choices(Recipe(steps=1))
     with pytest.raises(UnknownNameError, match="Recipe: precision must be one of fp32, bf16, got 'fp64'; did you mean"):
         check_choices(Recipe(steps=1, precision="fp64"))  # type: ignore[arg-type]
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    value = {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, True, "nan")}]}
+    plain = without_infinities(value)
+    assert plain == {"a": None, "b": [1.5, None, {"c": [None, True, "nan"]}]}
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain

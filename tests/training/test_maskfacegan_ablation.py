@@ -79,8 +79,9 @@ def test_the_command_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     assert code == 0
     printed = capsys.readouterr().out
     assert all(variant in printed for variant in VARIANTS)
-    written = json.loads((tmp_path / "report" / "ablation.json").read_text())
+    written = json.loads((tmp_path / "report" / "ablation.json").read_text(), parse_constant=pytest.fail)
     assert (written["people"], written["features"]) == (2, "c")
+    assert [row["hair_iou"] for row in written["rows"]] == [None] * 3  # no hair was edited: JSON has no NaN
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
