@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from faceedit.alignment import Alignment, Framing, align_ffhq, portrait_alignment, rough_alignment
 from faceedit.detection import FaceBox, FaceSearch, Proposals
 from faceedit.devices import resolve_device
-from faceedit.errors import FaceCutOffError, FaceError, FaceTooSmallError, NoFaceError, OutOfRangeError
+from faceedit.errors import FaceCutOffError, FaceError, FaceTooSmallError, NoFaceError, OutOfRangeError, WeightsError
 from faceedit.labels import CELEBAMASK_HQ, flip_soft
 from faceedit.landmarks import landmarks_from_mask
 
@@ -334,7 +335,17 @@ def _same_face(face: AlignedFace, other: AlignedFace) -> bool:
 
 @lru_cache(maxsize=4)
 def load_parser(device: str = "cpu", weights: str = "parser-starter") -> FaceParser:
-    """The parser with registry weights on a device; loaded once a process. Raises WeightsError, DeviceError."""
+    """The parser with registry weights on a device; loaded once a process.
+
+    Raises: WeightsError, also for a parser of other classes than CelebAMask-HQ's; DeviceError.
+    """
     from faceedit.registry import load_network
 
-    return FaceParser(load_network(weights, resolve_device(device), kind="parser"), weights)
+    network: Any = load_network(weights, resolve_device(device), kind="parser")
+    classes, named = network.config.num_classes, network.header.label_scheme
+    if classes != CELEBAMASK_HQ.num_classes or named not in ("", CELEBAMASK_HQ.name):
+        raise WeightsError(
+            f"load_parser: weights must label the {CELEBAMASK_HQ.num_classes} classes of {CELEBAMASK_HQ.name}, got "
+            f"{classes}{named and f' of {named}'} in {weights}; use a parser of that label scheme"
+        )
+    return FaceParser(network, weights)

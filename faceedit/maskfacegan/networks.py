@@ -46,7 +46,7 @@ class RegionParser:
 
     Args: network maps (N,3,s,s) in [-1, 1] to logits (N,C,s,s); size_px, the side it is given (default: its
           `config.size_px`, else 512); labels, its scheme, MaskFaceGAN's or one that converts to it (default: the one
-          its configuration names, else by the number of classes).
+          its configuration or its file's header names, else by the number of classes).
     """
 
     def __init__(self, network: nn.Module, size_px: int | None = None, labels: LabelScheme | None = None) -> None:
@@ -202,12 +202,19 @@ def _size_of(network: Any, default: Any) -> Any:
 
 
 def _scheme_of(network: nn.Module) -> LabelScheme:
-    """The scheme that its configuration names, else by its number of classes: nine are MaskFaceGAN's, nineteen
-    CelebAMask-HQ's."""
+    """The scheme that its configuration names, else its file's header, else by its number of classes: nine are
+    MaskFaceGAN's, nineteen CelebAMask-HQ's. Raises WeightsError for a scheme of another number of classes."""
     config: Any = getattr(network, "config", None)
-    named = getattr(config, "label_scheme", "")
+    named = getattr(config, "label_scheme", "") or getattr(getattr(network, "header", None), "label_scheme", "")
     if named:
-        return scheme(named)
+        found = scheme(named)
+        count = getattr(config, "num_classes", found.num_classes)
+        if count != found.num_classes:
+            raise WeightsError(
+                f"RegionParser: network must have the {found.num_classes} classes of {named}, which its file names, "
+                f"got {count}; use another parser"
+            )
+        return found
     by_count = {known.num_classes: known for known in (MASKFACEGAN, CELEBAMASK_HQ)}
     count = getattr(config, "num_classes", MASKFACEGAN.num_classes)
     if count not in by_count:

@@ -184,7 +184,12 @@ def test_the_scheme_is_the_one_the_parser_names() -> None:
     ):
         network.config = config
         assert RegionParser(network).scheme == expected
-    network.config = SimpleNamespace(num_classes=11)
+    network.config, network.header = SimpleNamespace(num_classes=19), SimpleNamespace(label_scheme="celebamask-hq-zll")
+    assert RegionParser(network).scheme == CELEBAMASK_HQ_ZLL  # where only the file's header says so
+    network.header = SimpleNamespace(label_scheme="helen")
+    with pytest.raises(WeightsError, match="the 11 classes of helen, which its file names, got 19"):
+        RegionParser(network)
+    network.config, network.header = SimpleNamespace(num_classes=11), SimpleNamespace(label_scheme="")
     with pytest.raises(WeightsError, match="got 11"):
         RegionParser(network)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,11 @@ from support.drawn_faces import DrawnFace, PaletteParser, draw_face, palette_par
 
 from faceedit.alignment import portrait_alignment
 from faceedit.detection import FaceBox, FaceSearch, Proposals
-from faceedit.errors import FaceCutOffError, FaceTooSmallError, NoFaceError, OutOfRangeError
-from faceedit.labels import CELEBAMASK_HQ, flip_soft
+from faceedit.errors import FaceCutOffError, FaceTooSmallError, NoFaceError, OutOfRangeError, WeightsError
+from faceedit.labels import CELEBAMASK_HQ, CELEBAMASK_HQ_ZLL, flip_soft
 from faceedit.networks.parser import ParserConfig, ParserNet
-from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, image_tensor, inside_photo
+from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, image_tensor, inside_photo, load_parser
+from faceedit.registry import save_weights
 
 
 def moved(box: FaceBox, dx: float = 0, dy: float = 0, grow: float = 1.0) -> FaceBox:
@@ -219,3 +222,14 @@ def test_the_network_refuses_images_that_it_cannot_halve(shape: tuple[int, ...])
     assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 19, 64, 64)
     with pytest.raises(ValueError, match=r"ParserNet: image must be \(N,3,S,S\) with S a multiple of 32, got \("):
         network(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("classes", "named", "got"), [(19, CELEBAMASK_HQ_ZLL.name, f"19 of {CELEBAMASK_HQ_ZLL.name}"), (11, "", "11")]
+)
+def test_a_parser_of_other_classes_is_refused(classes: int, named: str, got: str, tmp_path: Path) -> None:
+    path, config = tmp_path / "p.safetensors", ParserConfig(num_classes=classes, widths=(4,) * 5, blocks=(1,) * 5)
+    facts = {"licence": "MIT", "training_data": "none", "source": "tests"}
+    save_weights(path, "parser", config, ParserNet(config).state_dict(), label_scheme=named, **facts)
+    with pytest.raises(WeightsError, match=f"the 19 classes of celebamask-hq, got {got} in .*p.safetensors"):
+        load_parser("cpu", str(path))
