@@ -150,7 +150,8 @@ def edit(
              `device`; parser and classifier default to the bundled ones; face 0 is the largest, 1 the next.
     Returns: EditResult; its image equals the input byte for byte outside the composited region.
     Raises:  UsageError and its kin for a wrong request; ImageReadError, NoFaceError, FaceTooSmallError,
-             FaceCutOffError, WeightsError otherwise. Same seed, same machine: same bytes on the CPU.
+             FaceCutOffError, WeightsError otherwise. Same seed, machine and number of threads: same
+             bytes on the CPU.
     """
     wanted = _one_request(attributes, request)
     loaded = load_editor(editor, weights, device) if isinstance(editor, str) else editor

@@ -132,7 +132,7 @@ def project(
              first styles (N|1,L,W), of an encoder for instance (default: the average w); seed, of the noise maps and of
              the noise on the styles; callback, called after every `callback_every`-th step; returning True ends the
              projection there.
-    Returns: Projection, without gradients; bit for bit the same for the same arguments on one CPU.
+    Returns: Projection, without gradients; bit for bit the same for the same arguments, CPU and number of threads.
     Raises:  ValueError on shapes; ProjectionError when a loss is not finite, at the callback's next call or the end.
     Source:  Karras et al. 2020, appendix D, whose distance is LPIPS and whose space is W.
     """
