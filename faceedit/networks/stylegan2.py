@@ -200,7 +200,7 @@ class MappingNetwork(nn.Module):
     def w(self, z: Tensor) -> Tensor:
         """One w (N, w_width) for each z, not truncated."""
         if z.ndim != 2 or z.shape[1] != self.config.z_width:
-            raise ValueError(f"MappingNetwork: z must be (N,{self.config.z_width}), got {tuple(z.shape)}; use torch.randn")
+            raise ValueError(f"MappingNetwork: z must be (N,{self.config.z_width}), got {tuple(z.shape)}; draw it so")
         x = z * (z.square().mean(1, keepdim=True) + _NORM_EPS).rsqrt()
         for layer in self.layers:
             x = layer(x)
