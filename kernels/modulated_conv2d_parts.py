@@ -4,6 +4,7 @@
 The convolution is PyTorch's (oneDNN, cuDNN); what a backend brings are the passes over activations around it.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -117,30 +118,29 @@ class _Made:
     """What was made from one weight tensor, while that tensor lives and is not written to.
 
     storage: an address alone would not do. `weight.data = other` frees memory that the next tensor may get.
-    captured: what CUDA graphs read. They know addresses only, so it lives as long as the weight, whatever is written.
-    streams: by key, the CUDA stream that made a tensor and the event after which it has its values.
+    tensors: by key, each with the CUDA stream that made it and the event after which it has its values.
+    captured: what CUDA graphs read, by id. They know addresses only, so it lives as long as the weight, whatever is
+        written.
     """
 
     weight: weakref.ref[Tensor]
     storage: weakref.ref[torch.UntypedStorage]
     version: int
     address: int
-    tensors: dict[Any, Tensor] = field(default_factory=dict)
-    captured: list[Tensor] = field(default_factory=list)
-    streams: dict[Any, tuple[Any, Any]] = field(default_factory=dict)
+    tensors: dict[Any, tuple[Tensor, Any, Any]] = field(default_factory=dict)
+    captured: dict[int, Tensor] = field(default_factory=dict)
 
     def keep(self, key: Any, tensor: Tensor) -> None:
-        """Remember a tensor that the current stream makes."""
-        self.tensors[key] = tensor
-        if tensor.is_cuda:
-            stream = torch.cuda.current_stream(tensor.device)
-            self.streams[key] = stream, stream.record_event()
+        """Remember a tensor that the current stream makes, unless another thread was first."""
+        stream = torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+        made = None if stream is None else stream.record_event()
+        self.tensors.setdefault(key, (tensor, stream, made))  # at once: other threads read while events are recorded
 
     def take(self, key: Any) -> Tensor:
         """Return a remembered tensor, ready for the current stream and alive until that has read it."""
-        tensor = self.tensors[key]
+        tensor, maker, made = self.tensors[key]
         if tensor.is_cuda:
-            stream, (maker, made) = torch.cuda.current_stream(tensor.device), self.streams[key]
+            stream = torch.cuda.current_stream(tensor.device)
             if stream != maker:
                 stream.wait_event(made)
                 tensor.record_stream(stream)
@@ -148,6 +148,7 @@ class _Made:
 
 
 _made: dict[int, _Made] = {}
+_making = threading.RLock()  # so that threads that meet at a weight make one of each, and a graph's is not let go
 
 
 def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -158,21 +159,27 @@ def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> 
     """
     if weight.requires_grad or weight.is_inference():
         return make(weight.detach())
+    with _making:
+        return _remembered(weight, key, make)
+
+
+def _remembered(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
     identity = id(weight)
     known = _made.get(identity)
     storage, address = weight.untyped_storage(), weight.data_ptr()
     stale = known is None or known.weight() is not weight or known.version != weight._version
     if stale or known is None or known.storage() is not storage or known.address != address:
         reference = weakref.ref(weight, lambda _: _made.pop(identity, None))
-        captured = [] if known is None or known.weight() is not weight else known.captured
+        captured = {} if known is None or known.weight() is not weight else known.captured
         version = weight._version
         known = _made[identity] = _Made(reference, weakref.ref(storage), version, address, captured=captured)
     if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         # Whoever captures warms up and synchronises first; an event of outside could not be waited for in here.
         if key not in known.tensors:
             return make(weight.detach())
-        known.captured.append(known.tensors[key])
-        return known.tensors[key]
+        tensor = known.tensors[key][0]
+        known.captured[id(tensor)] = tensor
+        return tensor
     if key not in known.tensors:
         known.keep(key, make(weight.detach()))
     return known.take(key)

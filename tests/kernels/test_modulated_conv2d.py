@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -346,6 +347,87 @@ def test_what_one_cuda_stream_made_another_waits_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["b"])
     assert known.take("squares") is made
     assert log == ["b waits for: made on a", "in use on b"]
+
+
+def test_what_is_kept_is_seen_with_its_stream_and_event_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording an event lets other threads run: one that looks then must not find half of an entry."""
+    seen = []
+
+    class Stream:
+        def record_event(self) -> str:
+            seen.append(dict(known.tensors))
+            known.tensors.setdefault("squares", (other, "other stream", "other event"))
+            return "event"
+
+        def wait_event(self, event: str) -> None:
+            seen.append(event)
+
+    class Made:
+        is_cuda, device = True, "cuda:0"
+
+        def record_stream(self, stream: Stream) -> None: ...
+
+    weight, other = torch.zeros(1), Made()
+    known = parts._Made(weakref.ref(weight), weakref.ref(weight.untyped_storage()), 0, 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    known.keep("squares", Made())  # type: ignore[arg-type]
+    assert known.take("squares") is other  # with what belongs to it
+    assert seen == [{}, "other event"]
+
+
+def test_threads_that_meet_at_a_frozen_weight_make_one_of_each() -> None:
+    weight, made, found = torch.ones(3), [], []
+    both = threading.Barrier(2)
+
+    def make(w: Tensor) -> Tensor:
+        made.append(w)
+        threading.Event().wait(0.05)  # the other thread comes by
+        return w * 2
+
+    def work() -> None:
+        both.wait()
+        found.append(parts._from_weight(weight, "doubled", make))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+    assert found[0] is found[1]
+
+
+def test_captures_of_the_same_weight_hold_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for a weight and what is made of it: a server captures again and again."""
+
+    class Storage: ...
+
+    class Weight:
+        is_cuda, requires_grad, device, _version = True, False, "cuda:0", 0
+
+        def is_inference(self) -> bool:
+            return False
+
+        def untyped_storage(self) -> Storage:
+            return storage
+
+        def data_ptr(self) -> int:
+            return 1
+
+        def detach(self) -> "Weight":
+            return self
+
+    class Stream:
+        def record_event(self) -> str:
+            return "event"
+
+    weight, storage, stream, made = Weight(), Storage(), Stream(), Weight()
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    for capturing[0] in (False, True, True, True):
+        assert parts._from_weight(weight, "made", lambda _: made) is made  # type: ignore[arg-type, return-value]
+    assert len(parts._made[id(weight)].captured) == 1
 
 
 @needs_cpp
