@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,8 +74,23 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def machine_reason(name: str, device: str | None) -> str:
-    """Return why backend `name` cannot run tensors of `device` (None: of any device) here; empty when it can."""
+@cache  # looking for a module that is not there takes longer than the smallest ops
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _gpus_reason() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device was found"
+    reasons = [native.cuda_device_reason(index) for index in range(torch.cuda.device_count())]
+    return reasons[0] if reasons and all(reasons) else ""
+
+
+def machine_reason(name: str, device: str | None, index: int | None = None) -> str:
+    """Return why backend `name` cannot run tensors of `device` here; empty when it can.
+
+    device: None for any, where one GPU of several is enough. index: which GPU, None where that is not known.
+    """
     if name == "cpu":
         if device not in (None, "cpu"):
             return f"it needs CPU tensors, got {device}"
@@ -84,9 +100,11 @@ def machine_reason(name: str, device: str | None) -> str:
             return reason
         if device not in (None, "cuda"):
             return f"it needs CUDA tensors, got {device}"
-        return "" if device == "cuda" or torch.cuda.is_available() else "no CUDA device was found"
+        if device is None:
+            return _gpus_reason()
+        return "" if index is None else native.cuda_device_reason(index)
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _has_triton():
             return "triton is not installed"
         if device == "cpu" and not _interpreting():
             return "it runs CPU tensors only under TRITON_INTERPRET=1"
@@ -114,7 +132,7 @@ class Dispatcher:
         if name != "eager" and x.dtype not in self.dtypes:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
             return f"it runs {known}, got {str(x.dtype).removeprefix('torch.')}"
-        return machine_reason(name, x.device.type)
+        return machine_reason(name, x.device.type, x.device.index)
 
     def choose(self, asked: str, x: Tensor) -> str:
         """Return the backend to run: the one asked for, or for "auto" the first that can."""

@@ -3,8 +3,10 @@
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ import torch  # before _C: both ask for libgomp.so.1, and torch's copy must be t
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
 
 
+@cache  # asked at every call on a GPU where no CUDA kernels were built
 def _build_info() -> dict[str, Any]:
     try:
         return json.loads(Path(__file__).with_name("build_info.json").read_text())
@@ -47,6 +50,41 @@ def cuda_missing_reason() -> str:
     if _C.cuda_architectures:
         return ""
     return _build_info()["cuda_reason"] or "this build holds no CUDA kernels"
+
+
+@cache
+def _capability(index: int) -> tuple[int, int] | None:
+    """Return a GPU's compute capability, None without GPUs: a fake tensor may name one that is not there."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
+
+
+@cache
+def _runs_on(architectures: str, capability: tuple[int, int]) -> bool:
+    """Return whether a build for `architectures`, as CMake names them, runs on a GPU of that compute capability.
+
+    Machine code (real) runs on its major version from its minor on, PTX (virtual) on everything from it on.
+    """
+    for architecture in architectures.split():
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+        if found is None:  # "native", "all": made for the GPUs of the machine that built it, or for every one
+            return True
+        built, variant, kind = (int(found[1]), int(found[2])), found[3], found[4]
+        if variant == "a":  # one GPU's own instructions
+            runs = capability == built
+        else:
+            runs = capability >= built and (capability[0] == built[0] or (kind != "-real" and not variant))
+        if runs:
+            return True
+    return False
+
+
+def cuda_device_reason(index: int) -> str:
+    """Return why the CUDA kernels of this build cannot run on the GPU `index`, or an empty string."""
+    capability = _capability(index)
+    if _C is None or capability is None or _runs_on(_C.cuda_architectures, capability):
+        return ""
+    built = [name.removesuffix("-real").replace("-virtual", "+PTX") for name in _C.cuda_architectures.split()]
+    return f"built for {', '.join(f'sm_{name}' for name in built)}, this GPU is sm_{capability[0]}{capability[1]}"
 
 
 def build_report() -> dict[str, Any]:
