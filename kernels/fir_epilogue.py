@@ -20,7 +20,7 @@ from faceedit.kernels.noise_bias_act import (
 )
 from faceedit.kernels.noise_bias_act import reference as epilogue
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
-from faceedit.kernels.tensors import as_float, check_number, check_shape, empty, in_format, memory_format
+from faceedit.kernels.tensors import as_float, as_number, check_number, check_shape, empty, in_format, memory_format
 from faceedit.kernels.upfirdn2d import (
     ONE_THREAD,
     check_geometry,
@@ -84,7 +84,20 @@ def fir_epilogue(
         check_shape("fir_epilogue", "strength", strength, x, (), (1,))
         strength = strength.reshape(()) if strength.dim() else strength
     return fir_epilogue_op(
-        x, fir, up, down, sides, fir_gain, flip, scale, noise, strength, bias, add, act, slope, gain, clamp
+        x,
+        fir,
+        up,
+        down,
+        sides,
+        as_number(fir_gain),
+        flip,
+        scale,
+        noise,
+        strength,
+        bias,
+        add,
+        act,
+        *map(as_number, (slope, gain, clamp)),
     )
 
 

@@ -15,6 +15,7 @@ from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
     as_float,
+    as_number,
     check_floating,
     check_number,
     check_shape,
@@ -55,7 +56,7 @@ def bernoulli_kl(logits: Tensor, target: Tensor, weight: Tensor | None = None, s
         raise ValueError(f"bernoulli_kl: smoothing must be in [0, 1], got {smoothing}; 0 is none")
     if torch.is_grad_enabled() and (target.requires_grad or (weight is not None and weight.requires_grad)):
         return bernoulli_reference(logits, target, weight, smoothing)
-    return _bernoulli(logits, target, weight, smoothing)
+    return _bernoulli(logits, target, weight, as_number(smoothing))
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_de
 from faceedit.kernels.tensors import (
     apart_from,
     as_integer,
+    as_number,
     check_image,
     check_shape,
     check_tensor,
@@ -134,7 +135,7 @@ def modulated_conv2d(
         check_shape("modulated_conv2d", "rgb_styles", rgb_styles, x, (n, out))
     y, rgb, _, _ = _op(
         x, weight, styles, noise, strength, bias, fir, rgb_weight, rgb_styles,
-        up, down, demodulate, act, slope, gain, clamp,
+        up, down, demodulate, act, *map(as_number, (slope, gain, clamp)),
     )  # fmt: skip
     return y if rgb_weight is None else (y, rgb)
 

@@ -17,6 +17,7 @@ from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, re
 from faceedit.kernels.tensors import (
     apart_from,
     as_float,
+    as_number,
     check_image,
     check_shape,
     empty_float,
@@ -72,7 +73,7 @@ def noise_bias_act(
             raise ValueError("noise_bias_act: strength must come with noise, got noise=None; pass both or neither")
         check_shape("noise_bias_act", "strength", strength, x, (), (1,))
         strength = strength.reshape(()) if strength.dim() else strength
-    return _op(x, scale, noise, strength, bias, act, slope, gain, clamp)
+    return _op(x, scale, noise, strength, bias, act, *map(as_number, (slope, gain, clamp)))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -26,6 +26,7 @@ from faceedit.kernels.operator import define_op, mapped_first, mapped_slices, re
 from faceedit.kernels.tensors import (
     apart_from,
     as_float,
+    as_number,
     check_image,
     check_number,
     check_shape,
@@ -88,7 +89,7 @@ def norm_modulate(
             )
         if operand is not None:
             check_shape("norm_modulate", name, operand, x, (c,), (n, c))
-    return _op(x, gamma, beta, mean, rstd, norm, one_plus, eps, act, slope)[0]
+    return _op(x, gamma, beta, mean, rstd, norm, one_plus, as_number(eps), act, as_number(slope))[0]
 
 
 def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -78,6 +78,11 @@ def check_number(op: str, name: str, value: object, hint: str = "pass one as Pyt
         raise TypeError(f"{op}: {name} must be a number, got {short(value)}; {hint}")
 
 
+def as_number(value: Any) -> Any:
+    """Return a number as every backend takes it: NumPy's and other libraries' as Python's, a traced one as it is."""
+    return value if type(value) in (float, int) or isinstance(value, (torch.SymInt, torch.SymFloat)) else float(value)
+
+
 def as_integer(op: str, name: str, value: Any, hint: str) -> Any:
     """Return an argument that must be an integer, Python's or another library's; TypeError for anything else."""
     if type(value) is int or isinstance(value, torch.SymInt):

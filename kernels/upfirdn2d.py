@@ -15,6 +15,7 @@ from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
     as_integer,
+    as_number,
     check_floating,
     check_image,
     check_number,
@@ -59,7 +60,7 @@ def upfirdn2d(
     if not isinstance(gain, (float, int)):
         check_number("upfirdn2d", "gain", gain)
     up, down, sides = check_geometry("upfirdn2d", x, fir, up, down, pad)
-    return upfirdn2d_op(x, fir, up, down, sides, gain, flip)
+    return upfirdn2d_op(x, fir, up, down, sides, as_number(gain), flip)
 
 
 def _check_fir(op: str, fir: Tensor) -> None:

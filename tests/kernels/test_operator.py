@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """How ops are registered: their own autograd kernel and PyTorch's give the same, and what has no gradient says so."""
 
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from faceedit.kernels import direct, native, operator
 from faceedit.kernels.dispatch import Dispatcher, requested_backend
+from faceedit.kernels.tensors import as_number
 
 
 def _define(name: str) -> Any:
@@ -114,3 +117,10 @@ def test_native_arguments_are_found_by_name_in_any_order() -> None:
     }  # fmt: skip
     native.module().noise_bias_act_fwd((-1, 1, 0), **fields)
     assert torch.equal(y, 2 * x)
+
+
+def test_numbers_of_other_libraries_reach_backends_as_pythons() -> None:
+    """Triton's launcher knows only those."""
+    for value in (np.float32(2), np.float64(2), np.int64(2), Fraction(2)):
+        assert type(as_number(value)) is float
+    assert type(as_number(2)) is int
