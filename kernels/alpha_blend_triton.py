@@ -30,7 +30,7 @@ def forward_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
     q = i // channels % pixels if CHANNELS_LAST else i % pixels
-    m = tl.load(mask_ptr + (i // (channels * pixels)) * mask_stride + q, mask=inside, other=0).to(tl.float32)
+    m = tl.load(mask_ptr + (i // channels // pixels) * mask_stride + q, mask=inside, other=0).to(tl.float32)
     f = _value(fg_ptr, i, inside, FG_UINT8, LEVELS)
     b = _value(bg_ptr, i, inside, BG_UINT8, LEVELS)
     y = tl.where(m == 1.0, f, tl.where(m == 0.0, b, b + m * (f - b)))

@@ -121,7 +121,7 @@ def forward(
     noise, strength, bias = map(as_float, (noise, strength, bias))
     operands = (v.outer, noise, strength, bias)
     keeps_core = not output_tells_input(act, slope, gain)
-    if layer is not None and not keeps_core and _fits_layer(weight, geometry, fmt):
+    if layer is not None and not keeps_core and _fits_layer(x, weight, geometry, fmt):
         w = ready(weight, x.dtype, fmt, False, v.lengths)
         y, rgb = layer(x, w, v.inner, operands, factors, settings)
         found = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, None)]
@@ -145,8 +145,10 @@ def forward(
     return y, rest[0], rest[1], rest[2]
 
 
-def _fits_layer(weight: Tensor, geometry: Geometry, fmt: torch.memory_format) -> bool:
-    return fmt is torch.channels_last and geometry.up == geometry.down == 1 and not is_rgb(weight, geometry)
+def _fits_layer(x: Tensor, weight: Tensor, geometry: Geometry, fmt: torch.memory_format) -> bool:
+    plain = fmt is torch.channels_last and geometry.up == geometry.down == 1 and not is_rgb(weight, geometry)
+    # The kernel's offsets inside a sample are 32 bits wide.
+    return plain and x.shape[2] * x.shape[3] * max(weight.shape[:2]) < 2**31
 
 
 def _filter(x: Tensor, fir: Tensor | None, pad: int, gain: float, flip: bool = False) -> Tensor:

@@ -61,7 +61,7 @@ def forward_kernel(
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
-    sample = index // (channels * pixels)
+    sample = index // channels // pixels  # their product may pass 32 bits
     if CHANNELS_LAST:
         c = index % channels
         q = (index // channels) % pixels

@@ -16,16 +16,16 @@ BLOCK = 1024
 
 @triton.jit
 def _position(i, channels, height, width, CHANNELS_LAST: tl.constexpr):
-    # Sample, channel, row and column of element i of a (n, channels, height, width) map.
+    # Sample, channel, row and column of element i of a (n, channels, height, width) map: products may pass 32 bits.
     if CHANNELS_LAST:
         c = i % channels
         x = (i // channels) % width
-        y = (i // (channels * width)) % height
+        y = (i // channels // width) % height
     else:
         x = i % width
         y = (i // width) % height
-        c = (i // (width * height)) % channels
-    return i // (channels * height * width), c, y, x
+        c = (i // width // height) % channels
+    return i // channels // height // width, c, y, x
 
 
 @triton.jit

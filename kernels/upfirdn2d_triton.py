@@ -24,8 +24,8 @@ def forward_kernel(
 ):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < total
-    pixels = out_height * out_width
-    sample = index // (channels * pixels)
+    pixels = tl.cast(out_height, tl.int64) * out_width
+    sample = index // channels // pixels  # their product may pass 32 bits
     if CHANNELS_LAST:
         c = index % channels
         q = (index // channels) % pixels

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from faceedit import kernels
 from faceedit.kernels import modulated_conv2d_parts as parts
+from faceedit.kernels import modulated_conv2d_passes as passes
 from faceedit.kernels.modulated_conv2d import backward_reference, modulated_conv2d, reference
 from faceedit.kernels.tensors import memory_format
 
@@ -395,6 +396,13 @@ def test_threads_that_meet_at_a_frozen_weight_make_one_of_each() -> None:
         thread.join()
     assert len(made) == 1
     assert found[0] is found[1]
+
+
+def test_a_sample_beyond_32_bit_offsets_does_not_go_to_the_one_kernel_layer() -> None:
+    geometry, weight = parts.Geometry(3, 1, 1), torch.empty(64, 32, 3, 3, device="meta")
+    for side, fits in ((4096, True), (8192, False)):
+        x = torch.empty(1, 32, side, side, device="meta")
+        assert passes._fits_layer(x, weight, geometry, torch.channels_last) is fits
 
 
 def test_captures_of_the_same_weight_hold_it_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,21 @@ TRITON_INTERPRET=1 python -m support.triton_cases numbers noise_bias_act     (fr
 TRITON_INTERPRET=0 python -m support.triton_cases compile noise_bias_act
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 CASES = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+
+
+# Kernels that index all of their operands' elements, whose number may pass 32 bits in one sample.
+FLAT = {
+    ("alpha_blend_triton", "forward_kernel"),
+    ("noise_bias_act_triton", "forward_kernel"),
+    ("place_components_triton", "crop_kernel"),
+    ("place_components_triton", "place_kernel"),
+    ("upfirdn2d_triton", "forward_kernel"),
+}
 
 
 def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str], **options: int) -> None:
@@ -33,4 +44,9 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], types: dict[str, str]
         source = ASTSource(kernel, signature, constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert f".target sm_{capability}" in compiled.asm["ptx"]
+        if (kernel.fn.__module__.rpartition(".")[2], kernel.fn.__name__) in FLAT:
+            narrow = re.findall(
+                r".*arith\.muli %\w+, %(?!c\d+_i32).*[ x<]i32\b.*", compiled.asm["ttir"]
+            )  # a side times 2 is none
+            assert not narrow, f"{kernel.fn.__name__} multiplies in 32 bits: {narrow}"
         print("compiled", kernel.fn.__name__, capability)
