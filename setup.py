@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,6 +36,22 @@ def setting(name: str) -> str:
     return value
 
 
+# "error:", nvcc's "error #20011-D:", "fatal error C1083:"; not the -Werror of a command line that ninja shows.
+ERROR = re.compile(r"\b(?:fatal )?error\b\s*(?:[A-Z]+\d+\s*)?[:#(]|CMake Error", re.IGNORECASE)
+
+
+def failure(output: str) -> str:
+    """Return the line of a failed command's output that says why."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    reason = next((line for line in lines if ERROR.search(line)), lines[-1] if lines else "no output")
+    if reason.startswith("CMake Error") and reason.endswith(":"):
+        # CMake prints "CMake Error at file:line (call):", the message on the lines below, and then who called.
+        start = lines.index(reason) + 1
+        message = list(takewhile(lambda line: not line.startswith("Call Stack"), lines[start : start + 3]))
+        reason = " ".join(message) or reason
+    return reason
+
+
 def run(command: list[str]) -> str:
     """Run a build command; a failure becomes one line, with the whole output on stderr."""
     try:
@@ -43,13 +60,7 @@ def run(command: list[str]) -> str:
         raise BuildFailedError(f"{command[0]} could not be started: {error.strerror}") from error
     if done.returncode:
         sys.stderr.write(done.stdout)
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        reason = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
-        if reason.startswith("CMake Error"):
-            # CMake prints "CMake Error at file:line (call):" and the message on the lines below.
-            start = lines.index(reason) + 1
-            reason = " ".join(lines[start : start + 3]) or reason
-        raise BuildFailedError(f"{Path(command[0]).name} exited with {done.returncode}: {reason}")
+        raise BuildFailedError(f"{Path(command[0]).name} exited with {done.returncode}: {failure(done.stdout)}")
     return done.stdout
 
 

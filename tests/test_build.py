@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""setup.py: what it says of a build that fails, and what it leaves behind. Nothing is compiled here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+setuptools = pytest.importorskip("setuptools")
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("faceedit_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (
+            "[1/9] c++ -Wall -Werror=return-type -c csrc/gates.cpp\nFAILED: gates.o \n"
+            "c++ -Wall -Werror=return-type -c csrc/gates.cpp\ncsrc/gates.cpp:5:1: error: 'x' was not declared\n",
+            "csrc/gates.cpp:5:1: error: 'x' was not declared",
+        ),
+        (
+            "nvcc -Werror=all-warnings -c a.cu\na.cu(3): error #20011-D: calling a host function\n",
+            "a.cu(3): error #20011-D: calling a host function",
+        ),
+        ("c++ -Werror=return-type -c a.cpp\nKilled\n", "Killed"),
+        ("a.cpp:1:10: fatal error: omp.h: No such file\n", "a.cpp:1:10: fatal error: omp.h: No such file"),
+        (
+            "CMake Error at CMakeLists.txt:4 (project):\n  No CMAKE_CXX_COMPILER could be found.\n\n"
+            "Call Stack (most recent call first):\n  CMakeLists.txt:4\n",
+            "No CMAKE_CXX_COMPILER could be found.",
+        ),
+        ("CMake Error: The source is missing\nCMake Generate step failed.\n", "CMake Error: The source is missing"),
+        ("", "no output"),
+    ],
+)
+def test_the_reason_is_the_line_with_the_error(build: ModuleType, output: str, reason: str) -> None:
+    assert build.failure(output) == reason
