@@ -25,6 +25,19 @@ ROOT = Path(__file__).resolve().parent
 MODULE = "faceedit.kernels._C"
 
 
+def check_links(root: Path) -> None:
+    """Refuse a tree without its symbolic links: the packages behind them would be left out in silence."""
+    for name in ("kernels", "training"):
+        if not (root / "faceedit" / name / "__init__.py").is_file():
+            raise SystemExit(
+                f"setup.py: faceedit/{name} must be a link to ../{name} or a folder of modules, got neither; "
+                "check out again with `git clone -c core.symlinks=true`"
+            )
+
+
+check_links(ROOT)
+
+
 class BuildFailedError(Exception):
     """One line that says why the native module could not be built."""
 

@@ -48,3 +48,15 @@ def build(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 )
 def test_the_reason_is_the_line_with_the_error(build: ModuleType, output: str, reason: str) -> None:
     assert build.failure(output) == reason
+
+
+def test_a_tree_without_its_links_is_refused(build: ModuleType, tmp_path: Path) -> None:
+    for name in ("kernels", "training"):
+        (tmp_path / "faceedit" / name).mkdir(parents=True)
+        (tmp_path / "faceedit" / name / "__init__.py").touch()
+    build.check_links(tmp_path)
+    (tmp_path / "faceedit" / "kernels" / "__init__.py").unlink()
+    (tmp_path / "faceedit" / "kernels").rmdir()
+    (tmp_path / "faceedit" / "kernels").write_text("../kernels")  # what git leaves where links are off
+    with pytest.raises(SystemExit, match=r"faceedit/kernels must be a link to .* core\.symlinks=true"):
+        build.check_links(tmp_path)
