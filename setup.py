@@ -149,10 +149,12 @@ class CMakeBuild(build_ext):
         self.record.write_text(json.dumps(info, indent=2) + "\n")
 
     def copy_extensions_to_source(self) -> None:
-        """In-place and editable builds: the record goes where the module goes."""
+        """In-place and editable builds: the record goes where the module goes, and no older module stays with it."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("faceedit.kernels"))
+        if not json.loads(self.record.read_text())["native"]:
+            (package / Path(self.get_ext_filename(MODULE)).name).unlink(missing_ok=True)
         super().copy_extensions_to_source()
-        package = self.get_finalized_command("build_py").get_package_dir("faceedit.kernels")
-        shutil.copy2(self.record, Path(package) / "build_info.json")
+        shutil.copy2(self.record, package / "build_info.json")
 
     def build_native(self, module: Path, info: dict[str, object]) -> None:
         if setting("FACEEDIT_NATIVE") == "off":

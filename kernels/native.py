@@ -20,16 +20,31 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.uint
 def _build_info() -> dict[str, Any]:
     try:
         return json.loads(Path(__file__).with_name("build_info.json").read_text())
-    except OSError:
-        reason = "never built; run `pip install .` or `python setup.py build_ext --inplace`"
-        return {"native": False, "cuda": False, "reason": reason, "cuda_reason": "the native module was not built"}
+    except (OSError, ValueError):  # no record, or half of one: "native" is neither True nor False
+        return {
+            "native": None,
+            "cuda": False,
+            "reason": _never_built(),
+            "cuda_reason": "the native module was not built",
+        }
+
+
+def _never_built() -> str:
+    if (Path(__file__).resolve().parents[1] / "pyproject.toml").exists():
+        return (
+            "this is the source tree, not the installed package; run elsewhere after `pip install .`, "
+            "or build here: `python setup.py build_ext --inplace`"
+        )
+    return "never built; run `pip install .` in the source tree"
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    info = _build_info()
+    if info["native"] is False:  # a module beside this record is an older build's
+        return None, info["reason"]
     try:
         return importlib.import_module("faceedit.kernels._C"), ""
     except ImportError as error:
-        info = _build_info()
         return None, str(error) if info["native"] else info["reason"]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -60,3 +61,24 @@ def test_a_tree_without_its_links_is_refused(build: ModuleType, tmp_path: Path) 
     (tmp_path / "faceedit" / "kernels").write_text("../kernels")  # what git leaves where links are off
     with pytest.raises(SystemExit, match=r"faceedit/kernels must be a link to .* core\.symlinks=true"):
         build.check_links(tmp_path)
+
+
+def test_a_failed_build_in_place_takes_the_older_module_away(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FACEEDIT_NATIVE", "off")
+    package = tmp_path / "faceedit" / "kernels"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    extension = setuptools.Extension(build.MODULE, sources=[], optional=True)
+    distribution = setuptools.Distribution({"packages": ["faceedit.kernels"], "ext_modules": [extension]})
+    command = build.CMakeBuild(distribution)
+    command.inplace = True
+    command.ensure_finalized()
+    older = package / Path(command.get_ext_filename(build.MODULE)).name
+    older.touch()
+    command.run()
+    assert not older.exists()
+    assert json.loads((package / "build_info.json").read_text())["reason"] == "FACEEDIT_NATIVE=off"
