@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import platform
 from collections.abc import Mapping
@@ -22,14 +23,19 @@ class Extra:
 
 
 EXTRAS: Mapping[str, Extra] = {
-    "train": Extra(("lightning", "torchmetrics", "tensorboard"), "faceedit train"),
+    "train": Extra(("lightning", "torchmetrics", "tensorboard", "filelock"), "faceedit train"),
+    "export": Extra(("onnx", "onnxscript", "onnxruntime"), "export of editors and operators to ONNX"),
     "dev": Extra(
-        ("pytest", "pytest_benchmark", "hypothesis", "ruff", "mypy", "importlinter", "skimage"),
+        ("pytest", "xdist", "pytest_benchmark", "hypothesis", "ruff", "mypy", "importlinter", "skimage"),
         "the tests, the benchmarks and the checks of .ci/run",
     ),
 }
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "safetensors", "omegaconf", "triton")
+
+# What an edit with the default editor cannot do without; the rest of the report is about more, or faster.
+NEEDED_MODULES = ("cv2", "torchvision", "PIL")
+NEEDED_WEIGHTS = ("maggan-starter", "parser-starter")
 
 
 def examine() -> dict[str, Any]:
@@ -39,6 +45,7 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
+        "unusable": _unusable(),
         "devices": _devices(),
         "kernels": _kernels(),
         "weights_folders": _weights_folders(),
@@ -48,10 +55,9 @@ def examine() -> dict[str, Any]:
 
 
 def is_healthy(report: Mapping[str, Any]) -> bool:
-    """Can this installation edit a photo? Compiled kernels and extras are faster or more, never required, and files
-    that no index names may be anything."""
-    pinned = [row for row in report["weights"] if row.get("pinned", True)]
-    return bool(pinned) and all(row["verified"] for row in pinned)
+    """Can this installation edit a photo? Compiled kernels and extras are faster or more, never required."""
+    verified = {row["name"] for row in report["weights"] if row["verified"]}
+    return not report["unusable"] and verified.issuperset(NEEDED_WEIGHTS)
 
 
 def _version(package: str) -> str | None:
@@ -59,6 +65,17 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _unusable() -> dict[str, str]:
+    """The needed modules that cannot be imported, and why: a package may be there without the libraries it asks for."""
+    reasons = {}
+    for name in NEEDED_MODULES:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # OSError and RuntimeError too, from compiled parts
+            reasons[name] = " ".join(f"{type(error).__name__}: {error}".split())
+    return reasons
 
 
 def _devices() -> dict[str, Any]:

@@ -33,6 +33,7 @@ def describe(report: Mapping[str, Any]) -> list[str]:
     """The report as lines a person reads."""
     lines = [f"faceedit {report['faceedit']}, Python {report['python']}, {report['platform']}"]
     lines.append(", ".join(f"{name} {number or 'missing'}" for name, number in report["packages"].items()))
+    lines += [f"UNUSABLE: {name}: {reason}; reinstall its package" for name, reason in report["unusable"].items()]
     devices = report["devices"]
     lines.append(f"devices: cpu ({devices['cpu_threads']} threads), cuda: {', '.join(devices['cuda']) or 'none'}")
     lines.append("")

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,7 +87,36 @@ def test_the_folder_of_the_users_weights_is_shown(
     assert f"FACEEDIT_WEIGHTS must name a folder, got {tmp_path / 'absent'}" in outcome.out
 
 
-def test_no_weights_is_unhealthy() -> None:
-    assert not doctor.is_healthy({"weights": []})
-    assert doctor.is_healthy({"weights": [{"verified": True}]})
-    assert not doctor.is_healthy({"weights": [{"verified": True}, {"verified": False}]})
+def test_health_rests_on_the_weights_of_the_default_editor() -> None:
+    def row(name: str, verified: bool = True) -> dict[str, object]:
+        return {"name": name, "verified": verified}
+
+    needed = [row(name) for name in doctor.NEEDED_WEIGHTS]
+    assert not doctor.is_healthy({"unusable": {}, "weights": []})
+    assert not doctor.is_healthy({"unusable": {}, "weights": needed[1:]})
+    assert doctor.is_healthy({"unusable": {}, "weights": [*needed, row("another", verified=False)]})
+
+
+def test_a_package_that_cannot_be_imported_is_named_and_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)  # an import of it fails
+    outcome = run("doctor")
+    assert outcome.code == 1
+    assert "UNUSABLE: cv2: " in outcome.out
+
+
+MODULES = {
+    "import-linter": "importlinter", "pytest-benchmark": "pytest_benchmark", "pytest-xdist": "xdist",
+    "scikit-image": "skimage", "types-PyYAML": None,
+}  # fmt: skip
+
+
+def test_extras_are_those_of_the_package() -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    declared = pyproject["project"]["optional-dependencies"]
+    assert declared.keys() == doctor.EXTRAS.keys()
+    for extra, requirements in declared.items():
+        names = [re.match(r"[\w-]+", requirement)[0] for requirement in requirements if "[" not in requirement]
+        modules = [MODULES.get(name, name) for name in names]
+        assert set(modules) - {None} == set(doctor.EXTRAS[extra].modules), extra
