@@ -22,8 +22,16 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do stages+=("$1"); shift; done
 if [ $# -gt 0 ]; then shift; fi
 options=("$@")
 if [ ${#stages[@]} -eq 0 ]; then stages=(tests memcheck racecheck benchmark edit); fi
-if [ ${#options[@]} -gt 0 ] && [[ " ${stages[*]} " == *" benchmark "* && " ${stages[*]} " == *" edit "* ]]; then
-  echo "tests/gpu.sh: options after -- must belong to one stage, got benchmark and edit; run them one by one" >&2
+takers=()
+for name in "${stages[@]}"; do
+  case $name in
+    tests | memcheck | racecheck) ;;
+    benchmark | edit) takers+=("$name") ;;
+    *) echo "tests/gpu.sh: a stage must be tests, memcheck, racecheck, benchmark or edit, got '$name'" >&2; exit 2 ;;
+  esac
+done
+if [ ${#options[@]} -gt 0 ] && [ ${#takers[@]} -ne 1 ]; then
+  echo "tests/gpu.sh: options after -- must belong to one stage, benchmark or edit, got ${stages[*]}; name one of them" >&2
   exit 2
 fi
 
@@ -32,8 +40,44 @@ if ! gpu=$("$python" -c 'import torch; assert torch.cuda.is_available(); print(t
   exit 1
 fi
 
+write_record() {
+  "$python" - "$work" "$json" << 'PY'
+import json
+import sys
+from pathlib import Path
+
+from faceedit.kernels.benchmarking import machine
+
+work, target = Path(sys.argv[1]), Path(sys.argv[2])
+record = json.loads(target.read_text()) if target.exists() else {"checks": {}}
+record["machine"] = machine.describe("cuda")
+for path in sorted(work.glob("*.stage")):
+    code, seconds, command = path.read_text().splitlines()
+    entry = {"result": {"0": "passed", "skipped": "skipped"}.get(code, "failed"), "seconds": int(seconds), "command": command}
+    log = path.with_suffix(".log")
+    if log.exists():
+        lines = log.read_text(errors="replace").splitlines()
+        entry["output"] = lines[-1:] if entry["result"] == "passed" else lines[-40:]
+    record["checks"][path.stem] = entry
+for stage, kept in (("benchmark", "benchmarks"), ("edit", "edits")):
+    if (work / f"{stage}.json").exists():
+        record.setdefault(kept, []).append(json.loads((work / f"{stage}.json").read_text()))
+target.write_text(json.dumps(record, indent=1) + "\n")
+print(f"wrote {target}")
+PY
+}
+
+# However it ends, what was measured until then is kept.
+finish() {
+  local code=$?
+  trap - EXIT
+  if compgen -G "$work/*.stage" > /dev/null; then write_record || code=1; fi
+  rm -rf "$work"
+  exit "$code"
+}
+
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap finish EXIT
 commit=$(git rev-parse --short=12 HEAD 2> /dev/null || echo unknown)
 name=$(printf '%s' "$gpu" | tr -c 'A-Za-z0-9' '-' | tr 'A-Z' 'a-z')
 json=${FACEEDIT_GPU_JSON:-docs/benchmarks/$name-$commit.json}
@@ -73,32 +117,6 @@ for name in "${stages[@]}"; do
     memcheck | racecheck) sanitize "$name" ;;
     benchmark) stage benchmark "$python" -m faceedit bench kernels --device cuda --json "$work/benchmark.json" "${options[@]}" ;;
     edit) stage edit "$python" -m faceedit bench maskfacegan --device cuda --json "$work/edit.json" "${options[@]}" ;;
-    *) echo "tests/gpu.sh: a stage must be tests, memcheck, racecheck, benchmark or edit, got '$name'" >&2; exit 2 ;;
   esac
 done
-
-"$python" - "$work" "$json" << 'PY'
-import json
-import sys
-from pathlib import Path
-
-from faceedit.kernels.benchmarking import machine
-
-work, target = Path(sys.argv[1]), Path(sys.argv[2])
-record = json.loads(target.read_text()) if target.exists() else {"checks": {}}
-record["machine"] = machine.describe("cuda")
-for path in sorted(work.glob("*.stage")):
-    code, seconds, command = path.read_text().splitlines()
-    entry = {"result": {"0": "passed", "skipped": "skipped"}.get(code, "failed"), "seconds": int(seconds), "command": command}
-    log = path.with_suffix(".log")
-    if log.exists():
-        lines = log.read_text(errors="replace").splitlines()
-        entry["output"] = lines[-1:] if entry["result"] == "passed" else lines[-40:]
-    record["checks"][path.stem] = entry
-for stage, kept in (("benchmark", "benchmarks"), ("edit", "edits")):
-    if (work / f"{stage}.json").exists():
-        record.setdefault(kept, []).append(json.loads((work / f"{stage}.json").read_text()))
-target.write_text(json.dumps(record, indent=1) + "\n")
-print(f"wrote {target}")
-PY
 exit "$failed"
