@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`faceedit train`: run a recipe. Training lives in `faceedit.training` and is imported only here."""
+"""`faceedit train`: run a recipe. Training lives in `faceedit.training` and is imported only when asked for."""
 
 from __future__ import annotations
 
