@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,12 +117,23 @@ def found_cuda(build: Path) -> bool:
     return any(line.startswith("CMAKE_CUDA_COMPILER:") and not line.endswith("NOTFOUND") for line in lines)
 
 
+def why_no_cuda() -> str:
+    """Say why CMake found no CUDA compiler: there is none, or nvcc could not compile CMake's own test."""
+    nvcc = shutil.which(os.environ.get("CUDACXX", "nvcc"))
+    if not nvcc:
+        return "no CUDA compiler (nvcc) was found"
+    return f"{nvcc} is there but cannot compile; set CUDAHOSTCXX to a host compiler that it takes, and install again"
+
+
 def toolchain(with_cuda: bool) -> str:
     """Return a key of what compiles: the compilers' own descriptions, and the flags they take from the environment."""
-    parts = [sys.version, str(with_cuda)] + [os.environ.get(name, "") for name in ("CXXFLAGS", "CUDAFLAGS", "LDFLAGS")]
+    variables = ("CXX", "CXXFLAGS", "CUDACXX", "CUDAHOSTCXX", "CUDAFLAGS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+    parts = [sys.version, str(with_cuda)] + [os.environ.get(name, "") for name in (*variables, "LDFLAGS")]
     for variable, usual in (("CXX", "c++"), ("CUDACXX", "nvcc")):
-        path = shutil.which(os.environ.get(variable, usual))
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False) if path else None
+        command = shlex.split(os.environ.get(variable, usual)) or [usual]  # "ccache g++" is two words
+        path = shutil.which(command[0])
+        version = [str(path), *command[1:], "--version"]
+        done = subprocess.run(version, capture_output=True, text=True, check=False) if path else None
         parts += [str(path), done.stdout if done else ""]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
@@ -182,6 +194,8 @@ class CMakeBuild(build_ext):
         if ninja := shutil.which("ninja"):
             # Build environments come and go: name today's ninja, not the one an earlier build remembers.
             configure += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        if (build / "CMakeCache.txt").exists() and not found_cuda(build):
+            configure += ["-U", "CMAKE_CUDA_COMPILER"]  # one that could not be used then may be usable now
         compile_command = [cmake, "--build", str(build), "--parallel", str(min(os.cpu_count() or 1, 8))]
         if not with_cuda:
             info["cuda_reason"] = "FACEEDIT_CUDA=off"
@@ -191,7 +205,7 @@ class CMakeBuild(build_ext):
             info["cuda_resources"] = keep_resources(build / "cuda_resources.json", rows)
             info["cuda"] = with_cuda and found_cuda(build)
             if with_cuda and not info["cuda"]:
-                info["cuda_reason"] = "no CUDA compiler (nvcc) was found"
+                info["cuda_reason"] = why_no_cuda()
         except BuildFailedError as error:
             if not with_cuda:
                 raise

@@ -63,6 +63,34 @@ def test_a_tree_without_its_links_is_refused(build: ModuleType, tmp_path: Path) 
         build.check_links(tmp_path)
 
 
+def test_other_compilers_get_another_folder(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is named behind another (ccache), and the host compiler that nvcc shall take."""
+    for name in ("CXX", "CUDACXX", "CUDAHOSTCXX", "NVCC_APPEND_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    keys = {build.toolchain(with_cuda=True)}
+    for name, value in (
+        ("CXX", "env g++"),
+        ("CXX", "env clang++"),
+        ("CUDAHOSTCXX", "g++-12"),
+        ("NVCC_APPEND_FLAGS", "-g"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            keys.add(build.toolchain(with_cuda=True))
+            assert build.toolchain(with_cuda=True) in keys
+    assert len(keys) == 5
+
+
+def test_an_nvcc_that_cannot_compile_is_not_called_missing(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    assert build.why_no_cuda() == "no CUDA compiler (nvcc) was found"
+    (tmp_path / "nvcc").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    assert build.why_no_cuda().startswith(f"{tmp_path / 'nvcc'} is there but cannot compile; set CUDAHOSTCXX")
+
+
 def test_a_failed_build_in_place_takes_the_older_module_away(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

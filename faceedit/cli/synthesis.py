@@ -60,6 +60,7 @@ def synth(
     from faceedit.training.synthetic import render, sample_parameters
 
     where = resolve_device(device)
+    _check_room(out_dir, count)
     make_folder(out_dir / "images")
     make_folder(out_dir / "masks")
     people = sample_parameters(count, seed, where)
@@ -87,3 +88,15 @@ def synth(
     write_text(out_dir / "portraits.json", json_format.dumps(listing, indent=1) + "\n")
     if json:
         print_json({"folder": str(out_dir), "count": count, "size_px": size, "seed": seed})
+
+
+def _check_room(folder: Path, count: int) -> None:
+    """Refuse a folder with pictures that this run would leave beside its own, of another seed or size perhaps."""
+    own = {f"{i:06d}.png" for i in range(count)}
+    for part in ("images", "masks"):
+        others = sorted(path.name for path in (folder / part).glob("*") if path.name not in own)
+        if others:
+            raise OutOfRangeError(
+                f"synth: OUT_DIR must hold no pictures but those that --count {count} writes over, got {folder / part} "
+                f"with {others[0]}{f' and {len(others) - 1} more' if others[1:] else ''}; name another folder"
+            )

@@ -342,6 +342,16 @@ def test_synth_writes_images_masks_and_a_listing(run: Run, tmp_path: Path) -> No
     assert first == (tmp_path / "more" / "images" / "000000.png").read_bytes()
 
 
+def test_synth_mixes_no_two_runs(run: Run, tmp_path: Path) -> None:
+    """The same pictures are written again; older ones that would stay beside new ones are a refusal."""
+    for count in (2, 3):
+        assert run("synth", tmp_path, "--count", count, "--size", 32).code == 0
+    run("synth", tmp_path, "--count", 1, "--size", 16, "--seed", 2).refused(2, "OUT_DIR", "000001.png and 1 more")
+    listing = json.loads((tmp_path / "portraits.json").read_text())
+    assert (len(listing["portraits"]), listing["size_px"]) == (3, 32)
+    assert read(tmp_path / "images" / "000000.png").shape == (32, 32, 3)
+
+
 @pytest.mark.parametrize(("option", "value"), [("--count", 0), ("--size", 8), ("--seed", -1)])
 def test_synth_refuses_numbers_out_of_range(run: Run, tmp_path: Path, option: str, value: int) -> None:
     run("synth", tmp_path / "s", option, value).refused(2, option)
