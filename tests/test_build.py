@@ -96,6 +96,7 @@ def test_a_failed_build_in_place_takes_the_older_module_away(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FACEEDIT_NATIVE", "off")
+    monkeypatch.delenv("FACEEDIT_CUDA", raising=False)
     package = tmp_path / "faceedit" / "kernels"
     package.mkdir(parents=True)
     for folder in (package.parent, package):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -419,6 +420,15 @@ def test_an_interrupted_training_ends_with_130(run: Run, tmp_path: Path, monkeyp
         assert (json.loads(outcome.out)["reason"] == "interrupted") if rank == 0 else outcome.out == ""
 
 
+@pytest.fixture
+def heeds_sigint() -> Iterator[None]:
+    """Also where these tests run in the background of a script, whose commands ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_sigint")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_commands_end_with_130_and_one_line(
     run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
