@@ -208,8 +208,9 @@ class PairConfig:
     `multi_share` of them join two flipped members, so that several attributes differ. `terse_share` of the edits away
     from the sampled person name only the attribute that was asked for and leave out what follows from it (blond, but
     not "no longer brown"), because at test time the source attributes may be unknown. Pairs that flip an attribute of
-    `emphasis` are drawn `emphasis_weight` times as often as the others. `backwards_share` of the pairs lead back to the
-    sampled person; since nothing is put on again that was taken off, a small share means more pairs that add something.
+    `emphasis` are drawn `emphasis_weight` times as often as the others, twice that where it is named twice.
+    `backwards_share` of the pairs lead back to the sampled person; since nothing is put on again that was taken off, a
+    small share means more pairs that add something.
     `idle_share` ask for what is there already (`ask_for_what_is_there`).
     """
 
@@ -240,7 +241,7 @@ def sample_pairs(
              attributes, target_attributes count×13 in {0,1}; influence count×1×S×S in [0, 1].
     """
     members = data.config.variants + 1
-    weights = [pairs.emphasis_weight if name in pairs.emphasis else 1.0 for name in data.config.attributes]
+    weights = [pairs.emphasis_weight * pairs.emphasis.count(name) or 1.0 for name in data.config.attributes]
     often = torch.tensor(weights)[torch.from_numpy(data.flipped[:, 1:].astype(np.int64))]
     drawn = torch.multinomial(often.flatten(), count, replacement=True, generator=generator)
     person, flipped = (drawn // (members - 1)).numpy(), drawn % (members - 1) + 1

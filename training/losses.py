@@ -11,6 +11,7 @@ from torch import Tensor
 
 _FAINTEST = 0.05  # of an edit, mean over its region
 _FAINT = 1e-4, 0.01  # mean squares of a faint edit
+_LINE = 20  # a pixel's detail counts fully from a twentieth on
 _UNCHANGED = 0.002  # a share of a feature map's mean that is rounding
 _TINY = 1e-6
 
@@ -61,6 +62,23 @@ def faint_squared_share(image: Tensor, target: Tensor, source: Tensor, region: T
     change = mean_inside(source - target)
     faint = ((area >= 1) & (change >= _FAINT[0]) & (change <= _FAINT[1])).to(change.dtype)
     return (faint * mean_inside(image - target) / change.clamp_min(_FAINT[0])).sum() / faint.sum().clamp_min(1)
+
+
+def detail_share(image: Tensor, target: Tensor, source: Tensor, region: Tensor) -> Tensor:
+    """`region_l1` with a source, of what is finer than 5×5 pixels and where the true edit changes that: lines, strands,
+    edges. Of an aged face the folds, without the tint of the skin around them; 0 when no sample has any.
+
+    Args: image, target, source N×C×H×W in [-1, 1]; region N×1×H×W in [0, 1].
+    """
+    made, true, before = (
+        x - F.avg_pool2d(x, 5, stride=1, padding=2, count_include_pad=False) for x in (image, target, source)
+    )
+    change = (before - true).abs().mean(1, keepdim=True)
+    moved = region * (change * _LINE).clamp(max=1)
+    left = (moved * (made - true).abs().mean(1, keepdim=True)).sum(dim=(1, 2, 3))
+    whole = (moved * change).sum(dim=(1, 2, 3))
+    present = (moved.sum(dim=(1, 2, 3)) >= 1).to(left.dtype)
+    return (present * left / whole.clamp_min(_TINY)).sum() / present.sum().clamp_min(1)
 
 
 def feature_share(made: Sequence[Tensor], target: Sequence[Tensor], source: Sequence[Tensor]) -> Tensor:

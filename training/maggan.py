@@ -10,6 +10,7 @@ What differs from the paper, and why:
   `batch.transplants` adds edits of photos whose result is known (`faceedit.training.transplants`).
 * `losses.features` compares pairs also in the features of `feature_network`, as a perceptual loss does: L1 hardly sees
   a wrinkle or the edge of a frame. That network must not be the judge of the evaluation.
+* `losses.pairs` asks a patch critic at full size whether a pair's edit is the true one (`training/pair_critic.py`).
 * On a small machine the critic may run on every `adversarial.every`-th step and on smaller images than the generator's
   (`critic.input_px`); on the steps between, the generator has the other losses only. `every: 1, critic_steps: 5` and a
   critic of the generator's size are the paper's schedule.
@@ -36,8 +37,9 @@ from faceedit.networks.maggan import (
     MagGANDiscriminatorConfig,
     MagGANGenerator,
 )
+from faceedit.networks.pair_critic import PairCritic, PairCriticConfig
 from faceedit.networks.resizing import resize
-from faceedit.relations import influence_mask
+from faceedit.relations import influence_mask, mask_guided_conditioning
 from faceedit.training import cache, losses
 from faceedit.training.classifier import PlacementConfig, place_at_random
 from faceedit.training.config import AdamConfig, Recipe, require, require_float32_weights
@@ -51,6 +53,12 @@ from faceedit.training.data import (
     sample_pairs,
 )
 from faceedit.training.evaluation import classify_with, evaluate_editor
+from faceedit.training.pair_critic import (
+    PENALTY_EVERY,
+    pair_critic_loss,
+    pair_critic_penalty,
+    pair_generator_loss,
+)
 from faceedit.training.photos import PhotosConfig, UnlabelledPhotos
 from faceedit.training.sheets import image_sheet
 from faceedit.training.task import Report, Task, TrainingContext, start_from
@@ -83,10 +91,12 @@ class LossConfig:
     are means over the influence region, and over those of its pixels that the true edit changes, there as a share of
     that change: bushy brows change few pixels of a region that holds all skin, and without `moved` the mean over the
     region is smallest when nothing is done. `faint` is the squared error as a share of the squared change of edits that
-    change little: of an aged face the folds, of which `moved` sees little beside the tint of all the skin. `opacity` is
-    the price of hiding the input, a mean over the image: without it a layered output would repaint hair that only needs
-    another colour. `features` is `moved` in feature space, and `classes` what classifiers make of the edits, photos'
-    included: the critic sees half the size at most."""
+    change little: of an aged face the folds, of which `moved` sees little beside the tint of all the skin. `detail` is
+    `moved` of what is finer than five pixels. `opacity` is the price of hiding the input, a mean over the image:
+    without it a layered output would repaint hair that only needs another colour. `features` is `moved` in feature
+    space, and `classes` what classifiers make of the edits, photos' included: the critic sees half the size at most.
+    `pairs` is what the pair critic makes of the pairs' edits; above 0 that critic is trained on every step, with
+    `pair_penalty` on its slopes, and the generator hears it from `adversarial.start_step` on."""
 
     adversarial: float = 1.0
     reconstruction: float = 100.0
@@ -95,8 +105,11 @@ class LossConfig:
     edit: float = 100.0
     moved: float = 0.0
     faint: float = 0.0
+    detail: float = 0.0
     features: float = 0.0
     classes: float = 0.0
+    pairs: float = 0.0
+    pair_penalty: float = 0.003
     opacity: float = 0.0
     gradient_penalty: float = 10.0
     critic_attributes: float = 1.0
@@ -126,6 +139,7 @@ class MagGANRecipe(Recipe):
 
     network: MagGANConfig = field(default_factory=MagGANConfig)
     critic: MagGANDiscriminatorConfig = field(default_factory=MagGANDiscriminatorConfig)
+    pair_critic: PairCriticConfig = field(default_factory=PairCriticConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
     pairs: PairConfig = field(default_factory=PairConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -140,6 +154,7 @@ class MagGANRecipe(Recipe):
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     generator_adam: AdamConfig = field(default_factory=AdamConfig)
     critic_adam: AdamConfig = field(default_factory=AdamConfig)
+    pair_critic_adam: AdamConfig = field(default_factory=AdamConfig)
     validation_people: int = 24
     validation_classifier: str | None = None
     initial_weights: str | None = None
@@ -167,7 +182,7 @@ class MagGANRecipe(Recipe):
 
 
 class MagGANTask(Task[MagGANRecipe]):
-    """Networks "generator" (averaged, exported) and "critic"."""
+    """Networks "generator" (averaged, exported), "critic" and, where `losses.pairs` asks for it, "pair_critic"."""
 
     recipe_class = MagGANRecipe
 
@@ -197,6 +212,12 @@ class MagGANTask(Task[MagGANRecipe]):
         self.generator = context.add_network("generator", generator, recipe.generator_adam, average=True)
         self.critic = context.add_network("critic", MagGANDiscriminator(recipe.critic), recipe.critic_adam)
         self.bare_critic = cast(MagGANDiscriminator, context.networks["critic"])
+        self.pair_critic: nn.Module | None = None
+        if recipe.losses.pairs:
+            size, stages = recipe.network.size_px, recipe.pair_critic.stages
+            require(size % 2**stages == 0, "pair_critic.stages", f"few enough to halve {size} px", stages)
+            network = PairCritic(recipe.pair_critic)
+            self.pair_critic = context.add_network("pair_critic", network, recipe.pair_critic_adam)
 
     @classmethod
     def prepare(cls, recipe: MagGANRecipe, *, report: Report = print) -> None:
@@ -218,6 +239,8 @@ class MagGANTask(Task[MagGANRecipe]):
         made, opacity = self._generate(batch)
         if adversarial:
             scalars |= self._train_critic(batch, made.detach(), step, schedule.critic_steps)
+        if self.pair_critic is not None:
+            scalars["pair_critic"] = self._train_pair_critic(batch, made, step)
         loss, parts = self._generator_loss(batch, made, adversarial, step)
         if self.recipe.losses.opacity:
             parts["opacity"] = opacity.mean()
@@ -279,6 +302,9 @@ class MagGANTask(Task[MagGANRecipe]):
         if weights.faint:
             pictures = made[:pairs], batch["target"], batch["source"]
             parts["faint"] = losses.faint_squared_share(*pictures, batch["influence"])
+        if weights.detail:
+            pictures = made[:pairs], batch["target"], batch["source"]
+            parts["detail"] = losses.detail_share(*pictures, batch["influence"])
         if self.features is not None:
             parts["features"] = self._feature_distance(batch, made[:pairs])
         if self.classes is not None:
@@ -286,6 +312,12 @@ class MagGANTask(Task[MagGANRecipe]):
             with self.context.fabric.autocast():
                 logits = self.classes(self._edits(batch, made), drawn)
             parts["classes"] = losses.attribute_bce(logits.float(), *self._wanted(batch))
+        if self.pair_critic is not None and step >= self.recipe.adversarial.start_step:
+            drawn = self.context.generator("pairs", step)
+            # The bare critic, as below.
+            bare = self.context.networks["pair_critic"]
+            with self.context.fabric.autocast():
+                parts["pairs"] = pair_generator_loss(bare, batch, made[:pairs], self._pair_condition(batch), drawn)
         if copied.any():
             parts["reconstruction"] = (made[copied] - images[copied]).abs().mean()
         total = sum(getattr(weights, name) * value for name, value in parts.items())
@@ -376,6 +408,26 @@ class MagGANTask(Task[MagGANRecipe]):
         )
         self.context.minimise("critic", loss)
         return {name: value.detach() for name, value in means.items()}
+
+    def _train_pair_critic(self, batch: dict[str, Tensor], made: Tensor, step: int) -> Tensor:
+        assert self.pair_critic is not None
+        drawn = self.context.generator("pair critic", step)
+        edits = made[: len(batch["source"])]
+        condition = self._pair_condition(batch)
+        with self.context.fabric.autocast():
+            loss = pair_critic_loss(self.pair_critic, batch, edits, condition, drawn)
+        total = loss
+        if step % PENALTY_EVERY == 0:
+            # In float32 and on the bare network, as for the other critic.
+            slopes = pair_critic_penalty(self.context.networks["pair_critic"], batch, edits, condition, drawn)
+            total = loss + self.recipe.losses.pair_penalty * PENALTY_EVERY * slopes
+        self.context.minimise("pair_critic", total)
+        return loss.detach()
+
+    def _pair_condition(self, batch: dict[str, Tensor]) -> Tensor:
+        """What is asked of each pair and where, P×13×s×s, at the size at which the pair critic reads it."""
+        half = resize(batch["mask"], self.recipe.network.size_px // 2)
+        return mask_guided_conditioning(batch["difference"], half, self.relations)
 
     def _estimate_attributes(self) -> Tensor | None:
         """Probabilities N×13 of the photos' attributes, or None when no classifier is named."""

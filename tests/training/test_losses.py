@@ -73,6 +73,27 @@ def test_a_square_asks_for_the_mean_of_a_line_that_may_lie_in_two_places() -> No
     assert faint_l1 > nothing_l1
 
 
+def test_detail_is_a_share_of_the_lines_that_an_edit_draws() -> None:
+    """A line without the tint around it is all the detail there is, and the tint without the line none of it."""
+    source = torch.zeros(1, 3, 16, 16)
+    tinted = source - 0.1
+    target = tinted.clone()
+    target[..., 8, 3:13] -= 0.2
+    line = source.clone()
+    line[..., 8, 3:13] -= 0.2
+    everywhere, elsewhere = torch.ones(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
+    elsewhere[..., :4, :] = 1  # four rows above the line, out of its reach
+
+    def cost(made: torch.Tensor, region: torch.Tensor = everywhere) -> float:
+        return losses.detail_share(made, target, source, region).item()
+
+    assert cost(source) == pytest.approx(1)
+    assert cost(tinted) == pytest.approx(1)
+    assert cost((source + line) / 2) == pytest.approx(0.5)
+    assert cost(line) == pytest.approx(0, abs=1e-5)
+    assert cost(source, elsewhere) == 0
+
+
 def test_squares_are_a_share_of_faint_edits_inside_the_region() -> None:
     source = torch.zeros(5, 3, 4, 4)
     target = source + torch.tensor([0.05, 0.09, 0.001, 0.5, 0.05]).view(5, 1, 1, 1)  # two faint, none, strong, faint

@@ -103,6 +103,23 @@ def test_generator_overfits_one_batch(cache_dir: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_pair_critic_learns_from_the_first_step_and_is_heard_from_the_start_step_on(cache_dir: Path) -> None:
+    pair_critic = "pair_critic={base_width: 4, max_width: 8, stages: 2}"
+    task = build(
+        tiny_maggan(cache_dir, pair_critic, "losses.pairs=5", "adversarial={start_step: 1, every: 1}"), MagGANTask
+    )
+    before = [weight.clone() for weight in task.context.networks["pair_critic"].parameters()]
+    unheard, heard = (task.training_step(task.batch(step), step) for step in (0, 1))
+    assert "pair_critic" in unheard
+    assert "pairs" not in unheard
+    assert {"pair_critic", "pairs"} <= heard.keys()
+    after = task.context.networks["pair_critic"].parameters()
+    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert "pair_critic" not in build(tiny_maggan(cache_dir), MagGANTask).context.networks
+    with pytest.raises(OutOfRangeError, match=r"pair_critic\.stages must be few enough to halve 32 px, got 6"):
+        build(tiny_maggan(cache_dir, "losses.pairs=5", "pair_critic.stages=6"), MagGANTask)
+
+
 def test_critic_runs_on_its_schedule(cache_dir: Path) -> None:
     task = build(tiny_maggan(cache_dir, "adversarial={start_step: 1, every: 2, critic_steps: 3}"), MagGANTask)
     updates: list[str] = []
