@@ -24,6 +24,8 @@ from faceedit.training.ema import ExponentialMovingAverage, HalfLife
 PATIENCE = timedelta(hours=4)
 """How long the other processes wait for rank 0, which scores, draws and exports alone."""
 
+_BEFORE = "; before that: "  # between the training data of weights and those of the weights that they started from
+
 Report = Callable[[str], Any]
 """Receives one line of progress at a time."""
 
@@ -78,6 +80,15 @@ def start_from(network: nn.Module, weights: str | None, *, may_lack: str | None 
                 f"train: initial_weights must fit the recipe's network, got {weights} ({reason}); use weights of the "
                 "same configuration"
             ) from error
+
+
+def _training_data(weights: str | None) -> list[str]:
+    """What exported or registered `weights` were trained on, latest first, as `write_weights` joins it."""
+    if weights is None:
+        return []
+    from faceedit.registry import find, read_header
+
+    return read_header(find(weights).path).training_data.split(_BEFORE)
 
 
 class TrainingContext:
@@ -260,6 +271,8 @@ class Task(ABC, Generic[R]):
     def __init__(self, recipe: R, context: TrainingContext) -> None:
         self.recipe = recipe
         self.context = context
+        # Read now: the file may be gone when the run ends.
+        self._trained_on_before = _training_data(getattr(recipe, "initial_weights", None))
 
     @abstractmethod
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -293,8 +306,11 @@ class Task(ABC, Generic[R]):
         label_scheme: str = "",
         attributes: tuple[str, ...] = (),
     ) -> None:
-        """`faceedit.registry.save_weights`, with what every network that is trained here says of itself."""
+        """`faceedit.registry.save_weights`, with what every network that is trained here says of itself; of one that
+        went on from other weights also what those were trained on."""
         from faceedit.registry import save_weights
+
+        before = [one for one in self._trained_on_before if one != training_data]
 
         save_weights(
             path,
@@ -302,7 +318,7 @@ class Task(ABC, Generic[R]):
             config,
             network.state_dict(),
             licence="Apache-2.0",
-            training_data=training_data,
+            training_data=_BEFORE.join([training_data, *before]),
             source="faceedit",
             recipe=self.recipe.description or self.recipe.task,
             label_scheme=label_scheme,

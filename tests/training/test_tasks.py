@@ -15,7 +15,7 @@ from faceedit import training
 from faceedit.attributes import MAGGAN
 from faceedit.errors import OutOfRangeError, WeightsError
 from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
-from faceedit.registry import load_network, save_weights
+from faceedit.registry import load_network, read_header, save_weights
 from faceedit.training.checkpoint import load_checkpoint
 from faceedit.training.classifier import ClassifierTask, PlacementConfig, place_at_random
 from faceedit.training.config import to_yaml
@@ -307,6 +307,20 @@ def test_classifier_run_exports_what_loads(cache_dir: Path, tmp_path: Path) -> N
     goes_on = build(tiny_classifier(cache_dir, f"initial_weights={result.weights}"), ClassifierTask)
     for key, value in goes_on.context.networks["classifier"].state_dict().items():
         assert torch.equal(value, network.state_dict()[key]), key
+
+
+def test_weights_name_all_that_they_were_trained_on(cache_dir: Path, tmp_path: Path) -> None:
+    """People of the run and, once each, those of the runs before."""
+    said, path = [], None
+    for people in (8, 12, 12, 8):
+        start = "initial_weights=null" if path is None else f"initial_weights={path}"
+        task = build(tiny_classifier(cache_dir, f"synthetic.people={people}", start), ClassifierTask)
+        path = tmp_path / f"{len(said)}.safetensors"
+        task.export(path, {})
+        said.append(read_header(path).training_data)
+    own = {people: said[0].replace("8", str(people)) for people in (8, 12)}
+    after = f"{own[12]}; before that: {own[8]}"
+    assert said == [own[8], after, after, f"{own[8]}; before that: {own[12]}"]
 
 
 def test_weights_of_another_size_are_refused_in_one_line(cache_dir: Path, tmp_path: Path) -> None:
