@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pages of docs/kernels say of defaults and dtypes, held against the code."""
+"""What the pages of docs/kernels say of defaults, dtypes and export, held against the code."""
 
 from __future__ import annotations
 
@@ -115,3 +115,17 @@ def test_arithmetic_and_losses_are_fp64_for_fp64(stem: str) -> None:
     page = " ".join((FOLDER / f"{stem}.md").read_text().split())
     said = re.findall(r"(?:arithmetic (?:is|are)|returns \(N\) in|result \(N\),) fp32(.{0,6})", page, re.IGNORECASE)
     assert said == [" (fp64"], "where x is fp64, or for fp64"
+
+
+@pytest.mark.slow
+def test_the_code_of_the_overview_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (FOLDER / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert any("decomposition_table" in block for block in blocks)
+    assert any("backends_report" in block and "last_backend" in block for block in blocks)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, scope)
+    assert (tmp_path / "layer.onnx").is_file()
