@@ -14,7 +14,11 @@ from faceedit.cli.files import check_folder, write_text
 from faceedit.cli.output import progress_bar
 from faceedit.errors import DeviceError, FaceEditError, UnknownNameError, UsageError, suggestion
 
-app = typer.Typer(help="Measure this installation.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Measure this installation.\n\nExample: faceedit bench kernels --quick",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 DTYPES = ("float32", "bfloat16")
 

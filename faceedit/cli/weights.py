@@ -16,7 +16,11 @@ from faceedit.errors import FaceEditError
 if TYPE_CHECKING:
     from faceedit.registry import WeightSpec
 
-app = typer.Typer(help="List, describe and import weights.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="List, describe and import weights.\n\nExample: faceedit weights list",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @app.command("list")
@@ -75,6 +79,8 @@ def show(
         return
     card = known.pop("card")
     for key, value in known.items():
+        if value == "":  # no problem; no address, for what ships with the package
+            continue
         typer.echo(f"{key + ':':<16} {value}")
     if card:
         typer.echo(f"\n{card.rstrip()}")

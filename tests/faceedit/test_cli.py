@@ -38,8 +38,10 @@ COMMANDS = (
     "sample",
     "synth",
     "train",
+    "weights",
     "weights list",
     "weights show",
+    "bench",
     "bench kernels",
     "bench maskfacegan",
     "doctor",
@@ -374,7 +376,9 @@ def test_weights_list_and_show(run: Run) -> None:
     shown = json.loads(run("weights", "show", "maggan-starter", "--json").out)
     assert shown["kind"] == "maggan"
     assert shown["licence"] == "Apache-2.0"
-    assert "training_data" in run("weights", "show", "maggan-starter").out
+    text = run("weights", "show", "maggan-starter").out
+    assert "training_data" in text
+    assert not re.search(r"^\w+: *$", text, re.MULTILINE), "a field without a value is left out"
     run("weights", "show", "magan-starter").refused(2, "maggan-starter")
 
 
