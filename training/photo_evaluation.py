@@ -4,8 +4,10 @@
 python -m faceedit.training.photo_evaluation maggan-starter --photos FOLDER --output report/
 
 By default on the photos that `photos.held_out_every` keeps out of an editor's training. The truth is what the training
-pairs are made of, another photo's mouth or what a drawn person wears, moved to the photo's own features: near what a
-person would call the edit, not a second photograph of it.
+pairs are made of. Bangs, moustaches, beards and brows are grown from the photo's own mask (`training/grown_hair.py`).
+Glasses and wrinkles are a drawn person's and a mouth is another photo's, moved to the photo's own features. Bald takes
+off another photo's hair that was put on a bald head. This is near what a person would call the edit, not a second
+photograph of it.
 """
 
 from __future__ import annotations
