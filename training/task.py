@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 import torch.distributed
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from faceedit.errors import UnknownNameError, UsageError, WeightsError, suggestion
+from faceedit.errors import FaceEditError, UnknownNameError, UsageError, WeightsError, suggestion
 from faceedit.training.config import AdamConfig, Recipe, TrainerConfig
 from faceedit.training.ema import ExponentialMovingAverage, HalfLife
 
@@ -49,6 +49,10 @@ TASKS: dict[str, str] = {
 
 R = TypeVar("R", bound=Recipe)
 T = TypeVar("T")
+
+
+class TrainingDivergedError(FaceEditError):
+    """Losses, gradients or weights stopped being finite; the checkpoints before it are intact."""
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -89,6 +93,12 @@ def _training_data(weights: str | None) -> list[str]:
     from faceedit.registry import find, read_header
 
     return read_header(find(weights).path).training_data.split(_BEFORE)
+
+
+def _is_finite(network: nn.Module) -> bool:
+    """Whether a network's parameters and buffers are."""
+    finite = [value.isfinite().all() for value in (*network.parameters(), *network.buffers())]
+    return not finite or bool(torch.stack(finite).all())
 
 
 class TrainingContext:
@@ -144,21 +154,31 @@ class TrainingContext:
         """One optimiser step of network `name` along −∇loss.
 
         In 16-mixed a step whose scaled gradients overflow is left out, and the scale lowered. Otherwise gradients that
-        are to be clipped must be finite: RuntimeError.
+        are to be clipped must be finite: TrainingDivergedError.
         """
         optimizer = self.optimizers[name]
         optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(loss)
         if clip_norm is not None:
             scaled = getattr(self.fabric.strategy.precision, "scaler", None) is not None
-            self.fabric.clip_gradients(
-                self._wrapped[name], optimizer, max_norm=clip_norm, error_if_nonfinite=not scaled
+            norm = self.fabric.clip_gradients(
+                self._wrapped[name], optimizer, max_norm=clip_norm, error_if_nonfinite=False
             )
+            if not scaled and not bool(cast(Tensor, norm).isfinite()):
+                raise TrainingDivergedError(
+                    f"train: gradients of {name} must be finite, got a norm of nan or inf; lower the learning rate or "
+                    "resume from the run's checkpoints with another seed"
+                )
         optimizer.step()
 
     def best(self, name: str) -> nn.Module:
         """The network to judge and to export: the average where one is kept."""
         return self.averages[name].module if name in self.averages else self.networks[name]
+
+    def _set_adam(self, name: str) -> None:
+        adam = self._rates[name]
+        for group in self.optimizers[name].param_groups:
+            group.update(betas=(adam.beta1, adam.beta2), weight_decay=adam.weight_decay)
 
     def set_rates(self, step: int, progress: float) -> None:
         for name, adam in self._rates.items():
@@ -172,6 +192,28 @@ class TrainingContext:
         said = [value]
         torch.distributed.broadcast_object_list(said, 0, group=self._speech)
         return said[0]
+
+    def _of_any(self, names: list[str]) -> list[str]:
+        """Every process's `names`, each once, in all of them. All of them have to call this."""
+        if self._speech is None:
+            return names
+        said: list[list[str]] = [[] for _ in range(self.fabric.world_size)]
+        torch.distributed.all_gather_object(said, names, group=self._speech)
+        return list(dict.fromkeys(name for own in said for name in own))
+
+    def not_finite(self, scalars: list[str]) -> list[str]:
+        """What must be finite and is not, in any process: each one's own `scalars`, and networks and averages.
+
+        Waits for a GPU, once a network. All processes have to call this.
+        """
+        found = list(scalars)
+        with torch.no_grad():
+            for name, network in self.networks.items():
+                if not _is_finite(network):
+                    found.append(f"weights of {name}")
+                elif name in self.averages and not _is_finite(self.averages[name].module):
+                    found.append(f"averaged weights of {name}")
+        return self._of_any(found)
 
     def mean_of_scalars(self, scalars: dict[str, float]) -> dict[str, float]:
         """The means over all processes, which must name the same scalars."""
@@ -247,6 +289,7 @@ class TrainingContext:
             for name, network in self.networks.items():
                 network.load_state_dict(state["networks"][name])
                 self.optimizers[name].load_state_dict(state["optimizers"][name])
+                self._set_adam(name)  # the checkpoint brought its own recipe's settings
             for name, average in self.averages.items():
                 average.updates = int(state["averages"][name]["updates"])
                 average.module.load_state_dict(state["averages"][name]["weights"])

@@ -25,14 +25,10 @@ from faceedit.training.batches import batches
 from faceedit.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from faceedit.training.config import Recipe, TrainerConfig, recipe_changes, to_yaml
 from faceedit.training.run_directory import RunDirectory, check_unused, describe_environment
-from faceedit.training.task import PATIENCE, Report, Task, TrainingContext, derive_seed
+from faceedit.training.task import PATIENCE, Report, Task, TrainingContext, TrainingDivergedError, derive_seed
 
 _GRACE_S = 10.0  # for a process that failed to leave, so that its exit code can be read
 StopReason = Literal["finished", "time limit", "interrupted"]
-
-
-class TrainingDivergedError(FaceEditError):
-    """A logged scalar stopped being finite; the checkpoints before it are intact."""
 
 
 class ProcessFailedError(FaceEditError):
@@ -142,8 +138,9 @@ def train(
 
     Args:    directory is created; resume is a run directory or a checkpoint file of the same task.
     Returns: TrainingResult; the run directory holds everything it refers to.
-    Raises:  UsageError on a checkpoint of another recipe or a used directory; TrainingDivergedError on a
-             non-finite scalar; ProcessFailedError when another device's process ended; whatever the task raises.
+    Raises:  UsageError on a checkpoint of another recipe or a used directory; TrainingDivergedError on losses,
+             gradients or weights that are not finite; ProcessFailedError when another device's process ended; whatever
+             the task raises.
     """
     config = recipe.trainer
     threads = torch.get_num_threads()
@@ -332,7 +329,7 @@ class _Loop:
 
     def _check_finite(self, averager: _Averager, step: int) -> None:
         """Raise TrainingDivergedError before what has diverged takes the place of a checkpoint that has not."""
-        self._refuse(averager.not_finite(), step)
+        self._refuse(self.context.not_finite(averager.not_finite()), step)
 
     def _refuse(self, bad: list[str], step: int) -> None:
         if bad:

@@ -20,8 +20,8 @@ from torch import Tensor
 from faceedit import training
 from faceedit.training.adaptive_augmentation import Augmentation
 from faceedit.training.stylegan2 import StyleGAN2Task, Unrounded
-from faceedit.training.task import TASKS, Task, TrainingContext, derive_seed
-from faceedit.training.trainer import TrainingDivergedError, make_fabric, seed_step
+from faceedit.training.task import TASKS, Task, TrainingContext, TrainingDivergedError, derive_seed
+from faceedit.training.trainer import make_fabric, seed_step
 
 RANKS = 2
 STEPS = 4
@@ -77,6 +77,8 @@ class RecordedTask(ToyTask):
         scalars = super().training_step(batch, step)
         if step == self.at.get("nan"):
             scalars["fit"] = scalars["fit"] / 0
+        if step == self.at.get("poison"):
+            next(self.context.networks["generator"].parameters()).data.fill_(float("nan"))
         return scalars
 
 
@@ -179,10 +181,16 @@ def train_together(rank: int, folder: Path) -> None:
     run("plain", "is_plain=true")
     clock = ["trainer.progress_by=time", "trainer.max_minutes=0.5", "adam.decay_from=0.0", "trainer.steps=1000000"]
     run("interrupted", *clock, **({"interruption": 3} if rank == 0 else {}))
-    try:
-        run("diverged", "trainer.log_every=1", **({"nan": 2} if rank == 1 else {}))
-    except TrainingDivergedError as error:
-        seen["diverged"] = str(error)
+    unlogged = ["trainer.log_every=100", "trainer.checkpoint_every=2", "trainer.steps=3"]
+    for name, overrides, cause in (
+        ("diverged", ["trainer.log_every=1"], {"nan": 2}),
+        ("unlogged", unlogged, {"nan": 1}),
+        ("poisoned", unlogged, {"poison": 1}),
+    ):
+        try:
+            run(name, *overrides, **(cause if rank == 1 else {}))
+        except TrainingDivergedError as error:
+            seen[name] = str(error)
     seen["lines"] = lines
     seen["stylegan2"] = stylegan2_steps(StyleGAN2Task, training.resolve(folder / "stylegan2.yaml"))
     torch.save(seen, folder / f"rank_{rank}.pt")

@@ -140,6 +140,14 @@ def test_one_rank_without_a_finite_loss_stops_all(pair: list[dict[str, Any]]) ->
     assert pair[0]["diverged"] == pair[1]["diverged"]  # names rank 0's folder
 
 
+def test_what_one_rank_alone_has_is_looked_for_before_rank_0_saves(pair: list[dict[str, Any]], folder: Path) -> None:
+    """Between two logged steps: a loss, and weights."""
+    for run, what in (("unlogged", "fit"), ("poisoned", "weights of generator")):
+        assert f"train: {what} must be finite, got nan or inf by step 2" in pair[0][run]
+        assert pair[0][run] == pair[1][run]
+        assert not list((folder / f"{run}-0").glob("checkpoints/*.pt"))
+
+
 def test_one_set_of_files_is_written(pair: list[dict[str, Any]], folder: Path) -> None:
     assert sorted(path.name for path in folder.glob("whole-*")) == ["whole-0"]
     run = folder / "whole-0"

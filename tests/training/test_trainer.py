@@ -22,8 +22,7 @@ from faceedit import training
 from faceedit.errors import DeviceError, UsageError, WeightsError
 from faceedit.training import trainer
 from faceedit.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from faceedit.training.task import TrainingContext
-from faceedit.training.trainer import TrainingDivergedError
+from faceedit.training.task import TrainingContext, TrainingDivergedError
 
 
 def quiet(line: str) -> None:
@@ -136,7 +135,7 @@ def test_a_step_that_overflows_is_left_out_and_lowers_the_scale(toy_recipe: Path
         assert torch.equal(weight, before) == (factor > 1)
     plain = training_context(toy_recipe, None)
     weight = next(plain.networks["critic"].parameters())
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(TrainingDivergedError, match="gradients of critic must be finite, got a norm of nan or inf"):
         plain.minimise("critic", weight.sum() / 0, clip_norm=1.0)
 
 
@@ -291,6 +290,31 @@ def test_what_diverged_takes_no_checkpoints_place(toy_recipe: Path, tmp_path: Pa
     with pytest.raises(TrainingDivergedError, match="fit must be finite"):
         training.run(toy_recipe, timed, output_dir=tmp_path / "timed", report=quiet)
     assert not (tmp_path / "timed" / "weights.safetensors").exists()
+
+
+def test_weights_that_diverged_under_a_finite_loss_are_not_saved(toy_recipe: Path, tmp_path: Path) -> None:
+    """Where the loss is computed, the weights are those before the step."""
+    steep = ["is_clipped=false", "steep_at=3", "trainer.steps=4", "trainer.log_every=100"]
+    with pytest.raises(TrainingDivergedError, match=r"weights of generator must be finite, got nan or inf by step 4"):
+        training.run(toy_recipe, [*steep, "trainer.checkpoint_every=2"], output_dir=tmp_path / "a", report=quiet)
+    assert [load_checkpoint(path)["step"] for path in list_checkpoints(tmp_path / "a" / "checkpoints")] == [2]
+    with pytest.raises(TrainingDivergedError, match="weights of generator must be finite"):
+        training.run(toy_recipe, steep, output_dir=tmp_path / "b", report=quiet)
+    assert not (tmp_path / "b" / "weights.safetensors").exists()
+    context = training_context(toy_recipe, None)
+    assert context.not_finite([]) == []
+    next(context.averages["generator"].module.buffers()).fill_(float("inf"))
+    assert context.not_finite(["fit"]) == ["fit", "averaged weights of generator"]
+
+
+def test_a_resumed_run_has_its_recipes_adam(toy_recipe: Path, tmp_path: Path) -> None:
+    training.run(toy_recipe, ["trainer.steps=6"], output_dir=tmp_path / "run", report=quiet)
+    changed = ["adam.beta1=0.9", "adam.beta2=0.99", "adam.weight_decay=0.1"]
+    resumed = training.run(toy_recipe, changed, resume=tmp_path / "run", report=quiet)
+    assert resumed is not None
+    for optimizer in load_checkpoint(resumed.checkpoint)["context"]["optimizers"].values():
+        (group,) = optimizer["param_groups"]
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.99), 0.1)
 
 
 def test_a_metrics_line_torn_by_a_crash_does_not_keep_a_run_from_resuming(toy_recipe: Path, tmp_path: Path) -> None:
