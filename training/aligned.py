@@ -19,7 +19,7 @@ from faceedit.errors import FaceEditError, UsageError
 from faceedit.training import cache
 from faceedit.training import synthetic as portraits
 from faceedit.training.config import require
-from faceedit.training.data import SPLIT_SEEDS
+from faceedit.training.data import SPLIT_SEEDS, require_other_people
 from faceedit.training.photos import IMAGE_SUFFIXES
 
 _CHUNK = 32
@@ -33,7 +33,8 @@ class AlignedConfig:
     Without `folder`: `people` synthetic portraits, each aligned by its own five landmarks as a photo would be, with
     FFHQ's square enlarged `scale` times (1: FFHQ itself). With `folder`: the images in it and below, which have to be
     aligned already; each is cropped to its central square and shrunk, at most `max_images` of them. `mirror` adds every
-    image's mirror image. `seed_offset` picks other people. Disk: size_px² × 3 bytes an image.
+    image's mirror image. `seed_offset` (0, or at least people / 32) skips 32 people each: nobody drawn then is among
+    the first `people`. Disk: size_px² × 3 bytes an image.
     """
 
     size_px: int = 128
@@ -50,7 +51,7 @@ class AlignedConfig:
         require(self.people > 0, "people", "positive", self.people)
         require(0.5 <= self.scale <= 2, "scale", "in [0.5, 2]", self.scale)
         require(self.max_images is None or self.max_images > 0, "max_images", "positive", self.max_images)
-        require(0 <= self.seed_offset < 900_000, "seed_offset", "in [0, 900000)", self.seed_offset)
+        require_other_people(self.seed_offset, self.people, _CHUNK)
 
 
 class AlignedFaces:

@@ -33,11 +33,22 @@ _FAMILIES_A_CHUNK = 16
 _SURE = 0.8
 
 
+def require_other_people(seed_offset: int, people: int, at_once: int) -> None:
+    """Raise OutOfRangeError about a configuration's `seed_offset` that is neither 0 nor leads past its own people.
+
+    Each `at_once` people have a seed, the next ones the next: a small offset has nearly everyone in common with none.
+    """
+    seeds = -(-people // at_once)
+    is_apart = seed_offset == 0 or seeds <= seed_offset < 900_000
+    require(is_apart, "seed_offset", f"0 or in [{seeds}, 900000) for {people} people", seed_offset)
+
+
 @dataclass(frozen=True, slots=True)
 class SyntheticConfig:
     """Which families to render. `tinted_share` of the people have regions of random colour (domain randomisation).
 
-    `seed_offset` picks other people of the same split. Disk: size_px² × 6 bytes × people × (1 + variants).
+    `seed_offset` (0, or at least people / 16) skips 16 people each: nobody drawn then is among the first `people` of
+    the split. Disk: size_px² × 6 bytes × people × (1 + variants).
     """
 
     size_px: int = 128
@@ -51,7 +62,7 @@ class SyntheticConfig:
     def __post_init__(self) -> None:
         require(self.people > 0, "people", "positive", self.people)
         require(0 <= self.tinted_share <= 1, "tinted_share", "in [0, 1]", self.tinted_share)
-        require(0 <= self.seed_offset < 900_000, "seed_offset", "in [0, 900000)", self.seed_offset)
+        require_other_people(self.seed_offset, self.people, _FAMILIES_A_CHUNK)
         require(0 <= self.variants <= len(self.attributes), "variants", "at most the attributes", self.variants)
         for name in self.attributes:
             attribute_index(name)

@@ -125,6 +125,9 @@ def test_folders_without_images_are_refused(tmp_path: Path) -> None:
         AlignedFaces(config, quiet)
     with pytest.raises(OutOfRangeError, match="scale must be in"):
         AlignedConfig(scale=0)
+    with pytest.raises(OutOfRangeError, match=r"seed_offset must be 0 or in \[188, 900000\) for 6000 people, got 187"):
+        AlignedConfig(people=6000, seed_offset=187)
+    assert AlignedConfig(people=6000, seed_offset=188).seed_offset == 188
 
 
 def test_central_square_keeps_the_middle() -> None:

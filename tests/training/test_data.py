@@ -287,7 +287,18 @@ def test_impossible_synthetic_configs_are_refused() -> None:
         SyntheticConfig(attributes=("Attractive",), variants=1)
     with pytest.raises(OutOfRangeError, match="variants must be at most"):
         SyntheticConfig(variants=14)
+    for offset in (1, 187, 900_000, -1):
+        with pytest.raises(OutOfRangeError, match=r"seed_offset must be 0 or in \[188, 900000\) for 3000 people, got"):
+            SyntheticConfig(people=3000, seed_offset=offset)
     assert len(CELEBA) == 40
+
+
+def test_people_past_an_offset_are_others(tmp_path: Path) -> None:
+    drawn = []
+    for offset in (0, 2):  # the least that is taken
+        config = SyntheticConfig(size_px=16, people=20, variants=0, seed_offset=offset, cache_dir=str(tmp_path))
+        drawn.append(SyntheticPortraits(config, report=quiet).landmarks().flatten(1))
+    assert torch.cdist(*drawn).min() > 0
 
 
 def test_photos_are_prepared_once_and_refusals_are_counted(tmp_path: Path) -> None:
