@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,9 +62,9 @@ def run(
 ) -> TrainingResult | None:
     """Train a recipe, or with `dry_run` only report its resolved YAML (and return None).
 
-    Args:   output_dir defaults to the resumed run's directory, else runs/<recipe>-<date>-<time>; resume is a run
-            directory or one of its checkpoints; report receives one line of progress at a time.
-    Raises: as `resolve`; UsageError when output_dir already holds a run that is not being resumed.
+    Args:   output_dir defaults to the resumed run's directory, else runs/<recipe>-<date>-<time> (-2, … where that
+            exists); resume is a run directory or one of its checkpoints; report receives a line of progress at a time.
+    Raises: as `resolve`; UsageError when output_dir holds a run that is not being resumed, or one that is going on.
     """
     from faceedit.training.config import to_yaml
 
@@ -81,5 +82,11 @@ def run(
     elif resume_path is not None:
         directory = run_directory_of(resume_path)
     else:
-        directory = Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory = _new_directory(Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     return train(task_class(resolved.task), resolved, directory, resume=resume_path, report=report)
+
+
+def _new_directory(named: Path) -> Path:
+    """`named`, or the first of `named`-2, `named`-3, … that is not there."""
+    others = (named.with_name(f"{named.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([named], others) if not path.exists())

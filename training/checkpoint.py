@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
     return path
 
 
-def set_aside_after(folder: Path, step: int) -> None:
-    """Move checkpoints past `step` into `folder`/abandoned: a run that goes back to `step` is another one then."""
-    for path in list_checkpoints(folder):
-        if path.name > checkpoint_path(folder, step).name:
+def set_aside(files: Iterable[Path], folder: Path) -> None:
+    """Move the files that exist into `folder`/abandoned: a run that goes back to a step is another one then."""
+    for path in files:
+        if path.exists():
             aside = folder / "abandoned"
             aside.mkdir(exist_ok=True)
             path.replace(aside / path.name)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from faceedit.atomic import write_text
 from faceedit.errors import MissingExtraError, UsageError
-from faceedit.training.checkpoint import list_checkpoints, set_aside_after
+from faceedit.training.checkpoint import checkpoint_path, list_checkpoints, set_aside
 from faceedit.training.sheets import write_png
 
 
@@ -68,47 +68,72 @@ class RunDirectory:
     """Layout and writers of one run.
 
     recipe.yaml, environment.json, metrics.jsonl, tensorboard/, samples/step_*.png, checkpoints/step_*.pt,
-    weights.safetensors (exported at the end), summary.json.
+    weights.safetensors (exported at the end), summary.json; run.lock, which is held while the run goes on.
     """
 
-    def __init__(self, root: Path, *, resume_step: int | None) -> None:
-        """Open `root`, which `check_unused` let pass; with `resume_step` what came later is forgotten or set aside."""
+    def __init__(self, root: Path, *, resumed: Path | None, resume_step: int | None) -> None:
+        """Open `root` for the run of the checkpoint `resumed`, or for a new one; with `resume_step` what came later is
+        forgotten or set aside.
+
+        Raises: UsageError where another run is or was; MissingExtraError without the `train` extra.
+        """
         self.root = root
         self.checkpoints = root / "checkpoints"
         self._metrics = root / "metrics.jsonl"
         self._logged: set[tuple[int, str]] = set()
         try:
+            from filelock import FileLock
+            from filelock import Timeout as Held
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise MissingExtraError(
-                "train: tensorboard must be installed; run pip install 'faceedit[train]'"
+                "train: tensorboard and filelock must be installed; run pip install 'faceedit[train]'"
             ) from error
         try:
             root.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(root / "run.lock", timeout=0)
+            self._lock.acquire()  # the system gives it back however the process ends
+        except Held as error:
+            raise UsageError(
+                f"train: output_dir must be of no run that is going on, got {root}; wait for its end or pass another"
+            ) from error
         except OSError as error:
             raise UsageError(
                 f"train: output_dir must be creatable, got {root} ({error.strerror or error}); choose another place"
             ) from error
+        check_unused(root, resumed)  # again: one may have run there while this one built its caches
         if resume_step is not None:
-            self._keep_metrics(lambda step, split: step <= resume_step)  # the resumed run writes the others again
-            set_aside_after(self.checkpoints, resume_step)
+            self._go_back_to(resume_step)
         # Events of `purge_step` itself are purged too; the checkpoint's step is behind the run.
         self._board = SummaryWriter(
             str(root / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
         )
 
-    def _keep_metrics(self, is_kept: Callable[[int, str], bool]) -> None:
-        """Drop the metric lines whose step and split are not to be kept."""
+    def _go_back_to(self, step: int) -> None:
+        """Forget the metrics past `step`, which the resumed run writes again, and set aside what else came later."""
+        later = [path for path in list_checkpoints(self.checkpoints) if path > checkpoint_path(self.checkpoints, step)]
+        is_earlier = self._keep_metrics(lambda logged, split: logged <= step) or bool(later)
+        set_aside(later, self.checkpoints)
+        sheets = self.root / "samples"
+        set_aside([path for path in sheets.glob("step_*.png") if path.name > _sheet_name(step)], sheets)
+        if is_earlier:
+            set_aside([self.root / "weights.safetensors", self.root / "summary.json"], self.root)
+
+    def _keep_metrics(self, is_kept: Callable[[int, str], bool]) -> bool:
+        """Drop the metric lines whose step and split are not to be kept. Returns whether there were such lines."""
         if not self._metrics.exists():
-            return
-        kept = {}
+            return False
+        kept, dropped = {}, False
         for line in self._metrics.read_text().splitlines():
             with suppress(ValueError):  # a line torn by a crash came after the checkpoint
                 found = json.loads(line)
                 if is_kept(found["step"], found["split"]):
                     kept[found["step"], found["split"]] = line + "\n"
+                else:
+                    dropped = True
         self._logged = set(kept)
         self.write_text("metrics.jsonl", "".join(kept.values()))
+        return dropped
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the run atomically."""
@@ -133,8 +158,13 @@ class RunDirectory:
             self._board.add_scalar(f"{split}/{name}", value, step)
 
     def write_sheet(self, step: int, pixels: Tensor) -> None:
-        write_png(self.root / "samples" / f"step_{step:08d}.png", pixels)
+        write_png(self.root / "samples" / _sheet_name(step), pixels)
         self._board.add_image("samples", pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         self._board.close()
+        self._lock.release()
+
+
+def _sheet_name(step: int) -> str:
+    return f"step_{step:08d}.png"

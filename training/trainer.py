@@ -168,7 +168,7 @@ def _train(
     task_type.prepare(recipe, report=report)
     try:
         fabric.launch()
-        return _train_here(task_type, recipe, directory, state, fabric, report)
+        return _train_here(task_type, recipe, directory, checkpoint, state, fabric, report)
     except BaseException as error:
         code = _end_others(fabric, failed_here=not isinstance(error, RuntimeError))
         if code is None:
@@ -210,6 +210,7 @@ def _train_here(
     task_type: type[Task[Any]],
     recipe: Recipe,
     directory: Path,
+    checkpoint: Path | None,
     state: dict[str, Any] | None,
     fabric: Any,
     report: Report,
@@ -229,7 +230,7 @@ def _train_here(
         task.resume_at(step)
     files: RunDirectory | None = None
     if fabric.is_global_zero:
-        files = RunDirectory(directory, resume_step=None if state is None else step)
+        files = RunDirectory(directory, resumed=checkpoint, resume_step=None if state is None else step)
         files.write_text("recipe.yaml", to_yaml(recipe))
         files.write_json("environment.json", {"seed": config.seed, **describe_environment()})
     try:

@@ -152,7 +152,7 @@ def test_one_set_of_files_is_written(pair: list[dict[str, Any]], folder: Path) -
     assert sorted(path.name for path in folder.glob("whole-*")) == ["whole-0"]
     run = folder / "whole-0"
     names = {"recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
-    assert {path.name for path in run.iterdir()} == names | {"weights.safetensors", "summary.json"}
+    assert {path.name for path in run.iterdir()} == names | {"weights.safetensors", "summary.json", "run.lock"}
     assert len(list((run / "tensorboard").iterdir())) == 1
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["split"]) for line in lines] == [(2, "train"), (4, "train"), (4, "validation")]

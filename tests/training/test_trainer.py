@@ -14,6 +14,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
+from filelock import FileLock
 from safetensors.torch import load_file
 from support.toy_task import ToyTask
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -268,6 +269,73 @@ def test_going_back_sets_later_checkpoints_aside(toy_recipe: Path, tmp_path: Pat
 def test_another_recipe_is_said_when_resuming(toy_recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     training.run(toy_recipe, output_dir=run, report=quiet)
+def test_going_back_sets_what_the_abandoned_run_ended_with_aside(toy_recipe: Path, tmp_path: Path) -> None:
+    run, often = (
+        tmp_path / "run",
+        ["trainer.checkpoint_every=4", "trainer.sample_every=4", "trainer.keep_checkpoints=3"],
+    )
+    training.run(toy_recipe, often, output_dir=run, report=quiet)
+    ends = ["weights.safetensors", "summary.json"]
+    before = {name: (run / name).read_bytes() for name in ends}
+    training.run(toy_recipe, often, resume=run, report=quiet)  # at its end: nothing is abandoned
+    assert not (run / "abandoned").exists()
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 5 train"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    earlier = run / "checkpoints" / "step_00000004.pt"
+    training.run(toy_recipe, [*often, "trainer.log_every=1"], resume=earlier, report=interrupt)
+    assert {name: (run / "abandoned" / name).read_bytes() for name in ends} == before
+    assert not (run / "weights.safetensors").exists()
+    assert json.loads((run / "summary.json").read_text())["step"] == 5
+    assert [path.name for path in sorted((run / "samples").glob("*.png"))] == ["step_00000004.png"]
+    aside = sorted((run / "samples" / "abandoned").iterdir())
+    assert [path.name for path in aside] == ["step_00000008.png", "step_00000012.png"]
+
+
+def test_a_run_that_goes_on_keeps_others_out(toy_recipe: Path, tmp_path: Path) -> None:
+    """Before it logs anything, and from its own checkpoint; once it has ended, however, it can be resumed."""
+    run, said = tmp_path / "run", []
+
+    def join(line: str) -> None:
+        if not said and (run / "checkpoints").exists():
+            for resume in (None, run):
+                with pytest.raises(UsageError, match="output_dir must ") as refusal:
+                    training.run(toy_recipe, output_dir=run, resume=resume, report=quiet)
+                said.append(str(refusal.value))
+
+    training.run(toy_recipe, ["trainer.checkpoint_every=2", "trainer.log_every=3"], output_dir=run, report=join)
+    assert "must hold no earlier run" in said[0]
+    assert "must be of no run that is going on" in said[1]
+    with FileLock(run / "run.lock"), pytest.raises(UsageError, match="must be of no run that is going on"):
+        training.run(toy_recipe, resume=run, report=quiet)
+    resumed = training.run(toy_recipe, ["trainer.steps=16"], resume=run, report=quiet)
+    assert resumed is not None
+    assert resumed.step == 16
+
+
+def test_a_run_that_was_made_while_caches_were_built_is_not_joined(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_another(recipe: Any, *, report: Any) -> None:
+        monkeypatch.setattr(ToyTask, "prepare", lambda recipe, *, report: None)
+        training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
+
+    monkeypatch.setattr(ToyTask, "prepare", run_another)
+    with pytest.raises(UsageError, match="output_dir must hold no earlier run"):
+        training.run(toy_recipe, output_dir=tmp_path / "run", report=quiet)
+
+
+def test_two_runs_of_one_second_have_two_folders(
+    toy_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training.time, "strftime", lambda form: "now")
+    made = [training.run(toy_recipe, ["trainer.steps=1"], report=quiet) for _ in range(3)]
+    assert [str(one.directory) for one in made if one] == ["runs/toy-now", "runs/toy-now-2", "runs/toy-now-3"]
+
+
     lines: list[str] = []
     more = ["trainer.steps=16", "trainer.log_every=1", "adam.rate=0.5", "trainer.seed=9"]
     training.run(toy_recipe, more, resume=run, report=lines.append)
