@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 
 from faceedit.atomic import replacing
-from faceedit.errors import UsageError, WeightsError
+from faceedit.errors import FaceEditError, UsageError, WeightsError
 
 FORMAT = 1
 _PREFIX, _SUFFIX = "step_", ".pt"
@@ -58,11 +57,20 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> Path:
 
     The file appears under its final name only once it is complete and on disk, so a run that is killed while saving
     leaves the previous checkpoint usable.
+
+    Raises: FaceEditError when the disk does not take it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, int(state["step"]))
-    with replacing(path) as stream:
-        torch.save({"format": FORMAT, **state}, stream)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as stream:
+            torch.save({"format": FORMAT, **state}, stream)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by the latter
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FaceEditError(
+            f"train: checkpoint must be writable, got {path} ({reason}); make room on the disk, then resume from the "
+            "one before"
+        ) from error
     others = [other for other in list_checkpoints(folder) if other != path]
     for old in others[: max(0, len(others) - keep + 1)]:
         old.unlink()
@@ -85,7 +93,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # what the unpickler raises on a file of another kind has no common base
         raise WeightsError(f"train: checkpoint must be readable, got {path}; use an earlier one") from error
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:

@@ -3,18 +3,21 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
+import subprocess
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from PIL import Image
-from filelock import FileLock
 from safetensors.torch import load_file
 from support.toy_task import ToyTask
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -266,9 +269,6 @@ def test_going_back_sets_later_checkpoints_aside(toy_recipe: Path, tmp_path: Pat
     assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == resumed.checkpoint
 
 
-def test_another_recipe_is_said_when_resuming(toy_recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    training.run(toy_recipe, output_dir=run, report=quiet)
 def test_going_back_sets_what_the_abandoned_run_ended_with_aside(toy_recipe: Path, tmp_path: Path) -> None:
     run, often = (
         tmp_path / "run",
@@ -336,6 +336,9 @@ def test_two_runs_of_one_second_have_two_folders(
     assert [str(one.directory) for one in made if one] == ["runs/toy-now", "runs/toy-now-2", "runs/toy-now-3"]
 
 
+def test_another_recipe_is_said_when_resuming(toy_recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    training.run(toy_recipe, output_dir=run, report=quiet)
     lines: list[str] = []
     more = ["trainer.steps=16", "trainer.log_every=1", "adam.rate=0.5", "trainer.seed=9"]
     training.run(toy_recipe, more, resume=run, report=lines.append)
@@ -430,6 +433,28 @@ def test_checkpoint_of_another_shape_is_refused(toy_recipe: Path, tmp_path: Path
         training.run(toy_recipe, ["width=4"], resume=tmp_path / "run", output_dir=tmp_path / "b", report=quiet)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit of the file size stands in for a full disk")
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    program = """
+import resource, signal, sys, torch
+from pathlib import Path
+from faceedit.errors import FaceEditError
+from faceedit.training.checkpoint import save_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+save_checkpoint(Path(sys.argv[1]), {"step": 1}, 2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(Path(sys.argv[1]), {"step": 2, "weights": torch.zeros(100_000)}, 2)
+except FaceEditError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    (line,) = done.stdout.splitlines()
+    assert line.startswith(f"train: checkpoint must be writable, got {tmp_path / 'step_00000002.pt'} (")
+    assert line.endswith("make room on the disk, then resume from the one before")
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001.pt"]
+
+
 def test_checkpoints_rotate_and_refuse_damage(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, {"step": step, "value": torch.ones(2)}, keep=2)
@@ -440,6 +465,11 @@ def test_checkpoints_rotate_and_refuse_damage(tmp_path: Path) -> None:
     kept[0].write_bytes(kept[0].read_bytes()[:50])
     with pytest.raises(WeightsError, match="checkpoint must be readable"):
         load_checkpoint(kept[0])
+    # What the unpickler raises on these has no common base.
+    for other in (b"hello there", b"\x80\x02.", b"h\x01", b"c\n" * 10, pickle.dumps([1], 2), b"\x80\x02]q\x00K\x01a."):
+        kept[0].write_bytes(other)
+        with pytest.raises(WeightsError, match="checkpoint must "):
+            load_checkpoint(kept[0])
     torch.save({"format": 1, "code": Path("x")}, kept[1])
     with pytest.raises(WeightsError, match="checkpoint must be readable"):
         load_checkpoint(kept[1])
