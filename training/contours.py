@@ -8,6 +8,7 @@ model that saw real faces (training/face_mesh.py) does not draw hair, glasses or
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from faceedit.errors import UsageError
 from faceedit.labels import CELEBAMASK_HQ
-from faceedit.training.config import require
 
 UNKNOWN = 255
 """Nothing is said about this pixel."""
@@ -56,16 +57,44 @@ _SUBPIXELS = 4
 
 
 def read_contours(path: Path) -> dict[str, NDArray[np.float32]]:
-    """File name → landmarks 478×2 (x, y), photo pixels. Raises OutOfRangeError for a file of another kind, or none."""
+    """Path below the photos' folder, from "./" on → landmarks 478×2 (x, y), photo pixels. Older files have bare names.
+
+    Raises: UsageError for a file of another kind, or none.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
             contours = {name: np.asarray(stored[name]) for name in stored.files}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile):  # TypeError: a single array
         contours = {}
-    require(bool(contours), "photo_contours", "a file that training/face_mesh.py wrote", path)
+    if not contours:
+        raise UsageError(
+            f"read_contours: photo_contours must be a file that training/face_mesh.py wrote, got {path}; name another"
+        )
     for name, points in contours.items():
-        require(points.shape == (478, 2), f"photo_contours[{name}]", "478 points (x, y)", points.shape)
+        if points.shape != (478, 2):
+            raise UsageError(
+                f"read_contours: photo_contours[{name}] must be 478 points (x, y), got {points.shape} in {path}; "
+                "write it with training/face_mesh.py"
+            )
     return contours
+
+
+def contours_of(files: Sequence[Path], folder: Path, contours: Mapping[str, NDArray[Any]]) -> dict[Path, NDArray[Any]]:
+    """Which of the `folder`'s files have which of `read_contours`; the others are left out.
+
+    Raises: UsageError where a bare name is that of several files.
+    """
+    named: dict[str, list[Path]] = {}
+    for path in files:
+        named.setdefault(f"./{path.relative_to(folder).as_posix()}", []).append(path)
+        named.setdefault(path.name, []).append(path)
+    for name in contours:
+        if len(bearers := named.get(name, [])) > 1:
+            raise UsageError(
+                f"contours_of: photo_contours must tell photos apart, got the name {name} of {len(bearers)} photos, "
+                f"{bearers[0]} and others; write them again with training/face_mesh.py, which has paths"
+            )
+    return {named[name][0]: points for name, points in contours.items() if name in named}
 
 
 def five_points(mesh: NDArray[Any]) -> NDArray[np.float64]:

@@ -7,8 +7,9 @@ its own:
     pip install 'mediapipe>=0.10.14,<0.10.22'
     python training/face_mesh.py PHOTOS -o contours.npz
 
-Writes one float32 478×2 array a photo, keyed by file name: x, y in pixels, pixel centres at integers. Photos without a
-face are left out. The model ships inside the mediapipe wheel (Apache-2.0); nothing is downloaded.
+Writes one float32 478×2 array a photo, keyed by its path below PHOTOS ("./x/1.jpg"): x, y in pixels, pixel centres at
+integers. Photos without a face are left out. The model ships inside the mediapipe wheel (Apache-2.0); nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main() -> None:
             if found:
                 height, width = pixels.shape[:2]
                 points = [(point.x * width - 0.5, point.y * height - 0.5) for point in found[0].landmark]
-                landmarks[path.name] = np.array(points, dtype=np.float32)
+                landmarks[f"./{path.relative_to(arguments.photos).as_posix()}"] = np.array(points, dtype=np.float32)
     np.savez_compressed(arguments.output, **landmarks)
     print(f"{len(landmarks)} of {len(files)} photos show a face: {arguments.output}")
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from faceedit.training import cache
 from faceedit.training import contours as contour_module
-from faceedit.training.config import require
-from faceedit.training.contours import UNKNOWN, contour_labels, five_points, read_contours
+from faceedit.training.contours import UNKNOWN, contour_labels, contours_of, five_points, read_contours
 
 _HELD_OUT_EVERY = 8
 
@@ -60,17 +59,18 @@ def framed_photos(
 
     Landmarks (`contours`, a file of training/face_mesh.py) frame a photo as the runtime aligns it; photos that are not
     in the file are left out. Without them the detector alone frames: the parser that would find the eyes is what is
-    being trained. How many are left out is reported. Raises OutOfRangeError for a folder without photos, or whose
-    photos show no face.
+    being trained. How many are left out is reported. Raises UsageError for a folder without photos, or whose photos
+    show no face, and as `read_contours` and `contours_of` do.
     """
     from faceedit.alignment import portrait_alignment, rough_alignment
     from faceedit.detection import detect_faces
-    from faceedit.errors import FaceEditError
+    from faceedit.errors import FaceEditError, UsageError
     from faceedit.images import read_image
 
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
-    require(bool(files), "photos", "a folder of photos", folder)
-    meshes = read_contours(contours) if contours is not None else {}
+    if not files:
+        raise UsageError(f"framed_photos: photos must be a folder of photos, got {folder}; name one that holds some")
+    meshes = contours_of(files, folder, read_contours(contours)) if contours is not None else {}
 
     def fill(start: int, stop: int) -> dict[str, np.ndarray]:
         crops = np.zeros((stop - start, size_px, size_px, 3), dtype=np.uint8)
@@ -82,11 +82,11 @@ def framed_photos(
             except FaceEditError:
                 continue
             height, width = pixels.shape[:2]
-            mesh = meshes.get(path.name)
+            mesh = meshes.get(path)
             if mesh is not None:
                 alignment = portrait_alignment(five_points(mesh), (height, width), size_px)
                 drawn[row] = contour_labels(alignment.to_crop(mesh), size_px)
-            elif not meshes and (boxes := detect_faces(pixels)):
+            elif contours is None and (boxes := detect_faces(pixels)):
                 box = boxes[0]
                 alignment = rough_alignment((box.x, box.y, box.w, box.h), (height, width), size_px)
             else:
@@ -110,7 +110,11 @@ def framed_photos(
     }
     arrays = cache.build_cache((cache_dir or cache.default_cache_dir()) / name, shapes, 16, fill, report)
     usable = np.asarray(arrays["usable"])
-    require(bool(usable.any()), "photos", "a folder of photos that show faces", folder)
+    if not usable.any():
+        raise UsageError(
+            f"framed_photos: photos must be a folder of photos that show faces, got {folder}; name another, or look at "
+            "photo_contours"
+        )
     cache.report_refused(folder, int((~usable).sum()), len(files), report)
     crops, drawn = (np.asarray(arrays[part])[usable] for part in ("crops", "contours"))
-    return FramedPhotos(crops, drawn if meshes else None)
+    return FramedPhotos(crops, drawn if contours is not None else None)

@@ -3,16 +3,20 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from faceedit.errors import UsageError
 from faceedit.labels import CELEBAMASK_HQ
-from faceedit.training import contours
-from faceedit.training.contours import BARE, UNKNOWN, contour_labels, five_points, read_contours
+from faceedit.training import contours, face_mesh
+from faceedit.training.contours import BARE, UNKNOWN, contour_labels, contours_of, five_points, read_contours
 from faceedit.training.parser import overrule
 
 SIZE = 128
@@ -85,6 +89,37 @@ def test_files_of_another_kind_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", **{"one.jpg": np.zeros((68, 2))})
     with pytest.raises(UsageError, match=r"photo_contours\[one.jpg\] must be 478 points"):
         read_contours(tmp_path / "bad.npz")
+
+
+def test_photos_of_one_name_have_their_own_landmarks() -> None:
+    folder = Path("photos")
+    files = [folder / name for name in ("1.jpg", "x/1.jpg", "x/2.jpg", "y/3.jpg")]
+    one, other = np.zeros((478, 2)), np.ones((478, 2))
+    found = contours_of(files, folder, {"./x/1.jpg": one, "./x/2.jpg": other, "./gone.jpg": one})
+    assert list(found) == files[1:3]
+    assert found[files[1]] is one
+    assert list(contours_of(files, folder, {"3.jpg": one, "2.jpg": other, "gone.jpg": one})) == [files[3], files[2]]
+    with pytest.raises(
+        UsageError, match=r"must tell photos apart, got the name 1\.jpg of 2 photos, .*; write them again"
+    ):
+        contours_of(files, folder, {"1.jpg": one})
+
+
+def test_face_mesh_writes_paths_below_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for MediaPipe, which the tests do without."""
+    (tmp_path / "x").mkdir()
+    for name in ("1.png", "x/1.png"):
+        Image.new("RGB", (4, 2)).save(tmp_path / name)
+    points = [SimpleNamespace(x=0.5, y=0.5)] * 478
+    seen = SimpleNamespace(multi_face_landmarks=[SimpleNamespace(landmark=points)])
+    mesh = SimpleNamespace(process=lambda pixels: seen)
+    made = SimpleNamespace(FaceMesh=lambda **settings: nullcontext(mesh))
+    monkeypatch.setitem(sys.modules, "mediapipe", SimpleNamespace(solutions=SimpleNamespace(face_mesh=made)))
+    monkeypatch.setattr(sys, "argv", ["face_mesh.py", str(tmp_path), "-o", str(tmp_path / "contours.npz")])
+    face_mesh.main()
+    contours = read_contours(tmp_path / "contours.npz")
+    assert sorted(contours) == ["./1.png", "./x/1.png"]
+    np.testing.assert_allclose(contours["./1.png"][0], [1.5, 0.5])
 
 
 def test_contours_overrule_the_teacher_but_not_what_covers_a_part() -> None:
