@@ -172,7 +172,18 @@ def _classifier(name: str, device: torch.device | str) -> FeatureNetwork:
     def extract(image: Tensor) -> Tensor:
         return network.embedding(_resized(image, network.config.size_px).float().to(device)).cpu()
 
-    return FeatureNetwork(Path(name).stem, network.config.hidden_width, extract)
+    return FeatureNetwork(_declared_name(name), network.config.hidden_width, extract)
+
+
+def _declared_name(name: str) -> str:
+    """A registered name as it is; of a file, whose name says little, the recipe it was trained by and its SHA-256."""
+    from faceedit.registry import find, sha256_of
+
+    row = find(name, "attribute-classifier")
+    if row.sha256:
+        return row.name
+    trained_by = "-".join(row.header.recipe.split())
+    return "-".join(part for part in (trained_by, sha256_of(row.path)[:8]) if part)
 
 
 def _resized(image: Tensor, size_px: int) -> Tensor:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from faceedit.errors import FaceEditError, UnknownNameError, WeightsError
+from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
 from faceedit.networks.stylegan2 import StyleGAN2Config, StyleGAN2Generator
-from faceedit.registry import save_weights
+from faceedit.registry import save_weights, sha256_of
 from faceedit.training import fid as fid_module
 from faceedit.training.fid import FID, FeatureNetwork, feature_network, generated_images
 
@@ -108,6 +109,23 @@ def test_the_substitute_is_declared(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         feature_network("inception-v3")
     with pytest.raises(UnknownNameError, match="attribute-classifier-starter"):
         feature_network("attribute-classifier-startre")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    config = AttributeClassifierConfig(attributes=("Young",), size_px=32, base_width=4, hidden_width=8)
+    about = {"licence": "Apache-2.0", "training_data": "none", "source": "test"}
+    names = []
+    for recipe in ("", "classifier-starter", "classifier-starter"):
+        path = tmp_path / str(len(names)) / "weights.safetensors"
+        path.parent.mkdir()
+        save_weights(
+            path, "attribute-classifier", config, AttributeClassifier(config).state_dict(), recipe=recipe, **about
+        )
+        names.append(feature_network(str(path)).name)
+        assert names[-1].endswith(sha256_of(path)[:8])
+    assert len(set(names)) == 3
+    assert [name.rpartition("-")[0] for name in names] == ["", "classifier-starter", "classifier-starter"]
+    assert feature_network("starter").name == "attribute-classifier-starter"
 
 
 def test_inception_is_taken_where_its_weights_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
