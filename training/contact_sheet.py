@@ -7,6 +7,7 @@ python -m faceedit.training.contact_sheet FOLDER -o docs/images/photo-edits.jpg 
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,10 @@ from PIL import Image, ImageDraw
 from faceedit import pipeline
 from faceedit.attributes import MAGGAN, check_attribute
 from faceedit.editors.base import AttributeEdit, load_editor
-from faceedit.errors import FaceEditError
+from faceedit.errors import FaceEditError, UsageError
+from faceedit.images import check_writable
 from faceedit.parsing import FaceParser, load_parser
+from faceedit.training.command import progress, require_option, run_command
 
 EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Eyeglasses", "Bangs")  # each to 1
 _CAPTION_PX = 14
@@ -64,14 +67,16 @@ def contact_sheet(
 def _setting(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return check_attribute(name, MAGGAN), float(value)
+        if not math.isfinite(number := float(value)):
+            raise ValueError("a value must be finite")
+        return check_attribute(name, MAGGAN), number
     except (FaceEditError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r} ({error})") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: see the module's first lines."""
-    parse = argparse.ArgumentParser(prog="contact_sheet", description=__doc__)
+    """Command line: see the module's first lines. Returns the exit code."""
+    parse = argparse.ArgumentParser(prog="python -m faceedit.training.contact_sheet", description=__doc__)
     parse.add_argument("folder", type=Path)
     parse.add_argument("-o", "--output", type=Path, required=True)
     parse.add_argument("--count", type=int, default=48)
@@ -88,11 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="an edit; repeatable (default: the six of the sheet in the documentation)",
     )
     options = parse.parse_args(arguments)
+    return run_command(lambda: _make(options))
+
+
+def _make(options: argparse.Namespace) -> str:
+    for name, advice in (("count", "it is how many photos"), ("tile", "96 is usual"), ("columns", "2 is usual")):
+        require_option("contact_sheet", f"--{name}", getattr(options, name), 1, advice)
+    check_writable(options.output)
     edits = dict(options.settings or dict.fromkeys(EDITS, 1.0))
     files = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     if not files:
-        print(f"contact_sheet: folder must hold photos, got none in {options.folder}; name another", file=sys.stderr)
-        return 2
+        raise UsageError(f"contact_sheet: folder must hold photos, got none in {options.folder}; name another")
     random.Random(options.seed).shuffle(files)
     editor, parser = load_editor("maggan", options.weights), load_parser()
     rows: list[list[NDArray[np.uint8]]] = []
@@ -102,11 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             rows.append(edits_of(path, editor, parser, edits))
         except FaceEditError as error:
-            print(f"{path.name}: {error}", file=sys.stderr)
+            progress(f"{path.name}: {error}")
+    if not rows:
+        raise FaceEditError(
+            f"contact_sheet: folder must hold photos that can be edited, got none of {len(files)} in {options.folder}; "
+            "see above why, or change --set"
+        )
     captions = [name if value == 1 else f"{name} {value:g}" for name, value in edits.items()]
     contact_sheet(rows, captions, options.tile, options.columns).save(options.output, quality=88)
-    print(f"{len(rows)} photos on {options.output}")
-    return 0
+    return f"{len(rows)} photos on {options.output}"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from faceedit.errors import NoFaceError
+from faceedit.training import contact_sheet as module
 from faceedit.training.contact_sheet import contact_sheet, main
 
 
@@ -24,7 +27,8 @@ def test_tiles_stand_in_their_places() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "complaint"), [("Blond_Hiar=1", "Blond_Hair"), ("Young", "Young"), ("Young=old", "old")]
+    ("setting", "complaint"),
+    [("Blond_Hiar=1", "Blond_Hair"), ("Young", "Young"), ("Young=old", "old"), ("Young=nan", "nan")],
 )
 def test_a_wrong_edit_is_refused_before_anything_is_loaded(
     setting: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -35,3 +39,44 @@ def test_a_wrong_edit_is_refused_before_anything_is_loaded(
     line = capsys.readouterr().err.splitlines()[-1]
     assert "must be NAME=VALUE" in line
     assert complaint in line
+
+
+def test_mistakes_are_one_line_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*named: object) -> None:
+        raise AssertionError("too early")
+
+    monkeypatch.setattr(module, "load_editor", load)
+    (tmp_path / "photos").mkdir()
+    sheet = ("-o", str(tmp_path / "sheet.png"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "1.png")
+    for folder, more, code, words in (
+        ("photos", (*sheet, "--columns", "0"), 2, "--columns must be 1 or more, got 0"),
+        ("photos", (*sheet, "--count", "0"), 2, "--count must be 1 or more, got 0"),
+        ("photos", (*sheet, "--tile", "0"), 2, "--tile must be 1 or more, got 0"),
+        ("photos", ("-o", str(tmp_path / "sheet.xyz")), 1, "path must end in one of"),
+        ("photos", ("-o", str(tmp_path / "none" / "sheet.png")), 1, "path must be in an existing folder"),
+        ("none", sheet, 2, "folder must hold photos, got none in"),
+    ):
+        assert main([str(tmp_path / folder), *more]) == code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert words in line
+
+
+def test_a_sheet_of_no_photo_is_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object) -> None:
+        raise NoFaceError("find: no face")
+
+    for name in ("load_editor", "load_parser"):
+        monkeypatch.setattr(module, name, lambda *named: None)
+    monkeypatch.setattr(module, "edits_of", refuse)
+    Image.new("RGB", (8, 8)).save(tmp_path / "1.png")
+    assert main([str(tmp_path), "-o", str(tmp_path / "sheet.jpg")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "1.png: find: no face"
+    assert "must hold photos that can be edited, got none of 1" in lines[1]
+    assert not (tmp_path / "sheet.jpg").exists()
