@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from faceedit.errors import INTERRUPTED, FaceEditError, OutOfRangeError
+from faceedit.atomic import unusable_name
+from faceedit.errors import INTERRUPTED, FaceEditError, OutOfRangeError, UsageError
 
 
 def run_command(work: Callable[[], object]) -> int:
@@ -33,6 +36,19 @@ def _ended(line: str, code: int) -> int:
 def progress(line: str) -> None:
     """Report a line of progress on stderr: stdout carries the result and nothing else."""
     print(line, file=sys.stderr)
+
+
+def require_folder(command: str, option: str, folder: Path) -> None:
+    """Raise UsageError unless `folder` could be made and written: asked before the work, whose report goes there."""
+    reason = unusable_name(folder)
+    if not reason:
+        nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+        if not nearest.is_dir():
+            reason = f"{nearest} is a file"
+        elif not os.access(nearest, os.W_OK | os.X_OK):
+            reason = f"{nearest} cannot be written"
+    if reason:
+        raise UsageError(f"{command}: {option} must be a folder to write to, got {folder} ({reason}); name another")
 
 
 def require_option(command: str, option: str, value: int, least: int, advice: str) -> None:

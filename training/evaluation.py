@@ -25,7 +25,7 @@ from faceedit.classification import STARTER
 from faceedit.errors import UsageError
 from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
-from faceedit.training.command import progress, require_option, run_command
+from faceedit.training.command import progress, require_folder, require_option, run_command
 from faceedit.training.data import SyntheticConfig, SyntheticPortraits
 from faceedit.training.losses import moved_pixels
 
@@ -295,6 +295,7 @@ def _evaluate(chosen: argparse.Namespace) -> str:
     from faceedit.registry import load_network
 
     require_option("evaluation", "--people", chosen.people, 1, "the published scores have 96")
+    require_folder("evaluation", "--output", chosen.output)
     network: Any = load_network(chosen.weights, kind="maggan")
     classify = load_classify(chosen.classifier)
     data = SyntheticPortraits(thirteen_flips(chosen.people, network.config.size_px), "test", progress)

@@ -38,7 +38,7 @@ from faceedit.maskfacegan.plan import EditPlan, make_plan
 from faceedit.networks.resizing import resize
 from faceedit.training import cache
 from faceedit.training.aligned import framed_portraits
-from faceedit.training.command import progress, require_option, run_command
+from faceedit.training.command import progress, require_folder, require_option, run_command
 from faceedit.training.data import SPLIT_SEEDS
 from faceedit.training.fid import FID, FeatureNetwork, feature_network
 from faceedit.training.synthetic import sample_parameters
@@ -232,6 +232,7 @@ def _evaluate(chosen: argparse.Namespace) -> str:
 
     require_option("maskfacegan_ablation", "--people", chosen.people, _MIN_PEOPLE, "a covariance needs them")
     require_option("maskfacegan_ablation", "--batch", chosen.batch, 1, "it is how many edits run together")
+    require_folder("maskfacegan_ablation", "--output", chosen.output)
     device = resolve_device(chosen.device)
     bundle = read_bundle(chosen.weights)
     networks, config = load_networks(bundle, device), bundle.configuration(chosen.preset)

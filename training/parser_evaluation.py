@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from faceedit.labels import CELEBAMASK_HQ
-from faceedit.training.command import progress, require_option, run_command
+from faceedit.training.command import progress, require_folder, require_option, run_command
 from faceedit.training.contours import UNKNOWN
 from faceedit.training.framed_photos import FramedPhotos, framed_photos
 from faceedit.training.labelled_portraits import LabelledPortraits, labelled_portraits
@@ -136,6 +136,7 @@ def _evaluate(options: argparse.Namespace) -> str:
     from faceedit.registry import load_network
 
     require_option("parser_evaluation", "--people", options.people, 1, "96 is the header's")
+    require_folder("parser_evaluation", "--output", options.output)
     device = resolve_device(options.device)
     network: Any = load_network(options.weights, device, kind="parser")
     size = network.config.size_px

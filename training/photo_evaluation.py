@@ -27,7 +27,7 @@ from faceedit.attributes import MAGGAN
 from faceedit.classification import STARTER
 from faceedit.errors import UsageError
 from faceedit.training.carry_over import LOOKS
-from faceedit.training.command import progress, require_option, run_command
+from faceedit.training.command import progress, require_folder, require_option, run_command
 from faceedit.training.data import AugmentConfig, SyntheticPortraits
 from faceedit.training.evaluation import (
     Classify,
@@ -178,6 +178,7 @@ def _evaluate(chosen: argparse.Namespace) -> str:
 
     require_option("photo_evaluation", "--pairs", chosen.pairs, 1, "the published scores have 48")
     require_option("photo_evaluation", "--people", chosen.people, 1, "the published scores have 96")
+    require_folder("photo_evaluation", "--output", chosen.output)
     network: Any = load_network(chosen.weights, kind="maggan")
     classify, size = load_classify(chosen.classifier), network.config.size_px
     everyone = UnlabelledPhotos(PhotosConfig(folder=chosen.photos, size_px=size), report=progress)

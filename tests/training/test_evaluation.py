@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from faceedit.attributes import MAGGAN, attribute_index
 from faceedit.errors import UsageError
-from faceedit.training import cache, evaluation
+from faceedit.training import cache, evaluation, maskfacegan_ablation, parser_evaluation, photo_evaluation
+from faceedit.training.command import require_folder
 from faceedit.training.data import SyntheticPortraits
 
 
@@ -151,3 +153,22 @@ def test_mistakes_are_one_line(
     assert said.err.startswith("error: ")
     assert words in said.err
     assert len(said.err.splitlines()) == 1
+
+
+def test_an_unusable_output_is_known_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every evaluation: before its weights are looked for."""
+    (tmp_path / "file").touch()
+    commands: tuple[tuple[Any, list[str]], ...] = (
+        (evaluation, ["none"]),
+        (photo_evaluation, ["none", "--photos", str(tmp_path)]),
+        (parser_evaluation, ["none"]),
+        (maskfacegan_ablation, ["none"]),
+    )
+    for command, more in commands:
+        for output in ("file", "file/report", "a" * 300):
+            assert command.main([*more, "--output", str(tmp_path / output)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "--output must be a folder to write to, got" in line
+    require_folder("command", "--output", tmp_path / "deep" / "report")
+    require_folder("command", "--output", Path("report"))
+    assert not (tmp_path / "deep").exists()
