@@ -174,7 +174,7 @@ def _colour(config: AugmentationConfig, draws: _Draws) -> tuple[Tensor, Tensor]:
         brighter[:3, 3] = 1
         matrix = (full + _each(draws.gate(draws.normal(0.2), 0)) * brighter) @ matrix
         contrast = torch.exp2(draws.gate(draws.normal(0.5), 0))
-        matrix = (full + _each(contrast - 1) * (grey + chroma)) @ matrix  # black stays black
+        matrix = (full + _each(contrast - 1) * (grey + chroma)) @ matrix  # mid-grey, 0, stays
         matrix = (full - _each(2 * draws.gate(draws.integer(2), 0)) * grey) @ matrix
         hue = _each(draws.gate(draws.uniform(-math.pi, math.pi), 0))
         matrix = (full - chroma + torch.cos(hue) * chroma + torch.sin(hue) * cross) @ matrix

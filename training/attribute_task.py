@@ -51,6 +51,7 @@ class AttributeRecipe(Recipe):
         require(self.validation_people > 0, "validation_people", "positive", self.validation_people)
         names = self.network.attributes
         require(len(names) > 0, "network.attributes", "one or more names", list(names))
+        require(len(set(names)) == len(names), "network.attributes", "names that differ", list(names))
         # Always absent in drawings: a network that never finds them would be reported as perfect.
         unseen = [name for name in names if name not in SUPPORTED_ATTRIBUTES]
         require(not unseen, "network.attributes", "ones that synthetic portraits show", unseen)

@@ -9,6 +9,7 @@ identity. Differences between layers come in one by one, from coarse to fine (pr
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -56,6 +57,11 @@ class EncoderLossConfig:
     image: float = 1.0
     pixels: float = 4.0
     delta: float = 2e-4
+
+    def __post_init__(self) -> None:
+        for name in ("latent", "image", "pixels", "delta"):
+            weight = getattr(self, name)
+            require(0 <= weight < math.inf, f"losses.{name}", "0 or more", weight)
 
 
 @dataclass(frozen=True, slots=True)

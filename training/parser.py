@@ -10,6 +10,7 @@ without them small errors of the teacher grow, because a student that shares the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,8 +80,11 @@ class ParserRecipe(SegmentationRecipe):
 
     def __post_init__(self) -> None:
         SegmentationRecipe.__post_init__(self)
-        require(self.network.size_px % 32 == 0, "network.size_px", "a multiple of 32", self.network.size_px)
+        size_px = self.network.size_px
+        require(size_px > 0 and size_px % 32 == 0, "network.size_px", "a positive multiple of 32", size_px)
         require(self.photo_batch > 0, "photo_batch", "positive", self.photo_batch)
+        require(0 <= self.photo_weight < math.inf, "photo_weight", "0 or more", self.photo_weight)
+        require(0 <= self.photo_backdrops <= 1, "photo_backdrops", "in [0, 1]", self.photo_backdrops)
         require(0 <= self.photo_from <= 1, "photo_from", "in [0, 1]", self.photo_from)
         require(0 <= self.plain_share <= 1, "plain_share", "in [0, 1]", self.plain_share)
         require(self.long_hair_weight > 0, "long_hair_weight", "positive", self.long_hair_weight)

@@ -43,6 +43,24 @@ def test_wrong_overrides_are_refused(toy_recipe: Path, override: str, error: typ
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("parser-starter", "photo_weight=.nan", "photo_weight must be 0 or more, got nan"),
+        ("parser-starter", "photo_backdrops=7", r"photo_backdrops must be in \[0, 1\], got 7"),
+        ("parser-starter", "network.size_px=0", "network.size_px must be a positive multiple of 32, got 0"),
+        ("e4e-starter", "losses.image=-1", "losses.image must be 0 or more, got -1"),
+        ("e4e-starter", "losses.delta=.inf", "losses.delta must be 0 or more, got inf"),
+        ("classifier-starter", "network.attributes=[Bald,Bald]", "network.attributes must be names that differ"),
+        ("classifier-starter", "synthetic.seed_offset=1", r"synthetic.seed_offset must be 0 or in \[188, 900000\)"),
+        ("stylegan2-starter", "images.seed_offset=1", r"images.seed_offset must be 0 or in \[188, 900000\)"),
+    ],
+)
+def test_impossible_values_of_shipped_recipes_are_refused(recipe: str, override: str, message: str) -> None:
+    with pytest.raises(OutOfRangeError, match=message):
+        training.resolve(recipe, [override])
+
+
 def test_unknown_recipe_names_the_closest() -> None:
     with pytest.raises(UnknownNameError, match="did you mean maggan-starter"):
         training.resolve("magan-starter")
