@@ -101,13 +101,17 @@ class RunDirectory:
             raise UsageError(
                 f"train: output_dir must be creatable, got {root} ({error.strerror or error}); choose another place"
             ) from error
-        check_unused(root, resumed)  # again: one may have run there while this one built its caches
-        if resume_step is not None:
-            self._go_back_to(resume_step)
-        # Events of `purge_step` itself are purged too; the checkpoint's step is behind the run.
-        self._board = SummaryWriter(
-            str(root / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
-        )
+        try:
+            check_unused(root, resumed)  # again: one may have run there while this one built its caches
+            if resume_step is not None:
+                self._go_back_to(resume_step)
+            # Events of `purge_step` itself are purged too; the checkpoint's step is behind the run.
+            self._board = SummaryWriter(
+                str(root / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
+            )
+        except BaseException:
+            self._lock.release()
+            raise
 
     def _go_back_to(self, step: int) -> None:
         """Forget the metrics past `step`, which the resumed run writes again, and set aside what else came later."""

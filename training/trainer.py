@@ -231,9 +231,10 @@ def _train_here(
     files: RunDirectory | None = None
     if fabric.is_global_zero:
         files = RunDirectory(directory, resumed=checkpoint, resume_step=None if state is None else step)
-        files.write_text("recipe.yaml", to_yaml(recipe))
-        files.write_json("environment.json", {"seed": config.seed, **describe_environment()})
     try:
+        if files is not None:
+            files.write_text("recipe.yaml", to_yaml(recipe))
+            files.write_json("environment.json", {"seed": config.seed, **describe_environment()})
         return _Loop(task, recipe, context, files, directory, report).run(step, elapsed)
     finally:
         if files is not None:
