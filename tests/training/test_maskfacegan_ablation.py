@@ -15,6 +15,7 @@ from support.standin_networks import portrait, standins
 
 from faceedit.errors import UsageError
 from faceedit.maskfacegan.config import MaskFaceGANConfig
+from faceedit.registry import sha256_of
 from faceedit.training.fid import FeatureNetwork
 from faceedit.training.maskfacegan_ablation import VARIANTS, main, run_ablation, variant_configs
 
@@ -80,7 +81,7 @@ def test_the_command_writes_the_table(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert all(variant in printed for variant in VARIANTS)
     written = json.loads((tmp_path / "report" / "ablation.json").read_text(), parse_constant=pytest.fail)
-    assert (written["people"], written["features"]) == (2, "c")
+    assert (written["people"], written["features"]) == (2, sha256_of(tmp_path / "c.safetensors")[:8])
     assert [row["hair_iou"] for row in written["rows"]] == [None] * 3  # no hair was edited: JSON has no NaN
 
 
