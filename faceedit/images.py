@@ -256,8 +256,9 @@ def _decode(image: Image.Image, name: str) -> Photo:
     # Counting frames would read the whole file. The further images of an MPO are previews of the first.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         notes.append("animated: the first frame is used")
-    info = dict(image.info)
     source_format = image.format
+    image.load()  # before the orientation is read: Pillow turns a TIFF upright while it loads it, and only a TIFF
+    info = dict(image.info)
     try:
         exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation, 1)
@@ -265,7 +266,6 @@ def _decode(image: Image.Image, name: str) -> Photo:
     except Exception:  # damaged metadata is no reason to refuse the picture
         orientation, kept = 1, None
         notes.append("damaged EXIF: ignored")
-    image.load()
     image = _to_8_bit(image, source_format, name)
     alpha = None
     if image.has_transparency_data:
