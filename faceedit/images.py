@@ -49,6 +49,7 @@ _KEPT_EXIF_IFD = (
     "LensModel",
 )
 _LONGEST_EXIF = 4096  # characters of one field; a JPEG has room for 64 KiB in all
+_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0  # TIFF 6.0, section 8, and one of its values
 _TAG_IDS = {name: tag for tag, name in ExifTags.TAGS.items()}
 
 
@@ -301,7 +302,8 @@ _TURNS = {
 
 
 def _to_8_bit(image: Image.Image, source_format: str | None, name: str) -> Image.Image:
-    """Grey images of more than 8 bits to mode L; other modes unchanged (Pillow has decoded 16-bit colour to 8)."""
+    """Grey images of more than 8 bits to mode L, or LA where one value is transparent; other modes unchanged (Pillow has
+    decoded 16-bit colour to 8)."""
     if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;"):
         return image
     values = np.asarray(image).astype(np.float64)
@@ -310,7 +312,12 @@ def _to_8_bit(image: Image.Image, source_format: str | None, name: str) -> Image
             f"read_image: source must have 8 or 16 bits a channel, got mode {image.mode} in {name} ({source_format});"
             " export it as 8-bit"
         )
-    return Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    opaque = None if not isinstance(transparent, int) else np.where(values == transparent, 0, 255).astype(np.uint8)
+    if source_format == "TIFF" and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        values = 65535 - values  # which Pillow does for 8 bits, and not for 16
+    grey = Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+    return grey if opaque is None else Image.merge("LA", (grey, Image.fromarray(opaque)))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> tuple[Image.Image, bytes | None]:
@@ -378,7 +385,8 @@ def _dpi(value: Any) -> tuple[float, float] | None:
         x, y = (float(v) for v in value)
     except (TypeError, ValueError, ZeroDivisionError):
         return None
-    return (x, y) if all(math.isfinite(v) and 1 <= v <= 30000 for v in (x, y)) else None
+    # 1 is what Pillow says of a TIFF that states none.
+    return (x, y) if all(math.isfinite(v) and 1 < v <= 30000 for v in (x, y)) else None
 
 
 def _one_line(error: Exception) -> str:

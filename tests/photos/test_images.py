@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, GifImagePlugin, Image, ImageCms
+from PIL import ExifTags, GifImagePlugin, Image, ImageCms, TiffImagePlugin
 from skimage import data
 
 from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError
@@ -171,6 +171,21 @@ def test_sixteen_bits_are_rounded_to_eight(tmp_path: Path) -> None:
     for name in ("a.png", "a.tiff"):
         Image.fromarray(values).save(tmp_path / name)
         assert (read_image(tmp_path / name).pixels[..., 0] == np.rint(values / 257)).all()
+
+
+def test_sixteen_bits_of_which_zero_is_white_are_no_negative(tmp_path: Path) -> None:
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[262] = 0  # WhiteIsZero; Pillow writes such 16-bit values as they are given
+    Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(tmp_path / "a.tiff", tiffinfo=tags)
+    assert read_image(tmp_path / "a.tiff").pixels[0, :, 0].tolist() == [255, 254, 0]
+
+
+def test_the_transparent_grey_of_sixteen_bits_is_kept(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[1000, 30000, 30001]], np.uint16)).save(tmp_path / "a.png", transparency=30000)
+    photo = read_image(tmp_path / "a.png")
+    assert photo.alpha is not None
+    assert photo.alpha.tolist() == [[255, 0, 255]]
+    assert photo.pixels[0, :, 0].tolist() == [4, 117, 117]
 
 
 def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
@@ -420,6 +435,14 @@ def test_authorship_and_resolution_stay_position_and_thumbnail_go(tmp_path: Path
             if name != "o.webp":
                 assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert b"serial-4711" not in out.read_bytes()
+
+
+def test_a_resolution_that_no_file_states_is_not_written(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.tif")
+    photo = read_image(tmp_path / "a.tif")
+    assert photo.dpi is None
+    write_image(tmp_path / "out.png", photo.pixels, photo)
+    assert "dpi" not in Image.open(tmp_path / "out.png").info
 
 
 UNWRITABLE = [f"{'x' * 300}.png", "none/out.png", "file.txt/out.png", "out.xyz", "out", "folder.png"]
