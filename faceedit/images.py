@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from faceedit.atomic import replacing, unusable_name
 from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError
-from faceedit.provenance import save_arguments
+from faceedit.provenance import exif_value, save_arguments
 
 Source: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
@@ -373,7 +373,7 @@ def _kept_exif(exif: Image.Exif, notes: list[str]) -> bytes | None:
             if isinstance(value, str | bytes) and len(value) > _LONGEST_EXIF:
                 notes.append(f"EXIF {name} of {len(value)} characters: left out")
             else:
-                target[_TAG_IDS[name]] = value
+                target[_TAG_IDS[name]] = exif_value(value)
     if not len(kept) and not target:
         return None
     kept[ExifTags.Base.Orientation] = 1

@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
 
 from faceedit.errors import ImageReadError
 
@@ -55,6 +55,21 @@ def xmp_packet() -> bytes:
     ).encode()
 
 
+class _Latin1(str):
+    """Text that every encoder writes as the bytes it was read from: Pillow reads EXIF text as Latin-1, and writes
+    question marks for all of it that is not ASCII."""
+
+    __slots__ = ()
+
+    def encode(self, encoding: str = "latin-1", errors: str = "replace") -> bytes:
+        return super().encode("latin-1", "replace")
+
+
+def exif_value(value: Any) -> Any:
+    """An EXIF value as Pillow read it, made such that Pillow writes the same bytes, whatever their encoding."""
+    return _Latin1(value) if isinstance(value, str) and not value.isascii() else value
+
+
 def save_arguments(image_format: str, exif: bytes | None = None) -> dict[str, Any]:
     """Keyword arguments that make `PIL.Image.save` embed the packet, and exif, in a PNG, JPEG, WEBP or TIFF file."""
     arguments: dict[str, Any] = {} if exif is None else {"exif": exif}
@@ -67,6 +82,9 @@ def save_arguments(image_format: str, exif: bytes | None = None) -> dict[str, An
         tags = Image.Exif()
         if exif is not None:
             tags.load(exif)
+            for directory in (tags, tags.get_ifd(ExifTags.IFD.Exif)):
+                for tag, value in list(directory.items()):
+                    directory[tag] = exif_value(value)
         tags[TIFF_XMP_TAG] = packet
         return {"exif": tags}
     return arguments | {"xmp": packet}

@@ -437,6 +437,33 @@ def test_authorship_and_resolution_stay_position_and_thumbnail_go(tmp_path: Path
         assert b"serial-4711" not in out.read_bytes()
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tiff", ".webp"])
+def test_names_keep_their_bytes_whatever_their_encoding(tmp_path: Path, suffix: str) -> None:
+    fields = {
+        ExifTags.Base.Artist: "Jürgen Müller".encode(),
+        ExifTags.Base.Copyright: "© Müller".encode("latin-1"),
+        ExifTags.Base.Make: b"Maker",
+    }
+    exif = Image.Exif()
+    for tag, value in fields.items():
+        exif[tag] = value
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel] = PlainBytes("Objektiv Ü")
+    Image.fromarray(RGB).save(tmp_path / "in.jpg", exif=exif)
+    photo = read_image(tmp_path / "in.jpg")
+    write_image(tmp_path / f"out{suffix}", photo.pixels, photo)
+    with Image.open(tmp_path / f"out{suffix}") as written:
+        kept = written.getexif()
+        assert {tag: kept[tag].encode("latin-1") for tag in fields} == fields
+        assert kept.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.LensModel].encode("latin-1") == "Objektiv Ü".encode()
+
+
+class PlainBytes(str):
+    """Text that Pillow writes in UTF-8, as cameras and editors do, and marks as text."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return super().encode("utf-8")
+
+
 def test_a_resolution_that_no_file_states_is_not_written(tmp_path: Path) -> None:
     Image.fromarray(RGB).save(tmp_path / "a.tif")
     photo = read_image(tmp_path / "a.tif")
