@@ -47,7 +47,7 @@ class ImageTooLargeError(ImageReadError):
 
 
 class ImageWriteError(FaceEditError):
-    """The destination cannot be written, or its suffix names no supported format."""
+    """The destination cannot be written."""
 
 
 class FaceError(FaceEditError):

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from faceedit.atomic import replacing, unusable_name
-from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError
+from faceedit.atomic import replacing, unusable_name, unusable_target
+from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError, UsageError
 from faceedit.provenance import exif_value, save_arguments
 
 Source: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
@@ -121,19 +121,25 @@ def read_image(source: Source, limits: ImageLimits | None = None) -> Photo:
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise ImageWriteError now if write_image could not write to path later: suffix, folder, permission."""
+    """Refuse now what write_image could not write to later.
+
+    Raises: UsageError for a suffix of no format; ImageWriteError for a folder, device or permission that forbids it.
+    """
     path = Path(path)
     if reason := unusable_name(path):
         raise ImageWriteError(f"write_image: path must be writable, got {path} ({reason}); choose another place")
     if path.suffix.lower() not in WRITE_FORMATS:
-        raise ImageWriteError(
+        raise UsageError(
             f"write_image: path must end in one of {', '.join(WRITE_FORMATS)}, got {path}; change the suffix"
         )
     if path.is_dir():
         raise ImageWriteError(f"write_image: path must be a file, got the folder {path}; add a file name")
-    if not path.parent.is_dir():
-        raise ImageWriteError(f"write_image: path must be in an existing folder, got {path}; create {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if reason := unusable_target(path):
+        raise ImageWriteError(f"write_image: path must be writable, got {path} ({reason}); choose another place")
+    folder = Path(os.path.realpath(path)).parent  # a link is written through
+    if not folder.is_dir():
+        raise ImageWriteError(f"write_image: path must be in an existing folder, got {path}; create {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise ImageWriteError(f"write_image: path must be writable, got {path}; choose another place")
 
 
@@ -145,13 +151,15 @@ def write_image(
 ) -> None:
     """Write pixels (H,W,3) uint8 RGB to path, in the format of its suffix (png, jpg, jpeg, webp, tif, tiff).
 
-    The file appears whole or not at all: it is written beside the target under another name, then moved over it.
+    The file appears whole or not at all: it is written beside the target under another name, then moved over it. A
+    link stays one, a file keeps its permissions, and what is no regular file is refused.
     JPEG is written at quality 95 without chroma subsampling; PNG and TIFF are lossless (TIFF uncompressed, because
     Pillow's libtiff path fails on EXIF). Of `photo` the file keeps alpha (JPEG cannot: transparent parts go white),
     resolution, an sRGB profile if it had one, and the EXIF fields on camera, exposure, date and authorship. GPS
     position, maker notes, serial numbers, thumbnails and old XMP are deliberately not copied. With `provenance` an XMP
     packet says that a trained model made part of the picture.
-    Raises: ImageWriteError when the target cannot be written; ValueError for another shape or dtype.
+    Raises: UsageError for another suffix; ImageWriteError when the target cannot be written; ValueError for another
+            shape or dtype.
     """
     path = Path(path)
     check_writable(path)
@@ -302,8 +310,8 @@ _TURNS = {
 
 
 def _to_8_bit(image: Image.Image, source_format: str | None, name: str) -> Image.Image:
-    """Grey images of more than 8 bits to mode L, or LA where one value is transparent; other modes unchanged (Pillow has
-    decoded 16-bit colour to 8)."""
+    """Grey images of more than 8 bits to mode L, or LA where one value is transparent; other modes unchanged (Pillow
+    has decoded 16-bit colour to 8)."""
     if image.mode != "I" and image.mode != "F" and not image.mode.startswith("I;"):
         return image
     values = np.asarray(image).astype(np.float64)

@@ -65,7 +65,8 @@ class EditResult:
 
     def save(self, path: str | Path) -> None:
         """Write the edited photo in the format of the suffix, with what `faceedit edit` writes: the photo's alpha,
-        resolution and camera data, and a note that a trained model made part of it. Raises ImageWriteError.
+        resolution and camera data, and a note that a trained model made part of it. Raises ImageWriteError;
+        UsageError for a suffix of no format.
 
         PNG and TIFF keep `pixels` exactly; JPEG and WebP are lossy everywhere.
         """

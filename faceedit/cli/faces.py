@@ -11,7 +11,7 @@ import typer
 from faceedit.cli import options
 from faceedit.cli.files import check_distinct, write_mask
 from faceedit.cli.output import print_json
-from faceedit.errors import ImageWriteError, OutOfRangeError
+from faceedit.errors import OutOfRangeError, UsageError
 
 
 def parse(
@@ -35,7 +35,7 @@ def parse(
 
     wanted = find_scheme(scheme)
     if output.suffix.lower() != ".png":
-        raise ImageWriteError(f"parse: OUT must end in .png, got {output}; masks are indexed PNGs")
+        raise UsageError(f"parse: OUT must end in .png, got {output}; masks are indexed PNGs")
     check_distinct("parse", {"PHOTO": photo, "--output": output, "--overlay": overlay})
     for path in [output] if overlay is None else [output, overlay]:
         check_writable(path)

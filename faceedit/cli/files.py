@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from faceedit.atomic import replacing, unusable_name
+from faceedit.atomic import replacing, unusable_target
 from faceedit.errors import ImageWriteError, UsageError
 
 if TYPE_CHECKING:
@@ -34,9 +34,10 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 def check_folder(path: Path) -> None:
     """Raise ImageWriteError now if `path` could not be written later, before any work is done for it."""
-    if reason := unusable_name(path):
+    if reason := unusable_target(path):
         raise ImageWriteError(f"write: path must be writable, got {path} ({reason}); choose another place")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
         raise ImageWriteError(f"write: path must be a file in a writable folder, got {path}; choose another place")
 
 

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from support.command_line import BAD_FILES, PACKAGE_ROOT, SET, Outcome, Run, read, subprocess_run
 from support.drawn_faces import DrawnFace
 
+from faceedit.atomic import replacing
 from faceedit.cli import bench
 from faceedit.config import to_dict
 from faceedit.kernels.benchmarking import machine
@@ -263,13 +264,37 @@ def test_bad_photos_are_refused_in_one_line(run: Run, tmp_path: Path, command: s
 
 
 @pytest.mark.parametrize("command", ["edit", "parse", "align"])
-@pytest.mark.parametrize("target", ["nowhere/out.png", "in", "out.xyz"])
+@pytest.mark.parametrize(
+    ("target", "code"), [("nowhere/out.png", 1), ("in.png", 1), ("in", 2), ("out.xyz", 2), ("pipe.png", 1)]
+)
 def test_unwritable_output_is_refused_in_one_line(
-    run: Run, photo: Path, tmp_path: Path, command: str, target: str
+    run: Run, photo: Path, tmp_path: Path, command: str, target: str, code: int
 ) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "in.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    run(command, photo, "-o", tmp_path / target, *(SET if command == "edit" else ())).refused(1, "got")
+    run(command, photo, "-o", tmp_path / target, *(SET if command == "edit" else ())).refused(code, "got")
     assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "pipe.png").is_fifo()
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize(
+    "command", ["edit {photo} -o {out}/o.png --set Bald=1 --report", "bench kernels --json", "bench maskfacegan --json"]
+)
+def test_a_pipe_is_not_replaced_by_a_report(
+    run: Run, photo: Path, tmp_path: Path, command: str, through_a_link: bool
+) -> None:
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    target = link if through_a_link else pipe
+    run(*command.format(photo=photo, out=tmp_path).split(), target).refused(1, "a device, pipe or socket", str(target))
+    with pytest.raises(OSError, match="pipe"), replacing(target):  # nor by what asks nobody before
+        pass
+    assert pipe.is_fifo()
+    assert link.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "link", "pipe"]
 
 
 def test_a_full_disk_leaves_no_file(run: Run, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import ExifTags, GifImagePlugin, Image, ImageCms, TiffImagePlugin
 from skimage import data
 
-from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError
+from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError, UsageError
 from faceedit.images import WRITE_FORMATS, ImageLimits, Photo, check_writable, read_image, write_image
 
 ASTRONAUT = data.astronaut()
@@ -472,19 +472,42 @@ def test_a_resolution_that_no_file_states_is_not_written(tmp_path: Path) -> None
     assert "dpi" not in Image.open(tmp_path / "out.png").info
 
 
-UNWRITABLE = [f"{'x' * 300}.png", "none/out.png", "file.txt/out.png", "out.xyz", "out", "folder.png"]
+UNWRITABLE = [f"{'x' * 300}.png", "none/out.png", "file.txt/out.png", "folder.png", "pipe.png", "gone.png"]
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)
 def test_unwritable_targets_are_named_and_leave_nothing(tmp_path: Path, name: str) -> None:
     (tmp_path / "file.txt").write_text("x")
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "no folder" / "gone.png")
     before = sorted(tmp_path.rglob("*"))
     for attempt in (check_writable, lambda path: write_image(path, RGB)):
         with pytest.raises(ImageWriteError, match="write_image: path must") as caught:
             attempt(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["out.xyz", "out"])
+def test_a_suffix_of_no_format_is_a_wrong_request(tmp_path: Path, name: str) -> None:
+    for attempt in (check_writable, lambda path: write_image(path, RGB)):
+        with pytest.raises(UsageError, match=r"must end in one of \.png"):
+            attempt(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_written_through_and_permissions_stay(tmp_path: Path) -> None:
+    (tmp_path / "album").mkdir()
+    real, link = tmp_path / "album" / "real.png", tmp_path / "link.png"
+    link.symlink_to(real)
+    for mode in (0o666 & ~_umask(), 0o640, 0o604):
+        write_image(link, RGB)
+        assert link.is_symlink()
+        assert read_image(real).size == RGB.shape[:2]
+        assert real.stat().st_mode & 0o777 == mode
+        real.chmod(0o640 if mode != 0o640 else 0o604)
+    assert [path.name for path in real.parent.iterdir()] == ["real.png"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
