@@ -23,7 +23,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from faceedit.atomic import replacing, unusable_name, unusable_target
 from faceedit.errors import ImageReadError, ImageTooLargeError, ImageWriteError, UsageError
-from faceedit.provenance import exif_value, save_arguments
+from faceedit.provenance import exif_value, save_arguments, states_model
 
 Source: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[np.uint8]
 
@@ -67,7 +67,8 @@ class Photo:
 
     pixels uint8 (H,W,3) RGB in sRGB; alpha uint8 (H,W) or None; exif bytes with orientation 1 and no GPS, or None;
     icc_profile an sRGB profile when the source was colour-managed, or None; dpi (x, y) or None; name for messages;
-    notes one line for each thing that reading changed or left out.
+    notes one line for each thing that reading changed or left out; has_provenance, whether the file says that a trained
+    model made it or part of it.
     """
 
     pixels: NDArray[np.uint8]
@@ -77,6 +78,7 @@ class Photo:
     dpi: tuple[float, float] | None = None
     name: str = "image"
     notes: tuple[str, ...] = ()
+    has_provenance: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -120,6 +122,14 @@ def read_image(source: Source, limits: ImageLimits | None = None) -> Photo:
         ) from error
 
 
+def readable_suffixes() -> frozenset[str]:
+    """Suffixes of the files that `read_image` can read with the Pillow that is installed, in lower case."""
+    Image.init()
+    known = {name for name in READ_FORMATS if name in Image.OPEN} | {"MPO"}  # whose first picture is a JPEG
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in known}
+    return frozenset(suffixes - {".pfm"})  # floats
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Refuse now what write_image could not write to later.
 
@@ -156,8 +166,8 @@ def write_image(
     JPEG is written at quality 95 without chroma subsampling; PNG and TIFF are lossless (TIFF uncompressed, because
     Pillow's libtiff path fails on EXIF). Of `photo` the file keeps alpha (JPEG cannot: transparent parts go white),
     resolution, an sRGB profile if it had one, and the EXIF fields on camera, exposure, date and authorship. GPS
-    position, maker notes, serial numbers, thumbnails and old XMP are deliberately not copied. With `provenance` an XMP
-    packet says that a trained model made part of the picture.
+    position, maker notes, serial numbers, thumbnails and old XMP are deliberately not copied. With `provenance`, or
+    where the photo's own file says so, an XMP packet says that a trained model made part of the picture.
     Raises: UsageError for another suffix; ImageWriteError when the target cannot be written; ValueError for another
             shape or dtype.
     """
@@ -188,7 +198,7 @@ def write_image(
         arguments |= {"quality": 95, "subsampling": 0}
     elif image_format == "WEBP":
         arguments |= {"quality": 95}
-    if provenance:
+    if provenance or (photo is not None and photo.has_provenance):
         arguments |= save_arguments(image_format, arguments.get("exif"))
     _replace(path, image, image_format, arguments)
 
@@ -294,6 +304,7 @@ def _decode(image: Image.Image, name: str) -> Photo:
         dpi=_dpi(info.get("dpi")),
         name=name,
         notes=tuple(notes),
+        has_provenance=states_model(info),
     )
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
@@ -63,14 +62,20 @@ class EditResult:
         """The edited photo, same size as the input: pixels alone, RGB."""
         return Image.fromarray(self.pixels)
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether any pixel differs from the photo's."""
+        return not np.array_equal(self.pixels, self.photo.pixels)
+
     def save(self, path: str | Path) -> None:
         """Write the edited photo in the format of the suffix, with what `faceedit edit` writes: the photo's alpha,
-        resolution and camera data, and a note that a trained model made part of it. Raises ImageWriteError;
+        resolution and camera data, and, if any pixel changed, a note that a trained model made part of it. Raises
+        ImageWriteError;
         UsageError for a suffix of no format.
 
         PNG and TIFF keep `pixels` exactly; JPEG and WebP are lossy everywhere.
         """
-        write_image(path, self.pixels, self.photo)
+        write_image(path, self.pixels, self.photo, provenance=self.is_changed)
 
 
 def read(source: str | Path | Image.Image | NDArray[np.uint8] | Photo) -> Photo:
@@ -159,7 +164,6 @@ def edit(
     where = str(loaded.device)
     parser = parser if parser is not None else load_parser(where)
     classifier = classifier if classifier is not None else load_classifier(where)
-    torch.manual_seed(seed)
 
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
@@ -186,7 +190,7 @@ def edit(
             "notes": list(source.notes),
         },
         "face": {
-            "index": face,
+            "index": int(face),
             "landmarks": record.landmarks.round(2).tolist(),
             "eye_distance_px": round(float(np.linalg.norm(record.landmarks[1] - record.landmarks[0])), 2),
         },
@@ -196,10 +200,11 @@ def edit(
             "parser": parser.weights,
             "classifier": _classifier_name(classifier, where),
         },
-        "seed": seed,
+        "seed": int(seed),
         "device": where,
         "requested": _described(wanted),
-        "applied_difference": {name: round(value, 4) for name, value in edited.requested.items()},
+        "keep": _kept(wanted),
+        "applied_difference": {name: round(float(value), 4) for name, value in edited.requested.items()},
         "measured": measured,
         "region": {
             "parts": list(edited.parts),
@@ -230,7 +235,7 @@ def _one_request(attributes: Mapping[str, float] | None, request: EditRequest | 
         )
     if request is not None:
         return request
-    return AttributeEdit(dict(attributes or {}))
+    return AttributeEdit({} if attributes is None else attributes)
 
 
 def _classifier_name(classifier: AttributeClassifier | None, device: str) -> str | None:
@@ -238,6 +243,12 @@ def _classifier_name(classifier: AttributeClassifier | None, device: str) -> str
     if classifier is None:
         return None
     return STARTER if classifier is load_classifier(device) else "custom"
+
+
+def _kept(request: EditRequest) -> list[str]:
+    """What the request names as not to change along."""
+    attributes = request.attributes if isinstance(request, ComponentSize) else request
+    return list(attributes.keep) if isinstance(attributes, AttributeEdit) else []
 
 
 def _described(request: EditRequest) -> Any:

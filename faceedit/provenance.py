@@ -7,6 +7,7 @@ The term is IPTC's digital source type "compositeWithTrainedAlgorithmicMedia" (I
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -97,14 +98,23 @@ def read_provenance(path: str | Path) -> Provenance | None:
     """
     try:
         with Image.open(path, formats=("PNG", "JPEG", "WEBP", "TIFF")) as image:
-            packet = image.info.get("xmp") or image.info.get(PNG_KEYWORD)
+            packet = _packet_of(image.info)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ImageReadError(
             f"read_provenance: path must be a PNG, JPEG, WebP or TIFF file, got {path} ({error}); check the file"
         ) from error
-    if not packet:
-        return None
-    return parse_packet(packet if isinstance(packet, bytes) else packet.encode())
+    return parse_packet(packet) if packet else None
+
+
+def _packet_of(info: Mapping[Any, Any]) -> bytes:
+    packet = info.get("xmp") or info.get(PNG_KEYWORD)
+    return packet.encode() if isinstance(packet, str) else packet if isinstance(packet, bytes) else b""
+
+
+def states_model(info: Mapping[Any, Any]) -> bool:
+    """Whether a file with this `PIL.Image.Image.info` says that a trained model made it or part of it."""
+    stated = parse_packet(_packet_of(info))
+    return ((stated and stated.digital_source_type) or "").lower().endswith("trainedalgorithmicmedia")
 
 
 def parse_packet(packet: bytes) -> Provenance | None:

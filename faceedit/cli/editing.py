@@ -33,12 +33,18 @@ def write_outputs(result: EditResult, output: Path, compare: bool) -> list[Path]
     from faceedit.images import write_image
     from faceedit.pipeline import comparison_sheet
 
-    write_image(output, result.pixels, result.photo)
+    result.save(output)
     if not compare:
         return [output]
     sheet = compare_path(output)
-    write_image(sheet, comparison_sheet(result))
+    write_image(sheet, comparison_sheet(result), provenance=result.is_changed or result.photo.has_provenance)
     return [output, sheet]
+
+
+def unchanged_note(result: EditResult) -> str:
+    """Why an edit changed nothing, as far as its report knows."""
+    there = result.report.get("details", {}).get("already_there", ())
+    return f"{' and '.join(there)} is there already, as the mask shows" if there else "no pixel was changed"
 
 
 def losses_path(trajectory: Path) -> Path:
@@ -134,6 +140,8 @@ def edit(
         result = edit_photo(source, request=request, editor=loaded, face=face, seed=seed)
     for name in result.report.get("details", {}).get("already_there", ()):
         print_note(f"{name} is there already, as the mask shows; nothing was changed for it")
+    if not result.is_changed:
+        print_note(f"no pixel was changed; {output} is the photo as it was read")
     written = write_outputs(result, output, compare)
     if output.suffix.lower() in LOSSY:
         print_note(f"{output.suffix} is lossy everywhere; write .png or .tif to keep every other pixel exactly")

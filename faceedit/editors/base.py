@@ -51,13 +51,31 @@ class AttributeEdit:
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.values, Mapping):
+            raise UsageError(
+                f"AttributeEdit: values must map names to numbers, got {type(self.values).__name__}; "
+                'write e.g. {"Blond_Hair": 1.0}'
+            )
         if not self.values:
             raise UsageError("AttributeEdit: values must name at least one attribute, got none; set e.g. Blond_Hair=1")
+        object.__setattr__(self, "values", {name: _number(name, value) for name, value in self.values.items()})
         for name, value in self.values.items():
             if not (math.isfinite(value) and 0.0 <= value <= 1.0):
                 raise OutOfRangeError(
                     f"AttributeEdit: {name} must be between 0 and 1, got {value:g}; 0 removes it, 1 sets it fully"
                 )
+
+
+def _number(name: object, value: object) -> float:
+    """An attribute's value as a plain float, of numpy's and torch's numbers too. Raises UsageError."""
+    if not isinstance(name, str):
+        raise UsageError(f"AttributeEdit: an attribute must be named, got {name!r}; write e.g. Blond_Hair")
+    try:
+        return float("text" if isinstance(value, str | bytes) else value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        raise UsageError(
+            f"AttributeEdit: {name} must be a number between 0 and 1, got {value!r}; try {name}=1.0"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,3 +232,77 @@ def test_wrong_folders_are_refused(run: Run, folder: Path, photo: Path, tmp_path
     run("batch", tmp_path / "empty", tmp_path / "out", *SET).refused(1, "none")
     run("batch", folder, tmp_path / "out", "--set", "Blond=1").refused(2, "Blond_Hair")
     assert not (tmp_path / "out").exists()
+
+
+def test_two_folders_do_not_overwrite_each_others_results(run: Run, folder: Path, tmp_path: Path) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    assert run("batch", folder, out, *SET).code == 0
+    before = results(out)
+    shutil.copytree(folder, other)
+    os.utime(other / "a.png", (1, 1))  # another photo of the same name
+    run("batch", other, out, *SET).refused(2, "results of one IN_DIR", str(folder), "name another OUT_DIR")
+    assert results(out) == before
+    folder.rename(tmp_path / "moved")
+    assert "0 edited, 3 skipped" in run("batch", tmp_path / "moved", out, *SET).out
+
+
+def test_a_file_that_no_batch_wrote_is_not_replaced(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.png").write_bytes(b"mine")
+    run("batch", folder, tmp_path / "out", *SET).refused(2, "OUT_DIR must hold nothing that a result would replace")
+    assert (tmp_path / "out" / "a.png").read_bytes() == b"mine"
+
+
+def test_a_failure_leaves_no_result_of_other_options(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert run("batch", folder, tmp_path / "out", *SET, "--compare").code == 0
+    outcome = run("batch", folder, tmp_path / "out", *SET, "--compare", "--face", "3")
+    assert (outcome.code, results(tmp_path / "out")) == (1, {})
+    assert outcome.err.count("its result of other options was removed") == 3
+
+
+def test_out_dir_may_be_above_in_dir(run: Run, folder: Path) -> None:
+    assert "3 edited" in run("batch", folder, folder.parent, *SET).out
+
+
+def test_what_is_left_out_is_said(run: Run, folder: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    with Image.open(folder / "a.png") as image:
+        image.convert("L").save(folder / "grey.pgm")
+    (folder / "b.HEIC").write_bytes(b"x")
+    (folder / "._a.png").write_bytes(b"x")
+    (folder / "round").symlink_to(folder)
+    outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
+    summary = json.loads(outcome.out)
+    assert (summary["photos"], summary["left_out"]) == (4, {".heic": 1})
+    assert summary["links_not_followed"] == [str(folder / "round")]
+    assert "1 images were left out (.heic 1)" in outcome.err
+
+
+def test_a_loop_of_links_as_out_dir_is_one_line(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    run("batch", folder, tmp_path / "loop", *SET).refused(1, "OUT_DIR must be writable")
+
+
+def test_an_odd_name_fails_in_one_line(run: Run, folder: Path, tmp_path: Path) -> None:
+    (folder / "line\nbreak.png").write_bytes(b"no picture")
+    assert len(run("batch", folder, tmp_path / "out", *SET).err.splitlines()) == 1
+
+
+def test_a_photo_left_as_it_is_claims_no_edit(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faceedit.pipeline
+    from faceedit.provenance import read_provenance
+
+    real = faceedit.pipeline.paste_back
+
+    def nothing(pixels: Any, before: Any, after: Any, *rest: Any) -> Any:
+        return real(pixels, before, before, *rest)
+
+    monkeypatch.setattr(faceedit.pipeline, "paste_back", nothing)
+    outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
+    summary = json.loads(outcome.out)
+    assert (outcome.code, summary["edited"], summary["unchanged"]) == (0, 0, 3)
+    assert read_provenance(tmp_path / "out" / "a.png") is None
+    assert outcome.err.count("no pixel was changed") == 3

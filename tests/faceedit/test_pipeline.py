@@ -161,6 +161,26 @@ def test_attributes_and_request_together_are_refused(
         pipeline.edit(drawn.pixels, {"Bald": 1.0}, request=AttributeEdit({"Bald": 1.0}), editor=editor, parser=parser)
 
 
+def test_numpy_numbers_are_reported_and_the_callers_randomness_stays(
+    drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor
+) -> None:
+    request = AttributeEdit({"Blond_Hair": np.float32(1)}, keep=("Black_Hair",))  # type: ignore[dict-item]
+    torch.manual_seed(4)
+    state = torch.get_rng_state()
+    result = pipeline.edit(drawn.pixels, request=request, editor=editor, parser=parser, seed=np.int64(3))
+    assert torch.equal(torch.get_rng_state(), state)
+    report = json.loads(json.dumps(result.report))
+    assert (report["seed"], report["requested"], report["keep"]) == (3, {"Blond_Hair": 1.0}, ["Black_Hair"])
+
+
+@pytest.mark.parametrize("wrong", [{"Black_Hair": "1"}, {"Black_Hair": None}, {1: 1.0}, ["Black_Hair"]])
+def test_attributes_of_another_kind_are_refused(
+    wrong: object, drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor
+) -> None:
+    with pytest.raises(UsageError, match="AttributeEdit"):
+        pipeline.edit(drawn.pixels, wrong, editor=editor, parser=parser)  # type: ignore[arg-type]
+
+
 def test_no_face_is_refused(editor: MagGANEditor) -> None:
     with pytest.raises(NoFaceError):
         pipeline.edit(np.full((200, 200, 3), 127, np.uint8), {"Bald": 1.0}, editor=editor, parser=palette_parser())
