@@ -24,26 +24,8 @@ if TYPE_CHECKING:
     from faceedit.parsing import FaceParser
 
 MANIFEST = ".faceedit-batch.jsonl"
-OTHER_PHOTOS = frozenset(
-    (
-        ".heic",
-        ".heif",
-        ".hif",
-        ".jxl",
-        ".jp2",
-        ".avif",
-        ".avifs",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".raf",
-        ".orf",
-        ".rw2",
-        ".psd",
-    )
-)
+_OTHER_PHOTOS = "heic heif hif jxl jp2 avif avifs dng cr2 cr3 nef arw raf orf rw2 psd"
+OTHER_PHOTOS = frozenset(f".{suffix}" for suffix in _OTHER_PHOTOS.split())
 """Suffixes of photos that are counted and left out, as far as this installation cannot read them."""
 WRITABLE = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff"})
 
@@ -383,16 +365,21 @@ def _edit_one(job: Job, source: Path, name: Path, manifest: Manifest) -> Entry:
     except Exception as error:  # a fault of this one photo must not lose the folder; its type is reported
         message = " ".join(str(error).split()) or "no message"
         entry = replace(entry, status="failed", reason=type(error).__name__, message=message)
-    if entry.status == "failed" and before is not None and before.options != job.digest and _removed(output):
+    if (
+        entry.status == "failed"
+        and before is not None
+        and before.options != job.digest
+        and _removed(output, job.compare)
+    ):
         entry = replace(entry, message=f"{entry.message}; its result of other options was removed")
     manifest.add(entry)
     return entry
 
 
-def _removed(output: Path) -> bool:
-    """Whether there was a result to remove, with its sheet."""
+def _removed(output: Path, compare: bool) -> bool:
+    """Whether there was a result to remove; with `compare` its sheet, whose place `check_owners` has looked at then."""
     gone = False
-    for path in (output, compare_path(output)):
+    for path in (output, compare_path(output)) if compare else (output,):
         try:
             path.unlink()
             gone = True

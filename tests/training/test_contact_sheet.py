@@ -55,7 +55,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
         ("photos", (*sheet, "--columns", "0"), 2, "--columns must be 1 or more, got 0"),
         ("photos", (*sheet, "--count", "0"), 2, "--count must be 1 or more, got 0"),
         ("photos", (*sheet, "--tile", "0"), 2, "--tile must be 1 or more, got 0"),
-        ("photos", ("-o", str(tmp_path / "sheet.xyz")), 1, "path must end in one of"),
+        ("photos", ("-o", str(tmp_path / "sheet.xyz")), 2, "path must end in one of"),
         ("photos", ("-o", str(tmp_path / "none" / "sheet.png")), 1, "path must be in an existing folder"),
         ("none", sheet, 2, "folder must hold photos, got none in"),
     ):
