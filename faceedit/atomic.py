@@ -19,10 +19,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     A symbolic link stays one: the file it points to is replaced. A file's permissions stay too.
     Whatever the block or the disk raises passes through, an OSError above all; `path` then is as it was. What exists
-    and is no regular file is refused with an OSError.
+    and is no regular file is refused with a FileExistsError.
     """
-    if reason := unusable_target(path):
-        raise OSError(errno.EEXIST, reason, str(path))
+    if (reason := unusable_target(path)) and not unusable_name(path):  # opening tells what is wrong with a name
+        raise FileExistsError(errno.EEXIST, reason, str(path))
     target = Path(os.path.realpath(path))
     part = target.with_name(f".faceedit-{secrets.token_hex(6)}.part")
     try:

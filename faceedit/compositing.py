@@ -88,6 +88,7 @@ def paste_back(
             weight = alignment.unwarp_soft(coarse, strip).values
         else:
             weight = alignment.unwarp_soft(fade, strip).values * _on_box(detail, strip)
+        np.minimum(weight, 1.0, out=weight)  # resampling's rounding may pass 1
         weight[weight < _LEAST_WEIGHT] = 0.0
         region[top - y0 : strip[3] - y0] = weight
         if not weight.any():

@@ -171,4 +171,4 @@ def test_bad_photos_are_refused_in_one_line(run: Run, tmp_path: Path, folder: Pa
 
 
 def test_unwritable_output_is_refused(run: Run, photo: Path, tmp_path: Path, folder: Path) -> None:
-    run("project", photo, "-o", tmp_path / "out.xyz", "--weights", folder / "g.safetensors").refused(1, "must end in")
+    run("project", photo, "-o", tmp_path / "out.xyz", "--weights", folder / "g.safetensors").refused(2, "must end in")

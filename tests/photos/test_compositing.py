@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from skimage import data
 
@@ -26,6 +26,7 @@ def alignment(size: tuple[int, int], side: int, angle: float, scale: float, x: f
 
 
 @settings(deadline=None, max_examples=60)
+@example((1, 1), 16, 0.0, 1.5859052130742979, (0.0, 0.0), 0, True)  # a weight of one and a rounding
 @given(
     st.tuples(st.integers(1, 150), st.integers(1, 150)),
     st.sampled_from([16, 48]),
