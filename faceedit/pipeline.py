@@ -69,11 +69,10 @@ class EditResult:
 
     def save(self, path: str | Path) -> None:
         """Write the edited photo in the format of the suffix, with what `faceedit edit` writes: the photo's alpha,
-        resolution and camera data, and, if any pixel changed, a note that a trained model made part of it. Raises
-        ImageWriteError;
-        UsageError for a suffix of no format.
+        resolution and camera data, and, if any pixel changed, a note that a trained model made part of it.
 
         PNG and TIFF keep `pixels` exactly; JPEG and WebP are lossy everywhere.
+        Raises: UsageError for a suffix of no format; ImageWriteError.
         """
         write_image(path, self.pixels, self.photo, provenance=self.is_changed)
 

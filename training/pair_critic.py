@@ -21,6 +21,7 @@ PENALTY_EVERY = 4
 """On every which step the penalty is taken, as often as it counts (lazy regularisation, Karras et al. 2020)."""
 
 _NOISE = 0.02  # of the range [-1, 1]: what is less than a rounding or two must not tell the made from the true
+_TINY = 1e-6
 
 
 def pair_critic_loss(
@@ -57,21 +58,25 @@ def pair_critic_penalty(
 ) -> Tensor:
     """½ E ‖∇D(true)‖² + ½ E ‖∇D(made)‖² of a patch's logit, over what the true edit changes (R1 and R2).
 
-    Without it the critic turns faster than the generator can follow, and soon tells nothing. Patches take part with
-    random signs in one sum, whose squared slope has the sum of the patches' own as its mean. Arguments as above.
+    It keeps the critic from growing ever steeper; a strong one keeps it silent. Patches take part with random signs in
+    one sum, whose squared slope has the sum of the patches' own as its mean. Arguments as above.
     Source: Mescheder et al. 2018; Huang et al. 2024 (R3GAN), for critics of differences.
     """
     source, target = batch["source"], batch["target"]
     noise = _noise(source, generator)
     shown = torch.cat([target + noise, made.detach() + noise])
     sources, conditions = source.repeat(2, 1, 1, 1), condition.repeat(2, 1, 1, 1)
-    with torch.no_grad():
-        moved = _moved_patches(source, target, critic(source, target, condition))
-    area = moved.sum(dim=(1, 2, 3), keepdim=True)
-    signs = (torch.randint(2, moved.shape, generator=generator) * 2 - 1).to(moved)
-    shares = ((moved / area.clamp_min(1e-6)).sqrt() * signs).repeat(2, 1, 1, 1)
-    _, slopes = squared_slopes(lambda image: critic(sources, image, conditions).float() * shares, shown)
-    return slopes.sum() / 2 / (area > 0).sum().clamp_min(1)
+
+    def shared(image: Tensor) -> Tensor:
+        logits = critic(sources, image, conditions).float()
+        moved = _moved_patches(source, target, logits)
+        area = moved.sum(dim=(1, 2, 3), keepdim=True)
+        signs = (torch.randint(2, moved.shape, generator=generator) * 2 - 1).to(moved)
+        return logits * ((moved / area.clamp_min(_TINY)).sqrt() * signs).repeat(2, 1, 1, 1)
+
+    _, slopes = squared_slopes(shared, shown)
+    present = moved_pixels(source, target).amax(dim=(1, 2, 3)) > 0
+    return slopes.sum() / 2 / present.sum().clamp_min(1)
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -82,7 +87,7 @@ def _mean_where_moved(values: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """The mean of patch values P×1×h×w over patches that the true edit changes, then over the pairs that have some."""
     moved = _moved_patches(source, target, values)
     area = moved.sum(dim=(1, 2, 3))
-    inside = (values * moved).sum(dim=(1, 2, 3)) / area.clamp_min(1e-6)
+    inside = (values * moved).sum(dim=(1, 2, 3)) / area.clamp_min(_TINY)
     present = (area > 0).to(inside.dtype)
     return (inside * present).sum() / present.sum().clamp_min(1)
 
