@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sharpening a coarse mask against the photo: hair strands, at the photo's own resolution.
 
-The guided filter explains the mask locally as an affine function of the photo's colours, so that the mask's edge moves
-to the photo's edge. Source: He, Sun, Tang 2013, "Guided Image Filtering"; He, Sun 2015, "Fast Guided Filter".
+At the rim of a mask a pixel is a mixture. How much of it belongs inside tells its place on the line between the colours
+of the inside and of the outside nearby (Ruzon, Tomasi 2000, "Alpha Estimation in Natural Images"), which are averaged
+where the mask is sure (normalised convolution: Knutsson, Westin 1993).
 """
 
 from __future__ import annotations
@@ -14,65 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 CORE, FAR = 0.95, 0.02
-"""A coarse mask is believed above CORE and below FAR; only the band between them is refined."""
+"""Of a coarse mask, only the band between the two and the rim of its outline are refined."""
 
-_SUBSAMPLED_RADIUS_PX = 8  # windows larger than this are filtered at reduced size: their sums hardly change
-
-
-def guided_filter(
-    guide: NDArray[Any],
-    mask: NDArray[Any],
-    radius_px: int,
-    eps: float,
-    subsample: int = 1,
-    weights: NDArray[Any] | None = None,
-) -> NDArray[np.float32]:
-    """Filter mask (H,W) with a colour guide (H,W,3), uint8 or float in [0, 1]; returns float32 (H,W), not clipped.
-
-    In each window of side 2 radius_px + 1 the mask is fitted as a · colour + b with a ridge of eps (in squared colour
-    units of [0, 1]); overlapping fits are averaged. With subsample s > 1 the fits are made at 1/s of the size and
-    applied at the full one. weights (H,W) > 0 say how much each pixel counts in the fits. Borders are mirrored.
-    Raises ValueError on shapes and ranges.
-    """
-    if guide.ndim != 3 or guide.shape[2] != 3 or guide.shape[:2] != mask.shape:
-        raise ValueError(
-            f"guided_filter: guide must be (H, W, 3) with mask (H, W), got {guide.shape} and {mask.shape}; resize one"
-        )
-    if radius_px < 1 or not eps > 0 or subsample < 1:
-        raise ValueError(
-            "guided_filter: radius_px and subsample must be at least 1 and eps positive,"
-            f" got {radius_px}, {subsample} and {eps}; use for instance 8, 1 and 1e-4"
-        )
-    size = (max(round(mask.shape[1] / subsample), 1), max(round(mask.shape[0] / subsample), 1))
-    trust = np.ones(mask.shape, np.float32) if weights is None else weights.astype(np.float32, copy=False)
-    colours = _resized(guide, size, cv2.INTER_AREA).astype(np.float32)
-    unit = np.float32(1 / 255 if guide.dtype == np.uint8 else 1)
-    # The fit does not depend on the origin of colour space; at the mean, variances lose least to rounding.
-    origin = colours.mean((0, 1))
-    slope, offset = _local_fit(
-        (colours - origin) * unit,
-        _resized(mask.astype(np.float32, copy=False), size, cv2.INTER_AREA),
-        _resized(trust, size, cv2.INTER_AREA),
-        max(round(radius_px / subsample), 1),
-        eps,
-    )
-    full = (mask.shape[1], mask.shape[0])
-    filtered = np.array(_resized(offset, full, cv2.INTER_LINEAR), dtype=np.float32)
-    for channel in range(3):  # one at a time: at 24 megapixels three planes of floats are what memory is spent on
-        plane = (guide[..., channel].astype(np.float32) - origin[channel]) * unit
-        filtered += _resized(slope[..., channel], full, cv2.INTER_LINEAR) * plane
-    return filtered
+_PARSED_PX = 256  # a photo's side is so many pixels of its parse
+_REACH = 1.2  # of the average over nearby colours: standard deviation, in such pixels
+_FARTHER = ((1, 1.0), (4, 1e-2), (16, 1e-5))  # multiples of that reach, and what they count where nothing is nearer
+_ALIKE, _APART = 0.06, 0.2  # distances of the two colours, in [0, 1], at which the photo tells nothing, and all
+_BAND_RAMP = 0.08  # of the coarse mask's values over which refinement fades in
+_PIXELS = 1_000_000  # solved at a time, which bounds memory on photos of any size
 
 
-def refine_mask(
-    photo_rgb: NDArray[np.uint8], soft: NDArray[Any], radius_px: int | None = None, eps: float = 1e-3
-) -> NDArray[np.float32]:
+def refine_mask(photo_rgb: NDArray[np.uint8], soft: NDArray[Any]) -> NDArray[np.float32]:
     """Refine a soft mask (H,W) or (C,H,W) in [0, 1] against the photo uint8 (H,W,3); returns the same shape, float32.
 
-    Where the mask is sure (above 0.95 or below 0.02) it is returned unchanged; between, it follows the photo's edges.
-    The fits rest on sure pixels, so that colours sort the doubtful ones: where hair and background look alike the mask
-    stays as it was. radius_px should reach across the doubtful band; by default 1/16 of the shorter side, which is 16
-    pixels of a mask parsed at 256. Pass the region of the face, not the whole photo.
+    Away from its outline the mask is returned unchanged where it is sure (above 0.95 or below 0.02). Elsewhere it
+    follows the photo's colours, as far as inside and outside differ: where hair and background look alike it stays as
+    it was. Pass the region of the face, of which a parse is about 256 pixels across, not the whole photo.
+    Raises ValueError on shapes.
     """
     if photo_rgb.ndim != 3 or photo_rgb.shape[2] != 3 or photo_rgb.shape[:2] != soft.shape[-2:] or soft.ndim > 3:
         raise ValueError(
@@ -80,74 +39,78 @@ def refine_mask(
             f" got {soft.shape} and {photo_rgb.shape}; unwarp the mask first"
         )
     if soft.ndim == 3:
-        return np.stack([refine_mask(photo_rgb, plane, radius_px, eps) for plane in soft])
-    coarse = soft.astype(np.float32, copy=False)
-    refined = coarse.copy()
-    radius = radius_px if radius_px is not None else max(round(min(coarse.shape) / 16), 2)
-    doubtful = (coarse > FAR) & (coarse < CORE)
-    rows, columns = np.flatnonzero(doubtful.any(1)), np.flatnonzero(doubtful.any(0))
-    if len(rows) == 0:
+        return np.stack([refine_mask(photo_rgb, plane) for plane in soft])
+    refined = np.clip(soft, 0, 1).astype(np.float32)
+    unit = max(min(soft.shape) / _PARSED_PX, 1.0)
+    if not (refined > FAR).any() or not (refined < CORE).any():
         return refined
-    # Two windows beyond the band every fit that reaches it is complete, so the rest need not be filtered.
-    reach = 2 * radius + 1
-    window = (
-        slice(max(int(rows[0]) - reach, 0), int(rows[-1]) + reach + 1),
-        slice(max(int(columns[0]) - reach, 0), int(columns[-1]) + reach + 1),
-    )
-    subsample = max(radius // _SUBSAMPLED_RADIUS_PX, 1)
-    local = coarse[window]
-    # Unweighted, the fit would learn the blur itself; the small constant leaves a say where nothing is sure.
-    sureness = (2 * local - 1) ** 4 + np.float32(0.01)
-    filtered = np.clip(guided_filter(photo_rgb[window], local, radius, eps, subsample, sureness), 0.0, 1.0)
-    # Fade to the coarse value where doubt ends: a hard switch would draw the outline of the band.
-    trust = np.clip(np.minimum((local - FAR) / 0.08, (CORE - local) / 0.08), 0.0, 1.0)
-    refined[window] = local + trust * (filtered - local)
+    # What is averaged is smooth: of large photos it is computed at about twice the parse's resolution.
+    step = max(int(unit / 2), 1)
+    size = (max(soft.shape[1] // step, 1), max(soft.shape[0] // step, 1))
+    photo, coarse = (cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in (photo_rgb, refined))
+    unit /= step
+    depth = _depth(coarse > 0.5)
+    rim = np.clip((unit + 1 - np.abs(depth)) / 1.5, 0, 1)
+    doubtful = np.clip(np.minimum((refined - FAR) / _BAND_RAMP, (CORE - refined) / _BAND_RAMP), 0, 1)
+    weight = np.maximum(doubtful, cv2.resize(rim, refined.shape[::-1]))
+    sides = [_nearby(photo, sure, unit) for sure in _sure_sides(coarse, depth, unit)]
+    rows, columns = np.nonzero(weight)
+    for start in range(0, len(rows), _PIXELS):
+        at = rows[start : start + _PIXELS], columns[start : start + _PIXELS]
+        inner, outer = (_sampled(side, at, refined.shape) for side in sides)
+        alpha, told = _on_colour_line(photo_rgb[at].astype(np.float32) / 255, inner, outer)
+        refined[at] += weight[at] * told * (alpha - refined[at])
     return refined
 
 
-def _resized(values: NDArray[Any], size: tuple[int, int], interpolation: int) -> NDArray[Any]:
-    if values.shape[1::-1] == size:
-        return values
-    return np.asarray(cv2.resize(values, size, interpolation=interpolation))
+def _depth(inside: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Pixels from the outline, positive inside."""
+    inner, outer = (cv2.distanceTransform(part.astype(np.uint8), cv2.DIST_L2, 5) for part in (inside, ~inside))
+    return np.asarray(np.minimum(inner, inside.size) - np.minimum(outer, inside.size), dtype=np.float32)
 
 
-def _local_fit(
-    colours: NDArray[np.float32], target: NDArray[np.float32], trust: NDArray[np.float32], radius: int, eps: float
+def _sure_sides(
+    coarse: NDArray[np.float32], depth: NDArray[np.float32], unit: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Averaged slopes (H,W,3) and offsets (H,W) of the windowed ridge regression (He et al. 2013, eqs. 19-21).
+    """How surely a pixel lies inside, and outside: away from the outline, and the mask says so."""
+    inside = np.clip(depth - 0.7 * unit, 0, 1) * np.clip((coarse - 0.6) / 0.35, 0, 1)
+    outside = np.clip(-depth - 0.7 * unit, 0, 1) * np.clip((0.4 - coarse) / 0.35, 0, 1)
+    return inside, outside
 
-    Here every mean is weighted by `trust`, also that of overlapping fits: a window in which little is sure says little.
-    """
 
-    def blur(values: NDArray[Any]) -> NDArray[np.float32]:
-        side = 2 * radius + 1
-        return np.asarray(cv2.blur(values, (side, side), borderType=cv2.BORDER_REFLECT), dtype=np.float32)
+def _nearby(photo: NDArray[np.uint8], sure: NDArray[np.float32], unit: float) -> NDArray[np.float32]:
+    """The photo's colour (H,W,3) in [0, 1] where the weight (H,W) is, spread over everything around it."""
+    weighted = np.dstack([photo.astype(np.float32) / 255 * sure[..., None], sure])
+    sigma, side = _REACH * max(unit, 1.2), sure.shape[::-1]
+    total = np.zeros_like(weighted)
+    for times, share in _FARTHER:
+        # A wide average of a smaller picture looks the same, and is quicker.
+        small = cv2.resize(weighted, (-(-side[0] // times), -(-side[1] // times)), interpolation=cv2.INTER_AREA)
+        total += share * cv2.resize(cv2.GaussianBlur(small, (0, 0), sigma), side)
+    return np.asarray(total[..., :3] / np.maximum(total[..., 3:], 1e-9), dtype=np.float32)
 
-    total = blur(trust)
 
-    def mean(values: NDArray[Any]) -> NDArray[np.float32]:
-        if values.ndim == 3:
-            return np.asarray(blur(values * trust[..., None]) / total[..., None], dtype=np.float32)
-        return np.asarray(blur(values * trust) / total, dtype=np.float32)
-
-    colour_mean, target_mean = mean(colours), mean(target)
-    r, g, b = (np.ascontiguousarray(colours[..., i]) for i in range(3))
-    mr, mg, mb = (colour_mean[..., i] for i in range(3))
-    rr, gg, bb = (mean(v * v) - m * m + np.float32(eps) for v, m in ((r, mr), (g, mg), (b, mb)))
-    rg, rb, gb = mean(r * g) - mr * mg, mean(r * b) - mr * mb, mean(g * b) - mg * mb
-    tr, tg, tb = (mean(target * v) - target_mean * m for v, m in ((r, mr), (g, mg), (b, mb)))
-    # The 3 x 3 covariance is symmetric: its inverse is the matrix of cofactors over the determinant.
-    crr, cgg, cbb = gg * bb - gb * gb, rr * bb - rb * rb, rr * gg - rg * rg
-    crg, crb, cgb = rb * gb - rg * bb, rg * gb - rb * gg, rg * rb - rr * gb
-    determinant = np.maximum(rr * crr + rg * crg + rb * crb, np.float32(eps) ** 3)
-    slope = np.stack(
-        [
-            (crr * tr + crg * tg + crb * tb) / determinant,
-            (crg * tr + cgg * tg + cgb * tb) / determinant,
-            (crb * tr + cgb * tg + cbb * tb) / determinant,
-        ],
-        axis=-1,
+def _sampled(
+    image: NDArray[np.float32], at: tuple[NDArray[np.intp], NDArray[np.intp]], size: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Colours (N,3) of an image at N pixels (rows, columns) of a larger one of `size`, bilinear."""
+    y, x = (
+        ((where + 0.5) * (small / large) - 0.5).astype(np.float32)
+        for where, small, large in zip(at, image.shape, size, strict=False)
     )
-    offset = target_mean - np.einsum("hwc,hwc->hw", slope, colour_mean)
-    summed = blur(total)
-    return blur(slope * total[..., None]) / summed[..., None], blur(offset * total) / summed
+    # remap's pictures may not be longer than 32,767.
+    wide = 1024
+    padding = -len(x) % wide
+    x, y = (np.pad(values, (0, padding)).reshape(-1, wide) for values in (x, y))
+    colours = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(colours.reshape(-1, 3)[: len(at[0])], dtype=np.float32)
+
+
+def _on_colour_line(
+    colours: NDArray[np.float32], inner: NDArray[np.float32], outer: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Places (N,) of colours (N,3) between the outer ones (0) and the inner ones (1), and how far they can be told."""
+    across = inner - outer
+    distance = np.einsum("nc,nc->n", across, across)
+    alpha = np.clip(np.einsum("nc,nc->n", colours - outer, across) / np.maximum(distance, 1e-6), 0, 1)
+    return alpha, np.clip((np.sqrt(distance) - _ALIKE) / (_APART - _ALIKE), 0, 1)

@@ -156,7 +156,7 @@ def test_a_refined_mask_gives_strands_their_whole_change() -> None:
     coarse = np.asarray(crop.warp_soft(alpha))
     after = before - 0.6 * coarse[..., None]
     region = crop.unwarp_soft(coarse)
-    refined = PhotoRegion(refine_mask(photo[region.slices()], region.values, 24), region.box, region.photo_size)
+    refined = PhotoRegion(refine_mask(photo[region.slices()], region.values), region.box, region.photo_size)
     plain = paste_back(photo, before, after, crop, coarse, 1.0).pixels.astype(int)
     sharp = paste_back(photo, before, after, crop, coarse, 1.0, refined).pixels.astype(int)
     band = (x > 136) & (x < 152) & (y > 64) & (y < 192)
