@@ -70,7 +70,7 @@ def _depth(inside: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 def _sure_sides(
-    coarse: NDArray[np.float32], depth: NDArray[np.float32], unit: float
+    coarse: NDArray[Any], depth: NDArray[np.float32], unit: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """How surely a pixel lies inside, and outside: away from the outline, and the mask says so."""
     inside = np.clip(depth - 0.7 * unit, 0, 1) * np.clip((coarse - 0.6) / 0.35, 0, 1)
@@ -78,7 +78,7 @@ def _sure_sides(
     return inside, outside
 
 
-def _nearby(photo: NDArray[np.uint8], sure: NDArray[np.float32], unit: float) -> NDArray[np.float32]:
+def _nearby(photo: NDArray[Any], sure: NDArray[np.float32], unit: float) -> NDArray[np.float32]:
     """The photo's colour (H,W,3) in [0, 1] where the weight (H,W) is, spread over everything around it."""
     weighted = np.dstack([photo.astype(np.float32) / 255 * sure[..., None], sure])
     sigma, side = _REACH * max(unit, 1.2), sure.shape[::-1]
@@ -107,7 +107,7 @@ def _sampled(
 
 
 def _on_colour_line(
-    colours: NDArray[np.float32], inner: NDArray[np.float32], outer: NDArray[np.float32]
+    colours: NDArray[Any], inner: NDArray[np.float32], outer: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Places (N,) of colours (N,3) between the outer ones (0) and the inner ones (1), and how far they can be told."""
     across = inner - outer

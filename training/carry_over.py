@@ -6,7 +6,7 @@ Colours are carried over as the ratio of the two drawings, which keeps the photo
 images of Liu, Shan and Zhang 2001); glasses cover the face. Drawn mouths are too unlike photographed ones, so an open
 mouth comes from a photo, in the skin colour of the one that it is given to. From a photo also comes the hair that bald
 heads get: without it they show a real scalp and what was really behind the hair. Bangs, moustaches, beards and bushy
-brows grow on the photo itself (`training.grown_hair`).
+brows grow on the photo itself (`training.grown_hair`), and its hair is dyed (`training.dyed_hair`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Look(NamedTuple):
 
     shown_as: the attribute's value that shows it.  how: `cover` (opaque), `shade` (the ratio of the drawings),
     `mouth` (from another photo), `haircut` (another photo's hair, on one that shows the attribute: this photo is always
-    the result, since nothing in it tells which hair it would have) or `grown` (drawn on the photo, from nothing but
-    itself).
+    the result, since nothing in it tells which hair it would have), `grown` (drawn on the photo, from nothing but
+    itself) or `dyed` (the same: the result shows the attribute, since nothing in dyed hair tells what it was).
     parts: of the photo, what it may change.  anchors: the features that must lie best.  density: of shades, the power
     of the ratio.
     """
 
     shown_as: int
-    how: Literal["cover", "shade", "mouth", "haircut", "grown"]
+    how: Literal["cover", "shade", "mouth", "haircut", "grown", "dyed"]
     parts: str
     anchors: str
     density: float = 1.0
@@ -46,6 +46,9 @@ _AROUND_HAIR = "background skin l_ear r_ear ear_r neck neck_l hair cloth"
 LOOKS: dict[str, Look] = {
     "Bald": Look(1, "haircut", _AROUND_HAIR, "l_brow r_brow l_eye r_eye"),
     "Bangs": Look(1, "grown", "skin l_brow r_brow eye_g hair", "l_brow r_brow"),
+    "Black_Hair": Look(1, "dyed", "hair", "l_brow r_brow"),
+    "Blond_Hair": Look(1, "dyed", "hair", "l_brow r_brow"),
+    "Brown_Hair": Look(1, "dyed", "hair", "l_brow r_brow"),
     "Bushy_Eyebrows": Look(1, "grown", "skin l_brow r_brow eye_g", "l_brow r_brow"),
     "Eyeglasses": Look(1, "cover", "skin nose l_brow r_brow l_eye r_eye l_ear r_ear hair", "l_eye r_eye"),
     "Mouth_Slightly_Open": Look(1, "mouth", "u_lip mouth l_lip", "mouth"),

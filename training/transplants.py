@@ -4,7 +4,7 @@
 A photo has no counterfactual, but many edits only put something on a face. Two members of a synthetic family differ in
 that thing alone; carried over (`training.carry_over`) it gives a second picture of the photo with the thing on. So
 does what grows on the photo itself (`training.grown_hair`). Read backwards the pair takes it off, and then the
-untouched photo is the truth.
+untouched photo is the truth. Hair is dyed (`training.dyed_hair`), and dyed hair gets its own colour back.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from faceedit.training.carry_over import (
 )
 from faceedit.training.config import require
 from faceedit.training.data import AugmentConfig, SyntheticPortraits, augment_images, soften_mask
+from faceedit.training.dyed_hair import COLOURS, dye_hair
 from faceedit.training.grown_hair import grow_bangs, grow_beard, grow_brows, grow_moustache
 from faceedit.training.photos import UnlabelledPhotos
 
@@ -45,8 +46,8 @@ _CANDIDATES = 32  # drawn people of whom the best fitting one lends what it wear
 
 
 _GROW = {"Bangs": grow_bangs, "Bushy_Eyebrows": grow_brows, "Mustache": grow_moustache, "No_Beard": grow_beard}
-_OF_HAIR = [MAGGAN.index(name) for name in ("Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair")]
-_GONE_WITH_HAIR = [MAGGAN.index(name) for name in conflicting("Bald")]
+_COLOURS = [MAGGAN.index(name) for name in COLOURS]
+_OF_HAIR = [MAGGAN.index("Bangs"), *_COLOURS]
 
 
 class _Carried(NamedTuple):
@@ -60,12 +61,15 @@ class _Carried(NamedTuple):
     made_mask: Tensor
     wears_it: bool
     """Whether the photo shows the thing; what was made of it shows the opposite."""
+    colour: str = ""
+    """Of hair that was dyed, in what was made of the photo."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransplantConfig:
-    """Which things are carried over, the share of pairs that take them off again, and how far (shares of the side) a
-    drawn person's features may lie from the photo's after the best affine fit."""
+    """Which things are carried over, the share of pairs that take them off again (that give dyed hair its own colour
+    back), and how far (shares of the side) a drawn person's features may lie from the photo's after the best affine
+    fit."""
 
     attributes: tuple[str, ...] = tuple(LOOKS)
     removal_share: float = 0.4
@@ -109,6 +113,10 @@ class Transplants:
             elif look.how == "haircut":
                 takes = visible & hatless & (hair < _BARE) & (shows > 1 - _LACKS)
                 self._lenders.append(((visible & hatless & haired).nonzero()[:, 0].numpy(),))
+            elif look.how == "dyed":
+                own = visible & haired & hatless & (shows > 1 - _LACKS)  # whose hair has the colour already
+                takes &= haired & hatless
+                self._lenders.append((own.nonzero()[:, 0].numpy(),))
             elif look.how == "grown":
                 self._lenders.append((takes.nonzero()[:, 0].numpy(),))  # everyone their own
             else:
@@ -116,7 +124,7 @@ class Transplants:
             self._takers.append(takes.nonzero()[:, 0].numpy())
             wanted = "photos with it" if look.how == "haircut" else "photos without it"
             for what, found in ((wanted, self._takers[-1]), ("lenders", self._lenders[-1][0])):
-                if not len(found):
+                if not len(found) and not (look.how == "dyed" and what == "lenders"):
                     raise UsageError(
                         f"train: transplants.attributes must leave someone to draw, got {name} with no {what}; "
                         "remove it or add photos or people"
@@ -142,9 +150,12 @@ class Transplants:
         which = int(torch.randint(len(self.config.attributes), (), generator=generator))
         name = self.config.attributes[which]
         look, column = LOOKS[name], MAGGAN.index(name)
-        take = {"mouth": self._other_mouth, "haircut": self._other_hair, "grown": self._grown}.get(
-            look.how, self._dressed
-        )
+        take = {
+            "mouth": self._other_mouth,
+            "haircut": self._other_hair,
+            "grown": self._grown,
+            "dyed": self._dyed,
+        }.get(look.how, self._dressed)
         carried = take(which, look, generator)
         states = []
         for image, parts, wearing in (
@@ -154,15 +165,20 @@ class Transplants:
             attributes = self.attributes[carried.position : carried.position + 1].clone()
             if look.how == "haircut":
                 attributes[:, _OF_HAIR] = self.attributes[carried.lender, _OF_HAIR] * (not wearing)
+            if carried.colour and wearing != carried.wears_it:
+                attributes[:, _COLOURS] = 0
+                attributes[:, MAGGAN.index(carried.colour)] = 1
             attributes[:, column] = look.shown_as if wearing else 1 - look.shown_as
             states.append({"source": image, "mask": parts, "attributes": attributes})
-        if look.how == "haircut" or (chance[0] >= self.config.removal_share) == carried.wears_it:
+        backwards = chance[0] < self.config.removal_share and look.how not in ("haircut", "dyed")
+        if backwards != carried.wears_it:
             states.reverse()
         before, after = states
         difference = torch.zeros(1, len(MAGGAN))
         difference[:, column] = after["attributes"][:, column] - before["attributes"][:, column]
-        if look.how == "haircut" and chance[2] < 0.5:  # with what follows from it, as an edit may ask
-            difference[:, _GONE_WITH_HAIR] = -(before["attributes"][:, _GONE_WITH_HAIR] > 0.5).float()
+        if look.how in ("haircut", "dyed") and chance[2] < 0.5:  # with what follows from it, as an edit may ask
+            gone = [MAGGAN.index(other) for other in conflicting(name) if other in MAGGAN]
+            difference[:, gone] = -(before["attributes"][:, gone] > 0.5).float()
         pair = {
             **before,
             "target": after["source"],
@@ -206,6 +222,18 @@ class Transplants:
         photo, mask = self._read(position)
         made = _GROW[self.config.attributes[which]](photo, mask)
         return _Carried(position, position, photo, mask, *made, wears_it=False)
+
+    def _dyed(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
+        """A photo, and what it is with its hair dyed; in reverse, one of this colour that was dyed in another."""
+        name, takers, owners = self.config.attributes[which], self._takers[which], self._lenders[which][0]
+        back = len(owners) > 0 and float(torch.rand((), generator=generator)) < self.config.removal_share
+        among = owners if back else takers
+        position = int(among[int(torch.randint(len(among), (), generator=generator))])
+        others = [other for other in COLOURS if other != name]
+        colour = others[int(torch.randint(len(others), (), generator=generator))] if back else name
+        photo, mask = self._read(position)
+        made = dye_hair(photo, mask, colour)
+        return _Carried(position, position, photo, mask, made, mask, wears_it=back, colour=colour)
 
     def _of_photos(
         self,

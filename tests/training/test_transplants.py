@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from support.family_photos import photos_of
 from torch import Tensor
 
@@ -214,6 +215,34 @@ def test_one_end_of_every_pair_is_an_untouched_photo(
     assert torch.equal(batch["target_attributes"], expected)
     assert torch.equal(batch["influence"], influence_mask(batch["difference"], batch["mask"]))
     assert (batch["source"] != batch["target"]).flatten(1).any(1).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("removal_share", [0.0, 1.0])
+def test_hair_is_dyed_in_the_colour_asked_for_and_back_in_its_own(
+    photos: UnlabelledPhotos, families: SyntheticPortraits, attributes: Tensor, removal_share: float
+) -> None:
+    names = ("Black_Hair", "Blond_Hair", "Brown_Hair")
+    columns = [MAGGAN.index(name) for name in names]
+    config = TransplantConfig(attributes=names, removal_share=removal_share)
+    batch = Transplants(photos, families, attributes, config).sample(24, torch.Generator().manual_seed(3), PLAIN)
+    known = {families.images[person, 0].tobytes(): person for person in range(24)}
+    shown, wanted = batch["attributes"][:, columns], batch["target_attributes"][:, columns]
+    asked = batch["difference"][:, columns]
+    assert (wanted.sum(1) == 1).all()
+    assert torch.equal(asked == 1, wanted == 1)
+    assert (shown[wanted == 1] == 0).all()  # nobody gets what they have
+    assert len(set(wanted.argmax(1).tolist())) == 3
+    for row, pixels in enumerate(cache.pack_image(batch["target" if removal_share else "source"])):
+        own = attributes[known[pixels.tobytes()], columns]
+        assert torch.equal(own, (wanted if removal_share else shown)[row])
+    # Half of the edits also say that the colour from before goes.
+    told = (asked == -1).any(1)
+    assert 0 < told.sum() < 24
+    assert (shown[asked == -1] == 1).all()
+    changed = (batch["target"] - batch["source"]).abs().mean(1) > 0.02
+    rim = F.max_pool2d(batch["mask"][:, CELEBAMASK_HQ.id("hair")], 3, 1, 1)
+    assert changed.any((1, 2)).all()
+    assert rim[changed].min() > 0
 
 
 def test_mouths_open_and_close_between_photos(
