@@ -111,7 +111,7 @@ def test_edit_changes_the_region_only_and_reports(run: Run, photo: Path, drawn: 
     assert written["region"]["parts"] == ["hair"]
     assert written["region"]["changed_px"] == int(changed.sum())
     assert set(written["seconds"]) >= {"read", "find", "parse", "edit", "composite"}
-    printed = json.loads(outcome.out)
+    printed = outcome.json()
     assert printed["written"] == [str(out), str(tmp_path / "out_compare.png")]
 
 
@@ -343,14 +343,14 @@ def test_parse_writes_an_indexed_png_of_class_ids(
     truth = convert_labels(drawn.labels, CELEBAMASK_HQ, wanted)
     assert (read(out) == truth).mean() > 0.97
     assert read(overlay).shape == drawn.pixels.shape
-    assert json.loads(outcome.out)["area_px"]["hair"] > 0
+    assert outcome.json()["area_px"]["hair"] > 0
 
 
 def test_align_writes_a_square_of_the_face(run: Run, photo: Path, tmp_path: Path) -> None:
     outcome = run("align", photo, "-o", tmp_path / "face.png", "--size", 96, "--json")
     assert outcome.code == 0, outcome.err
     assert read(tmp_path / "face.png").shape == (96, 96, 3)
-    assert len(json.loads(outcome.out)["landmarks"]) == 5
+    assert len(outcome.json()["landmarks"]) == 5
     run("align", photo, "-o", tmp_path / "big.png", "--size", 9999).refused(2, "between 16 and 4096")
 
 
@@ -395,10 +395,10 @@ def test_weights_show_refuses_what_is_no_network(run: Run, weights_dir: Path, tm
 
 
 def test_weights_list_and_show(run: Run) -> None:
-    listed = json.loads(run("weights", "list", "--json").out)
+    listed = run("weights", "list", "--json").json()
     assert {"maggan-starter", "parser-starter"} <= {row["name"] for row in listed}
     assert "maggan-starter" in run("weights", "list").out
-    shown = json.loads(run("weights", "show", "maggan-starter", "--json").out)
+    shown = run("weights", "show", "maggan-starter", "--json").json()
     assert shown["kind"] == "maggan"
     assert shown["licence"] == "Apache-2.0"
     text = run("weights", "show", "maggan-starter").out
@@ -418,7 +418,7 @@ def test_a_missing_file_is_listed_as_unusable_among_the_others(
     assert outcome.code == 0, outcome.err
     assert re.search(r"maggan-starter +UNUSABLE: read_header: .*m\.safetensors", outcome.out)
     assert re.search(r"parser-starter +parser .*Apache-2\.0", outcome.out)
-    rows = {row["name"]: row for row in json.loads(run("weights", "list", "--json").out)}
+    rows = {row["name"]: row for row in run("weights", "list", "--json").json()}
     assert "m.safetensors" in rows["maggan-starter"]["problem"]
     assert (rows["parser-starter"]["kind"], rows["parser-starter"]["problem"]) == ("parser", "")
 
@@ -446,7 +446,7 @@ def test_an_interrupted_training_ends_with_130(run: Run, tmp_path: Path, monkeyp
         monkeypatch.setattr("faceedit.training.run", lambda *_, result=result, **__: result)
         outcome = run("train", "maggan-starter", "--json")
         assert (outcome.code, outcome.err) == (130, "")
-        assert (json.loads(outcome.out)["reason"] == "interrupted") if rank == 0 else outcome.out == ""
+        assert (outcome.json()["reason"] == "interrupted") if rank == 0 else outcome.out == ""
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def results(folder: Path) -> dict[str, bytes]:
 def test_batch_edits_every_photo_and_keeps_names(run: Run, folder: Path, tmp_path: Path) -> None:
     outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
     assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["edited"] == 3
+    assert outcome.json()["edited"] == 3
     assert sorted(results(tmp_path / "out")) == ["a.png", "me.png", "sub/b.png"]
 
 
@@ -57,7 +57,7 @@ def test_batch_goes_on_past_every_kind_of_bad_photo(run: Run, folder: Path, tmp_
         make(folder / name)
     outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
     assert outcome.code == 1
-    summary = json.loads(outcome.out)
+    summary = outcome.json()
     assert (summary["edited"], summary["failed"], summary["photos"]) == (3, len(BAD_FILES), 3 + len(BAD_FILES))
     assert summary["reasons"] == {"ImageReadError": 3, "ImageTooLargeError": 1, "NoFaceError": 1}
     assert {row["photo"] for row in summary["failures"]} == set(BAD_FILES)
@@ -96,14 +96,14 @@ def test_a_photo_that_vanishes_meanwhile_is_one_failure(
     (folder / "a.png").unlink()
     outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
     assert outcome.code == 1
-    assert [row["photo"] for row in json.loads(outcome.out)["failures"]] == ["a.png"]
+    assert [row["photo"] for row in outcome.json()["failures"]] == ["a.png"]
 
 
 def test_finished_photos_are_skipped_until_something_changes(run: Run, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
 
     def counts(*options: str) -> tuple[int, int]:
-        summary = json.loads(run("batch", folder, out, *(options or SET), "--json").out)
+        summary = run("batch", folder, out, *(options or SET), "--json").json()
         return summary["edited"], summary["skipped"]
 
     assert counts() == (3, 0)
@@ -119,9 +119,9 @@ def test_finished_photos_are_skipped_until_something_changes(run: Run, folder: P
 
 def test_a_missing_sheet_is_made_again(run: Run, folder: Path, tmp_path: Path) -> None:
     command = ("batch", folder, tmp_path / "out", *SET, "--compare", "--json")
-    assert json.loads(run(*command).out)["edited"] == 3
+    assert run(*command).json()["edited"] == 3
     (tmp_path / "out" / "a_compare.png").unlink()
-    again = json.loads(run(*command).out)
+    again = run(*command).json()
     assert (again["edited"], again["skipped"]) == (1, 2)
     assert (tmp_path / "out" / "a_compare.png").is_file()
 
@@ -142,7 +142,7 @@ def test_other_weights_of_any_network_that_decides_edit_again(
         save_weights(path, "attribute-classifier", config, network.state_dict(), **facts)
         pin_weights(STARTER, path)
         load_classifier.cache_clear()
-        return int(json.loads(run("batch", folder, tmp_path / "out", *SET, "--json").out)["edited"])
+        return int(run("batch", folder, tmp_path / "out", *SET, "--json").json()["edited"])
 
     try:
         assert [edited(0), edited(0), edited(1)] == [3, 0, 3]
@@ -166,7 +166,7 @@ def test_a_strange_manifest_line_is_another_versions(run: Run, folder: Path, tmp
     strange = {"photo": [], "size": 1, "modified_ns": 1, "options": "", "output": "", "output_size": 1, "status": ""}
     with (tmp_path / "out" / MANIFEST).open("a") as lines:
         lines.write(json.dumps(strange) + "\n")
-    assert json.loads(run("batch", folder, tmp_path / "out", *SET, "--json").out)["edited"] == 3
+    assert run("batch", folder, tmp_path / "out", *SET, "--json").json()["edited"] == 3
 
 
 def test_failed_photos_are_tried_again(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_an_interrupted_batch_resumes_to_the_same_files(
 
 def test_batch_does_not_eat_its_own_results(run: Run, folder: Path) -> None:
     for expected in ((3, 0), (0, 3)):
-        summary = json.loads(run("batch", folder, folder / "edited", *SET, "--json").out)
+        summary = run("batch", folder, folder / "edited", *SET, "--json").json()
         assert (summary["edited"], summary["skipped"]) == expected
 
 
@@ -273,7 +273,7 @@ def test_what_is_left_out_is_said(run: Run, folder: Path, tmp_path: Path) -> Non
     (folder / "._a.png").write_bytes(b"x")
     (folder / "round").symlink_to(folder)
     outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
-    summary = json.loads(outcome.out)
+    summary = outcome.json()
     assert (summary["photos"], summary["left_out"]) == (4, {".heic": 1})
     assert summary["links_not_followed"] == [str(folder / "round")]
     assert "1 images were left out (.heic 1)" in outcome.err
@@ -302,7 +302,7 @@ def test_a_photo_left_as_it_is_claims_no_edit(
 
     monkeypatch.setattr(faceedit.pipeline, "paste_back", nothing)
     outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
-    summary = json.loads(outcome.out)
+    summary = outcome.json()
     assert (outcome.code, summary["edited"], summary["unchanged"]) == (0, 0, 3)
     assert read_provenance(tmp_path / "out" / "a.png") is None
     assert outcome.err.count("no pixel was changed") == 3

@@ -56,7 +56,7 @@ def test_what_is_written_is_what_the_generator_shows(run: Run, photo: Path, tmp_
         assert file.metadata() == {
             "weights": str(folder / "g.safetensors"), "framing": "ffhq", "encoder": "", "steps": "4", "seed": "3",
         }  # fmt: skip
-    report = json.loads(outcome.out)
+    report = outcome.json()
     assert report["written"] == [str(out), str(tmp_path / "out_compare.png"), str(latents)]
     assert (report["steps"], report["size_px"], report["seed"], report["framing"]) == (4, SIDE, 3, "ffhq")
     assert report["distance"]["last"] < report["distance"]["first"]
@@ -83,7 +83,7 @@ def test_the_face_has_the_framing_of_the_generator(
         weights.write_text(json.dumps({"generator": "g.safetensors", "framing": bundled}))
     options = ("--framing", asked) if asked else ()
     outcome = run("project", photo, "-o", out, "--weights", weights, "--steps", 1, "--compare", "--json", *options)
-    assert json.loads(outcome.out)["framing"] == framing
+    assert outcome.json()["framing"] == framing
     height, width = drawn.pixels.shape[:2]
     # Landmarks are read off a parse, so the crop is not the true landmarks' to the pixel; the other crop is far off.
     shown = read(tmp_path / "out_compare.png")[:, :SIDE].astype(float)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tomllib
@@ -18,7 +17,7 @@ from faceedit.registry import DIRECTORY_VARIABLE
 
 def test_report_is_json_and_covers_every_op(run: Run) -> None:
     outcome = run("doctor", "--json")
-    report = json.loads(outcome.out)
+    report = outcome.json()
     assert report["kernels"] == kernels.backends_report()
     assert set(report["kernels"]["ops"]) >= {"masked_mse", "noise_bias_act"}
     assert set(report["extras"]) == set(doctor.EXTRAS)
@@ -26,7 +25,7 @@ def test_report_is_json_and_covers_every_op(run: Run) -> None:
 
 
 def test_text_names_what_the_json_reports(run: Run) -> None:
-    report, text = json.loads(run("doctor", "--json").out), run("doctor").out
+    report, text = run("doctor", "--json").json(), run("doctor").out
     for op, backends in report["kernels"]["ops"].items():
         assert op in text
         for state in backends.values():
@@ -47,7 +46,7 @@ def test_a_damaged_weights_file_is_named_and_fails_the_check(
     (tmp_path / "m.safetensors").write_bytes(damaged)
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     outcome = run("doctor", "--json")
-    rows = {row["name"]: row for row in json.loads(outcome.out)["weights"]}
+    rows = {row["name"]: row for row in outcome.json()["weights"]}
     assert outcome.code == 1
     assert not rows["maggan-starter"]["verified"]
     assert "SHA-256" in rows["maggan-starter"]["problem"]
@@ -79,7 +78,7 @@ def test_the_folder_of_the_users_weights_is_shown(
     (tmp_path / "foreign.safetensors").write_text("nothing of ours")
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path))
     outcome = run("doctor", "--json")
-    rows = {row["name"]: row for row in json.loads(outcome.out)["weights"]}
+    rows = {row["name"]: row for row in outcome.json()["weights"]}
     assert (rows["foreign"]["verified"], rows["foreign"]["pinned"], outcome.code) == (False, False, 0)
     monkeypatch.setenv(DIRECTORY_VARIABLE, str(tmp_path / "absent"))
     outcome = run("doctor")

@@ -324,7 +324,7 @@ def test_the_command_edits_reports_and_draws_the_trajectory(
         "--keep", "Young", "--preset", "fast", "--save-trajectory", strip, "--json",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    report = json.loads(outcome.out)
+    report = outcome.json()
     assert report["requested"] == {"component": "mouth", "scale": 1.5, "Smiling": 1.0}
     assert report["details"]["kept"] == ["Young"]
     assert report["details"]["preset"] == "fast"
@@ -365,7 +365,7 @@ def test_batches_are_done_again_when_the_bundle_changes(run: Run, photo: Path, b
         write_bundle(bundle.parent, "batch.json", **changes)
         outcome = run(*asked)
         assert outcome.code == 0, outcome.err
-        report = json.loads(outcome.out)
+        report = outcome.json()
         counts.append((report["edited"], report["skipped"]))
     assert counts == [(1, 0), (0, 1), (1, 0)]
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,7 +188,7 @@ def test_import_command(run: Run, tmp_path: Path) -> None:
     outcome = run("weights", "import", CLASSIFIER, tmp_path / "state.pt", "-o", out, "--licence", "MIT")
     assert outcome.code == 0, outcome.err
     assert outcome.out == f"{out}: attribute-tree, 64 px, from MaskFaceGAN's attribute classifier\n"
-    shown = json.loads(run("weights", "show", out, "--json").out)
+    shown = run("weights", "show", out, "--json").json()
     assert shown["licence"] == "MIT"
     assert shown["attributes"] == list(CLASSIFIER_ORDER)
     run("weights", "import", "maskfacegan-clasifier", tmp_path / "state.pt", "-o", out).refused(2, CLASSIFIER)

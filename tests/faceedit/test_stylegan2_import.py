@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 import random
@@ -177,14 +176,14 @@ def test_import_command(run: Run, tmp_path: Path) -> None:
     outcome = run("weights", "import", "stylegan2", tmp_path / "net.pkl", "-o", out, *options)
     assert outcome.code == 0, outcome.err
     assert outcome.out == f"{out}: stylegan2, 8 px, from G_ema of an NVlabs checkpoint\n"
-    shown = json.loads(run("weights", "show", out, "--json").out)
+    shown = run("weights", "show", out, "--json").json()
     assert shown["kind"] == "stylegan2"
     assert shown["config"]["channels"] == [9, 8]
     assert (shown["licence"], shown["training_data"]) == ("LicenseRef-NVIDIA-Source-Code-NC", "FFHQ")
     assert "net.pkl (SHA-256 " in shown["source"]
     assert "'size_px': 8" in run("weights", "show", out).out
     again = run("weights", "import", "stylegan2", tmp_path / "net.pkl", "-o", out, "--json")
-    assert json.loads(again.out)["config"]["size_px"] == 8
+    assert again.json()["config"]["size_px"] == 8
     for arguments, code, words in (
         (("stylegan3", tmp_path / "net.pkl", "-o", out), 2, "stylegan2"),
         (("stylegan2", tmp_path / "net.pkl", "-o", out, "--part", "emma"), 2, "ema"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,11 @@ class Outcome(NamedTuple):
     code: int
     out: str
     err: str
+
+    def json(self) -> Any:
+        """What a command with --json printed; where it printed nothing, the test says how the command ended."""
+        assert self.out.strip(), self
+        return json.loads(self.out)
 
     def refused(self, code: int, *words: str) -> None:
         """One line on stderr with these words, nothing on stdout, this exit code."""

@@ -208,7 +208,7 @@ def test_command_line_trains_stylegan2_on_two_devices(folder: Path) -> None:
         "train", "stylegan2.yaml", "-o", "run", "--json", "trainer.steps=2", cwd=folder, timeout_s=600
     )
     assert outcome.code == 0, outcome.err
-    result = json.loads(outcome.out)
+    result = outcome.json()
     assert (result["reason"], result["step"], result["rank"]) == ("finished", 2, 0)
     assert sum(line.startswith("step 2 train") for line in outcome.err.splitlines()) == 1
     network: Any = load_network(folder / "run" / "weights.safetensors")
