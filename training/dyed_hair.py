@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faceedit.labels import CELEBAMASK_HQ
+from faceedit.training.grown_hair import LUMINANCE
 
 COLOURS = {"Black_Hair": (30, 26, 26), "Blond_Hair": (214, 177, 110), "Brown_Hair": (90, 62, 43)}
 """sRGB of hair of mean lightness in a photo of usual exposure."""
@@ -22,7 +23,6 @@ _CONTRAST = {"Black_Hair": 0.9, "Blond_Hair": 0.55, "Brown_Hair": 0.7}  # powers
 _WARMTH = (0.92, 1.0, 1.15)  # red, green, blue: hair is redder in its own shade
 _GLOSS = {"Black_Hair": 0.05, "Blond_Hair": 0.0, "Brown_Hair": 0.02}
 _SKIN, _EXPOSURE = 0.33, 0.5  # linear luminance of skin in a photo of usual exposure; how far hair follows the skin's
-_LUMINANCE = (0.2126, 0.7152, 0.0722)
 
 
 def dye_hair(photo: Tensor, mask: Tensor, name: str) -> Tensor:
@@ -49,7 +49,8 @@ def dye_hair(photo: Tensor, mask: Tensor, name: str) -> Tensor:
 def _matte(light: Tensor, hair: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How much of a pixel is hair, 1×1×S×S, and the colours of that part and of the rest alone, 1×3×S×S.
 
-    At the rim, where the pixel lies between the colours on either side of it, if these differ; else what the mask says.
+    At the rim, where the pixel lies between the colours on either side of it, if these differ; else what the mask says:
+    `faceedit.matting` for a crop as small as its parse, in linear light, where mixtures are sums.
     """
     inside, outside = (2 * hair - 1).clamp_min(0).square(), (1 - 2 * hair).clamp_min(0).square()
     sure = F.max_pool2d(-inside, 3, 1, 1).neg()  # hair all around
@@ -75,7 +76,7 @@ def _nearby(light: Tensor, weight: Tensor) -> Tensor:
 
 
 def _luminance(light: Tensor) -> Tensor:
-    return (light * torch.tensor(_LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    return (light * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def _linear(encoded: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from faceedit.labels import CELEBAMASK_HQ
 
+LUMINANCE = (0.2126, 0.7152, 0.0722)
+"""Of red, green and blue: Rec. 709."""
+
 _LIPS = ("u_lip", "mouth", "l_lip")
 _DENSITY = 0.92  # about as drawn moustaches
 _STRANDS, _CONTRAST = 60, 0.5  # hairs beside one another, and how much they differ in brightness
@@ -20,7 +23,6 @@ _HAIR_SHARE = 0.03  # of the image, below which brows tell the colour
 _DARKER = 0.75  # hair of a moustache is this much darker than the mean of the hair it takes its colour from
 _REACH, _OVERHANG = 1.22, 0.1  # of bangs: half width in eye distances, and how far they cover the brows
 _AGAINST_SKIN = 0.6  # and at most this share of the skin's luminance: a white one would hardly be seen at this size
-_LUMINANCE = (0.2126, 0.7152, 0.0722)
 
 
 def grow_moustache(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ def grow_beard(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def _strands_in_shade(light: Tensor, mask: Tensor, opacity: Tensor, strands: Tensor) -> Tensor:
     """1×3×S×S: hair of the photo's colour where the opacity is, as light and dark as the skin it covers."""
-    grey = (light * torch.tensor(_LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    grey = (light * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
     skin = _luminance_of(light, opacity[:, 0] * _share(mask, "skin"))
     shade = (F.avg_pool2d(grey, 5, 1, 2, count_include_pad=False) / max(skin, 0.02)).clamp(0.6, 1.3)
     shade = shade * (1 + _CONTRAST * strands[:, None])
@@ -249,7 +251,7 @@ def _mean_colour(light: Tensor, weight: Tensor) -> Tensor:
 
 
 def _luminance_of(light: Tensor, weight: Tensor) -> float:
-    return float((_mean_colour(light, weight)[0, :, 0, 0] * torch.tensor(_LUMINANCE)).sum())
+    return float((_mean_colour(light, weight)[0, :, 0, 0] * torch.tensor(LUMINANCE)).sum())
 
 
 def _visible(colour: Tensor, skin: float) -> Tensor:
