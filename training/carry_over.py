@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edits of real photos with a known result: what a drawn person wears, or another photo's mouth or hair, is carried
-over to where the photo's own brows, eyes, nose and lips are.
+"""Edits of real photos with a known result: what a drawn person wears is carried over to where the photo's own brows,
+eyes, nose and lips are.
 
 Colours are carried over as the ratio of the two drawings, which keeps the photo's light and grain (the expression ratio
-images of Liu, Shan and Zhang 2001); glasses cover the face. Drawn mouths are too unlike photographed ones, so an open
-mouth comes from a photo, in the skin colour of the one that it is given to. From a photo also comes the hair that bald
-heads get: without it they show a real scalp and what was really behind the hair. Bangs, moustaches, beards and bushy
-brows grow on the photo itself (`training.grown_hair`), and its hair is dyed (`training.dyed_hair`).
+images of Liu, Shan and Zhang 2001); glasses cover the face. Everything else comes from the photo alone, so that an
+editor can learn all of it: bangs, moustaches, beards and bushy brows grow (`training.grown_hair`), hair is dyed
+(`training.dyed_hair`) or gives way to a scalp (`training.bared_scalp`), lips part or close (`training.moved_lips`).
 """
 
 from __future__ import annotations
@@ -27,24 +26,23 @@ _ANCHOR = 3.0  # how much more than the others a thing's own features count in t
 class Look(NamedTuple):
     """How one thing is carried over.
 
-    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `shade` (the ratio of the drawings),
-    `mouth` (from another photo), `haircut` (another photo's hair, on one that shows the attribute: this photo is always
-    the result, since nothing in it tells which hair it would have), `grown` (drawn on the photo, from nothing but
-    itself) or `dyed` (the same: the result shows the attribute, since nothing in dyed hair tells what it was).
+    shown_as: the attribute's value that shows it.  how: `cover` (opaque), `shade` (the ratio of the drawings), or of
+    the photo itself: `grown` (hair drawn on it), `mouth` (its lips parted or closed), `dyed` (its hair, in the colour
+    or, in reverse, another) or `bared` (of its hair). What grew or was carried over may be taken off again; what lips,
+    dye or a bare scalp were before, nothing in them tells: those pairs are read in one direction.
     parts: of the photo, what it may change.  anchors: the features that must lie best.  density: of shades, the power
     of the ratio.
     """
 
     shown_as: int
-    how: Literal["cover", "shade", "mouth", "haircut", "grown", "dyed"]
+    how: Literal["cover", "shade", "grown", "mouth", "dyed", "bared"]
     parts: str
     anchors: str
     density: float = 1.0
 
 
-_AROUND_HAIR = "background skin l_ear r_ear ear_r neck neck_l hair cloth"
 LOOKS: dict[str, Look] = {
-    "Bald": Look(1, "haircut", _AROUND_HAIR, "l_brow r_brow l_eye r_eye"),
+    "Bald": Look(1, "bared", "background skin l_ear r_ear ear_r neck neck_l hair cloth", "l_brow r_brow"),
     "Bangs": Look(1, "grown", "skin l_brow r_brow eye_g hair", "l_brow r_brow"),
     "Black_Hair": Look(1, "dyed", "hair", "l_brow r_brow"),
     "Blond_Hair": Look(1, "dyed", "hair", "l_brow r_brow"),
@@ -82,51 +80,10 @@ def transplant(
     return torch.lerp(light, worn, opacity) * 2 - 1, torch.lerp(mask, worn_mask, opacity)
 
 
-def transplant_mouth(
-    photo: Tensor, mask: Tensor, lender: Tensor, lender_mask: Tensor, transform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The photo with another photo's mouth, in the colour of its own skin around it, and its mask.
-
-    Args:    photo, lender 1×3×S×S in [-1, 1] with masks 1×19×S×S; transform 1×2×3, the photo's coordinates to the
-             lender's.   Returns: image 1×3×S×S, mask 1×19×S×S.
-    """
-    lent, lent_mask = (_moved(x, transform, photo) for x in (lender, lender_mask))
-    either = torch.maximum(mask, lent_mask)[:, [CELEBAMASK_HQ.id(part) for part in ("u_lip", "mouth", "l_lip")]]
-    # In pixels of a crop of 128: two around the lips change, three more lend the skin's colour; a soft rim.
-    inside = either.sum(1, keepdim=True)
-    opacity, around = (F.avg_pool2d(F.max_pool2d(inside, 2 * r + 1, 1, r), 5, 1, 2).clamp(0, 1) for r in (2, 5))
-    skin = CELEBAMASK_HQ.id("skin")
-    ring = (around - opacity).clamp_min(0)[:, 0] * mask[:, skin] * lent_mask[:, skin]
-    light, other = ((x + 1) / 2 for x in (photo, lent))
-    ratio = _mean_colour(light, ring) / _mean_colour(other, ring).clamp_min(0.05)
-    made = torch.lerp(light, (other * ratio.clamp(0.4, 2.5)).clamp(0, 1), opacity)
-    return made * 2 - 1, torch.lerp(mask, lent_mask, opacity)
-
-
-def transplant_hair(
-    photo: Tensor, mask: Tensor, lender: Tensor, lender_mask: Tensor, transform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The photo with another photo's hair over everything but its features, and its mask.
-
-    Args and returns as `transplant_mouth`. Hair that covers less than a third of a pixel stays behind: it would bring
-    the lender's background along.
-    """
-    lent, lent_mask = (_moved(x, transform, photo) for x in (lender, lender_mask))
-    where = mask[:, [CELEBAMASK_HQ.id(part) for part in _AROUND_HAIR.split()]].sum(1, keepdim=True)
-    hair = CELEBAMASK_HQ.id("hair")
-    opacity = where * ((lent_mask[:, hair : hair + 1] - 0.3) / 0.6).clamp(0, 1)
-    return torch.lerp(photo, lent, opacity), torch.lerp(mask, lent_mask, opacity)
-
-
 def _moved(x: Tensor, transform: Tensor, photo: Tensor) -> Tensor:
     """M×C×R×R resampled over the photo's pixels, M×C×S×S; edges repeat."""
     grid = F.affine_grid(transform.expand(len(x), -1, -1), [len(x), *photo.shape[1:]], align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-def _mean_colour(image: Tensor, weight: Tensor) -> Tensor:
-    weight = weight[:, None]
-    return (image * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def feature_points(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faceedit.labels import CELEBAMASK_HQ
-from faceedit.training.grown_hair import LUMINANCE
+from faceedit.training.face_frame import LUMINANCE
 
 COLOURS = {"Black_Hair": (30, 26, 26), "Blond_Hair": (214, 177, 110), "Brown_Hair": (90, 62, 43)}
 """sRGB of hair of mean lightness in a photo of usual exposure."""

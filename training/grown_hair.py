@@ -12,11 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from faceedit.labels import CELEBAMASK_HQ
+from faceedit.training.face_frame import (
+    LIPS,
+    LUMINANCE,
+    along_the_eyes,
+    centre,
+    edge,
+    luminance_of,
+    mean_colour,
+    quantile,
+    share_of,
+    spread,
+)
 
-LUMINANCE = (0.2126, 0.7152, 0.0722)
-"""Of red, green and blue: Rec. 709."""
-
-_LIPS = ("u_lip", "mouth", "l_lip")
 _DENSITY = 0.92  # about as drawn moustaches
 _STRANDS, _CONTRAST = 60, 0.5  # hairs beside one another, and how much they differ in brightness
 _HAIR_SHARE = 0.03  # of the image, below which brows tell the colour
@@ -32,13 +40,13 @@ def grow_moustache(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
     """
     light = ((photo + 1) / 2).clamp(0, 1)
-    lips = _share(mask, *_LIPS)
-    across, down = _along_the_eyes(mask, _centre(lips))
-    half = 1.7 * _spread(across, lips)  # a uniform bar's half length is 1.73 times its deviation
+    lips = share_of(mask, *LIPS)
+    across, down = along_the_eyes(mask, centre(lips))
+    half = 1.7 * spread(across, lips)  # a uniform bar's half length is 1.73 times its deviation
     u = across / half
-    top = _edge(lips, u.clamp(-0.85, 0.85), down, 0.08)
-    centre = float(top.flatten()[(u.square() + (down / half).square()).argmin()])
-    gap = max(centre - _quantile(down, _share(mask, "nose"), 0.97), 0.2 * half)
+    top = edge(lips, u.clamp(-0.85, 0.85), down, 0.08)
+    lip = float(top.flatten()[(u.square() + (down / half).square()).argmin()])
+    gap = max(lip - quantile(down, share_of(mask, "nose"), 0.97), 0.2 * half)
     # From the lip nearly up to the nose, thinner outwards, its ends a little below the corners of the mouth.
     low = top + (0.15 + 0.5 * (u.abs() - 0.8).clamp_min(0)) * gap
     thick = gap * (0.95 - 0.5 * u.abs().clamp(max=1.1) ** 2 - 0.12 * (1 - (u / 0.15) ** 2).clamp_min(0))
@@ -49,7 +57,7 @@ def grow_moustache(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     lower = (above + 0.12 * strands) * thick / (1.5 * pixel) + 0.5
     upper = (1.05 - above + 0.12 * strands) / 0.4
     opacity = torch.minimum(torch.minimum(lower, upper), (1.05 - u.abs()) * half / (2 * pixel)).clamp(0, 1)
-    where = (_share(mask, "skin", "u_lip") + 0.5 * _share(mask, "nose")).clamp(0, 1)
+    where = (share_of(mask, "skin", "u_lip") + 0.5 * share_of(mask, "nose")).clamp(0, 1)
     opacity = (_DENSITY * opacity * where)[:, None]
     made = torch.lerp(light, _strands_in_shade(light, mask, opacity, strands), opacity)
     return made * 2 - 1, mask
@@ -62,21 +70,21 @@ def grow_beard(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
     """
     light = ((photo + 1) / 2).clamp(0, 1)
-    lips, skin_share = _share(mask, *_LIPS), _share(mask, "skin")
-    across, down = _along_the_eyes(mask, _centre(lips))
+    lips, skin_share = share_of(mask, *LIPS), share_of(mask, "skin")
+    across, down = along_the_eyes(mask, centre(lips))
     pixel = 2 / photo.shape[-1]
-    mouth = 1.7 * _spread(across, lips)
-    chin = _quantile(down, skin_share * (across.abs() < 0.7 * mouth) * (down > 0), 0.98)
-    under = _quantile(down, lips * (across.abs() < 0.7 * mouth), 0.97)
+    mouth = 1.7 * spread(across, lips)
+    chin = quantile(down, skin_share * (across.abs() < 0.7 * mouth) * (down > 0), 0.98)
+    under = quantile(down, lips * (across.abs() < 0.7 * mouth), 0.97)
     height = max(chin - under, 4 * pixel)
     # A turned head shows more of one cheek: 1 is where the face ends beside the mouth, on either side.
     beside = skin_share * (down.abs() < 0.5 * height)
     left, right = (
-        max(sign * _quantile(across, beside * (sign * across > 0), share), 1.2 * mouth)
+        max(sign * quantile(across, beside * (sign * across > 0), share), 1.2 * mouth)
         for sign, share in ((-1, 0.03), (1, 0.97))
     )
     u = torch.where(across < 0, across / left, across / right)
-    nose = _quantile(down, _share(mask, "nose"), 0.97)
+    nose = quantile(down, share_of(mask, "nose"), 0.97)
     # Its upper edge runs from below the lip past the corners of the mouth and up to the ears.
     corner = (across.abs() / mouth).clamp(0, 1.25)
     cheek = ((u.abs() - 0.55) / 0.45).clamp(0, 1)
@@ -88,7 +96,7 @@ def grow_beard(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     reach = (1.02 + 0.08 * strands - above) * (low - top) / (5 * pixel)
     opacity = reach.clamp(0, 1)
     # A little over the chin's edge, where skin and neck mix.
-    face = F.max_pool2d(skin_share[:, None], 5, 1, 2)[:, 0] * _share(mask, "skin", "neck")
+    face = F.max_pool2d(skin_share[:, None], 5, 1, 2)[:, 0] * share_of(mask, "skin", "neck")
     opacity = opacity * F.avg_pool2d(face[:, None], 3, 1, 1)[:, 0] * (face > 0)
     opacity = (_DENSITY * opacity.clamp(0, 1) * (1 - lips).clamp(0, 1))[:, None]
     made = torch.lerp(light, _strands_in_shade(light, mask, opacity, strands), opacity)
@@ -98,7 +106,7 @@ def grow_beard(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _strands_in_shade(light: Tensor, mask: Tensor, opacity: Tensor, strands: Tensor) -> Tensor:
     """1×3×S×S: hair of the photo's colour where the opacity is, as light and dark as the skin it covers."""
     grey = (light * torch.tensor(LUMINANCE).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    skin = _luminance_of(light, opacity[:, 0] * _share(mask, "skin"))
+    skin = luminance_of(light, opacity[:, 0] * share_of(mask, "skin"))
     shade = (F.avg_pool2d(grey, 5, 1, 2, count_include_pad=False) / max(skin, 0.02)).clamp(0.6, 1.3)
     shade = shade * (1 + _CONTRAST * strands[:, None])
     return (_hair_colour(light, mask, skin) * shade).clamp(0, 1)
@@ -111,15 +119,15 @@ def grow_bangs(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
     """
     light = ((photo + 1) / 2).clamp(0, 1)
-    brows = _share(mask, "l_brow", "r_brow")
-    across, down = _along_the_eyes(mask, _centre(brows))
-    left, right = _centre(_share(mask, "l_eye")), _centre(_share(mask, "r_eye"))
+    brows = share_of(mask, "l_brow", "r_brow")
+    across, down = along_the_eyes(mask, centre(brows))
+    left, right = centre(share_of(mask, "l_eye")), centre(share_of(mask, "r_eye"))
     half = _REACH * ((right[0] - left[0]) ** 2 + (right[1] - left[1]) ** 2) ** 0.5
     u = across / half
-    brow_top = _quantile(down, brows, 0.1)
-    hair = _share(mask, "hair")
-    forehead = _share(mask, "skin", "l_brow", "r_brow", "eye_g") * (down < 0) * (u.abs() < 1)
-    height = max(brow_top - _quantile(down, forehead, 0.02), 0.05)
+    brow_top = quantile(down, brows, 0.1)
+    hair = share_of(mask, "hair")
+    forehead = share_of(mask, "skin", "l_brow", "r_brow", "eye_g") * (down < 0) * (u.abs() < 1)
+    height = max(brow_top - quantile(down, forehead, 0.02), 0.05)
     # An arch, lower at the temples; 0 at the lower edge, 1 where the forehead ends.
     low = brow_top + (_OVERHANG + 0.25 * u.square()) * height
     above = (low - down) / height
@@ -130,10 +138,10 @@ def grow_bangs(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     lower = (above + 0.06 * strands - 0.06) * height / (2 * pixel) + 0.5
     opacity = torch.minimum(lower, (1.02 - u.abs()) * half / (4 * pixel)).clamp(0, 1)[:, None]
     # The rim where hair and skin mix is covered too, or it would show between the hair and the bangs.
-    bare = _share(mask, "skin", "l_brow", "r_brow", "eye_g").clamp(0, 1)[:, None]
+    bare = share_of(mask, "skin", "l_brow", "r_brow", "eye_g").clamp(0, 1)[:, None]
     rim = F.avg_pool2d(F.max_pool2d(bare, 5, 1, 2), 3, 1, 1) * hair[:, None]
     opacity = opacity * (bare + rim).clamp(0, 1)
-    shadow = (F.max_pool2d(opacity, 5, 1, 2) - opacity).clamp_min(0) * _share(mask, "skin")[:, None] * (above < 0.15)
+    shadow = (F.max_pool2d(opacity, 5, 1, 2) - opacity).clamp_min(0) * share_of(mask, "skin")[:, None] * (above < 0.15)
     colour = _spread_colour(light, hair) * (1 + 0.5 * _CONTRAST * strands[:, None])
     made = torch.lerp(light * (1 - 0.25 * shadow), colour.clamp(0, 1), opacity)
     grown = torch.zeros_like(mask)
@@ -148,25 +156,25 @@ def grow_brows(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     Returns: image 1×3×S×S in [-1, 1], mask 1×19×S×S.
     """
     light = ((photo + 1) / 2).clamp(0, 1)
-    across, down = _along_the_eyes(mask, _centre(_share(mask, "l_brow", "r_brow")))
+    across, down = along_the_eyes(mask, centre(share_of(mask, "l_brow", "r_brow")))
     pixel = 2 / photo.shape[-1]
     made = light
     for name in ("l_brow", "r_brow"):
-        brow = _share(mask, name)
-        half = 1.8 * _spread(across, brow)
+        brow = share_of(mask, name)
+        half = 1.8 * spread(across, brow)
         middle = float((across * brow).sum() / brow.sum().clamp_min(1e-6))
         u = (across - middle) / half
-        top, low = (_edge(brow, u, down, share) for share in (0.12, 0.88))
+        top, low = (edge(brow, u, down, share) for share in (0.12, 0.88))
         height = (low - top).clamp_min(4 * pixel)
         above = (low + 0.1 * height - down) / (1.4 * height)
         outwards = u * (1 if middle > 0 else -1)
         strands = _strands((0.55 + 0.45 * outwards - 0.1 * above).clamp(0, 1), torch.zeros_like(brow) > 0, above)
         edges = torch.minimum(above, 1 - above - 0.2 * outwards.clamp_min(0)) + 0.1 * strands
         inside = torch.minimum(edges * 1.4 * height, (1.05 - u.abs()) * half)
-        opacity = (inside / (2 * pixel) + 0.4).clamp(0, 1) * _share(mask, "skin", "l_brow", "r_brow", "eye_g")
+        opacity = (inside / (2 * pixel) + 0.4).clamp(0, 1) * share_of(mask, "skin", "l_brow", "r_brow", "eye_g")
         opacity = (_DENSITY * opacity.clamp(0, 1))[:, None]
-        skin = _luminance_of(light, opacity[:, 0] * _share(mask, "skin"))
-        colour = _visible(_mean_colour(light, brow.square()) * _DARKER, skin)
+        skin = luminance_of(light, opacity[:, 0] * share_of(mask, "skin"))
+        colour = _visible(mean_colour(light, brow.square()) * _DARKER, skin)
         made = torch.lerp(made, (colour * (1 + 0.5 * _CONTRAST * strands[:, None])).clamp(0, 1), opacity)
         grown = torch.zeros_like(mask)
         grown[:, CELEBAMASK_HQ.id(name)] = 1
@@ -177,47 +185,12 @@ def grow_brows(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def _spread_colour(light: Tensor, weight: Tensor) -> Tensor:
     """1×3×S×S: the colour of where the weight is, spread over everything around it."""
     weight = (2 * weight[:, None] - 1).clamp_min(0)
-    spread = F.interpolate(torch.cat([light * weight, weight], dim=1), size=(32, 32), mode="area")
-    far = spread.mean((2, 3), keepdim=True) * 0.02
+    colour = F.interpolate(torch.cat([light * weight, weight], dim=1), size=(32, 32), mode="area")
+    far = colour.mean((2, 3), keepdim=True) * 0.02
     for _ in range(3):
-        spread = F.avg_pool2d(spread, 5, 1, 2)
-    spread = F.interpolate(spread + far, size=light.shape[2:], mode="bilinear", align_corners=False)
-    return spread[:, :3] / spread[:, 3:].clamp_min(1e-6)
-
-
-def _share(mask: Tensor, *parts: str) -> Tensor:
-    return mask[:, [CELEBAMASK_HQ.id(part) for part in parts]].sum(1)
-
-
-def _centre(weight: Tensor) -> tuple[float, float]:
-    axis = (torch.arange(weight.shape[-1], dtype=weight.dtype) + 0.5) / weight.shape[-1] * 2 - 1
-    total = weight.sum().clamp_min(1e-6)
-    return float((weight.sum((0, 1)) * axis).sum() / total), float((weight.sum((0, 2)) * axis).sum() / total)
-
-
-def _along_the_eyes(mask: Tensor, origin: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Coordinates 1×S×S from the origin, along the line of the eyes and down across it; the side is 2 long."""
-    left, right = _centre(_share(mask, "l_eye")), _centre(_share(mask, "r_eye"))
-    along = torch.tensor([right[0] - left[0], right[1] - left[1]])
-    along = F.normalize(along * (1 if along[0] >= 0 else -1), dim=0)
-    axis = (torch.arange(mask.shape[-1]) + 0.5) / mask.shape[-1] * 2 - 1
-    x, y = axis[None, None, :] - origin[0], axis[None, :, None] - origin[1]
-    return x * along[0] + y * along[1], y * along[0] - x * along[1]
-
-
-def _spread(position: Tensor, weight: Tensor) -> float:
-    total = weight.sum().clamp_min(1e-6)
-    mean = (position * weight).sum() / total
-    return float(((position - mean).square() * weight).sum().div(total).sqrt().clamp_min(1e-3))
-
-
-def _quantile(position: Tensor, weight: Tensor, share: float) -> float:
-    shown = weight.flatten() > 1e-3
-    if not shown.any():
-        return float(position.mean())
-    ordered, order = position.flatten()[shown].sort()
-    reached = weight.flatten()[shown][order].cumsum(0)
-    return float(ordered[int((reached < share * reached[-1]).sum().clamp(max=len(order) - 1))])
+        colour = F.avg_pool2d(colour, 5, 1, 2)
+    colour = F.interpolate(colour + far, size=light.shape[2:], mode="bilinear", align_corners=False)
+    return colour[:, :3] / colour[:, 3:].clamp_min(1e-6)
 
 
 def _strands(root: Tensor, left: Tensor, along: Tensor, curls: int = 3) -> Tensor:
@@ -228,39 +201,13 @@ def _strands(root: Tensor, left: Tensor, along: Tensor, curls: int = 3) -> Tenso
     return F.grid_sample(table, grid, mode="bilinear", padding_mode="border", align_corners=True)[:, 0]
 
 
-def _edge(weight: Tensor, u: Tensor, down: Tensor, share: float) -> Tensor:
-    """Where the share of every column's weight lies, between -1 and 1 of `u`: a parabola through them, 1×S×S."""
-    bins = 12
-    column = ((u + 1) / 2 * bins).floor()
-    places, values = [], []
-    for at in range(bins):
-        chosen = weight * (column == at)
-        if chosen.sum() > 0.5:
-            places.append((at + 0.5) / bins * 2 - 1)
-            values.append(_quantile(down, chosen, share))
-    if not places:
-        return torch.full_like(u, _quantile(down, weight, share))
-    powers = torch.tensor(places)[:, None] ** torch.arange(min(3, len(places)))
-    factors = torch.linalg.lstsq(powers, torch.tensor(values)[:, None]).solution[:, 0]
-    u = u.clamp(-1.1, 1.1)
-    return torch.stack([factor * u**power for power, factor in enumerate(factors)]).sum(0)
-
-
-def _mean_colour(light: Tensor, weight: Tensor) -> Tensor:
-    return (light * weight[:, None]).sum((2, 3), keepdim=True) / weight.sum().clamp_min(1e-6)
-
-
-def _luminance_of(light: Tensor, weight: Tensor) -> float:
-    return float((_mean_colour(light, weight)[0, :, 0, 0] * torch.tensor(LUMINANCE)).sum())
-
-
 def _visible(colour: Tensor, skin: float) -> Tensor:
     """The colour 1×3×1×1, dark enough to be seen on skin of this luminance."""
-    return colour * min(1.0, _AGAINST_SKIN * skin / max(_luminance_of(colour, torch.ones(1, 1, 1)), 0.02))
+    return colour * min(1.0, _AGAINST_SKIN * skin / max(luminance_of(colour, torch.ones(1, 1, 1)), 0.02))
 
 
 def _hair_colour(light: Tensor, mask: Tensor, skin: float) -> Tensor:
     """1×3×1×1: of the hair, or of the brows where there is too little of it."""
-    hair = _share(mask, "hair")
-    source = hair if hair.mean() > _HAIR_SHARE else _share(mask, "l_brow", "r_brow")
-    return _visible(_mean_colour(light, source) * _DARKER, skin)
+    hair = share_of(mask, "hair")
+    source = hair if hair.mean() > _HAIR_SHARE else share_of(mask, "l_brow", "r_brow")
+    return _visible(mean_colour(light, source) * _DARKER, skin)

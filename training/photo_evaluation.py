@@ -4,9 +4,9 @@
 python -m faceedit.training.photo_evaluation maggan-starter --photos FOLDER --output report/
 
 By default on the photos that `photos.held_out_every` keeps out of an editor's training. The truth is what the training
-pairs are made of. Bangs, moustaches, beards and brows are grown from the photo's own mask (`training/grown_hair.py`),
-and its hair is dyed in place (`training/dyed_hair.py`). Glasses and wrinkles are a drawn person's and a mouth is
-another photo's, moved to the photo's own features. Bald takes off another photo's hair that was put on a bald head.
+pairs are made of: bangs, moustaches, beards and brows grown from the photo's own mask (`training/grown_hair.py`), its
+hair dyed (`training/dyed_hair.py`) or given up for a scalp (`training/bared_scalp.py`), its lips parted or closed
+(`training/moved_lips.py`). Glasses and wrinkles are a drawn person's, moved to the photo's own features.
 This is near what a person would call the edit, not a second photograph of it.
 """
 
@@ -110,7 +110,7 @@ def evaluate_on_photos(
     count: int = 48,
     held_out: bool = True,
 ) -> PhotoReport:
-    """Edit pairs of photos, `count` for each attribute put on and as many taken off (hair is taken off and dyed only).
+    """Edit pairs of photos, `count` for each attribute put on and as many taken off (hair is only taken off, or dyed).
 
     Args:    edit as for `evaluate_editor`; photos; drawings, who lends what is worn; classify tells what the photos
              show, so that nobody is given what they have, and judges.
@@ -123,7 +123,7 @@ def evaluate_on_photos(
         seen.append(classify(image).cpu())
     rows = []
     for name in attributes:
-        one_way = LOOKS[name].how in ("haircut", "dyed")
+        one_way = LOOKS[name].how in ("dyed", "bared")
         for removal in (0.0,) if one_way else (0.0, 1.0):
             config = TransplantConfig(attributes=(name,), removal_share=removal)
             generator = torch.Generator().manual_seed(_SEED)

@@ -4,7 +4,8 @@
 A photo has no counterfactual, but many edits only put something on a face. Two members of a synthetic family differ in
 that thing alone; carried over (`training.carry_over`) it gives a second picture of the photo with the thing on. So
 does what grows on the photo itself (`training.grown_hair`). Read backwards the pair takes it off, and then the
-untouched photo is the truth. Hair is dyed (`training.dyed_hair`), and dyed hair gets its own colour back.
+untouched photo is the truth. Hair is dyed (`training.dyed_hair`), and dyed hair gets its own colour back; hair gives
+way to a scalp (`training.bared_scalp`), and lips part or close (`training.moved_lips`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from faceedit.errors import UsageError
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.relations import Relations, influence_mask
 from faceedit.training import cache
+from faceedit.training.bared_scalp import bare_scalp
 from faceedit.training.carry_over import (
     LOOKS,
     Look,
@@ -30,22 +32,27 @@ from faceedit.training.carry_over import (
     feature_points,
     fit_affine,
     transplant,
-    transplant_hair,
-    transplant_mouth,
 )
 from faceedit.training.config import require
 from faceedit.training.data import AugmentConfig, SyntheticPortraits, augment_images, soften_mask
 from faceedit.training.dyed_hair import COLOURS, dye_hair
 from faceedit.training.grown_hair import grow_bangs, grow_beard, grow_brows, grow_moustache
+from faceedit.training.moved_lips import close_mouth, open_mouth
 from faceedit.training.photos import UnlabelledPhotos
 
 _LACKS, _HAS_HAIR = 0.2, 0.06  # a probability below which a photo lacks a thing; share of the image its hair must fill
 _SHUT, _OPEN = 0.0012, 0.0025  # share of the image between the lips, at most and at least
-_BARE, _HATLESS = 0.02, 0.002  # shares of the image that the hair of a bald head, and a hat, fill at most
+_HATLESS = 0.002  # share of the image that a hat fills at most
 _CANDIDATES = 32  # drawn people of whom the best fitting one lends what it wears
 
 
-_GROW = {"Bangs": grow_bangs, "Bushy_Eyebrows": grow_brows, "Mustache": grow_moustache, "No_Beard": grow_beard}
+_GROW = {
+    "Bald": bare_scalp,
+    "Bangs": grow_bangs,
+    "Bushy_Eyebrows": grow_brows,
+    "Mustache": grow_moustache,
+    "No_Beard": grow_beard,
+}
 _COLOURS = [MAGGAN.index(name) for name in COLOURS]
 _OF_HAIR = [MAGGAN.index("Bangs"), *_COLOURS]
 
@@ -85,7 +92,7 @@ class TransplantConfig:
 
 
 class Transplants:
-    """Photos × things that drawn people wear, and mouths and hair of other photos.
+    """Photos × things that drawn people wear, and what is made of the photos alone.
 
     Args: photos, data; attributes, probabilities N×13 of the photos in MAGGAN order: nobody gets what they have.
     """
@@ -110,20 +117,17 @@ class Transplants:
                 takes &= mouth < _SHUT
                 smiling = visible & (mouth > _OPEN) & (shows > 1 - _LACKS)
                 self._lenders.append((smiling.nonzero()[:, 0].numpy(),))
-            elif look.how == "haircut":
-                takes = visible & hatless & (hair < _BARE) & (shows > 1 - _LACKS)
-                self._lenders.append(((visible & hatless & haired).nonzero()[:, 0].numpy(),))
             elif look.how == "dyed":
                 own = visible & haired & hatless & (shows > 1 - _LACKS)  # whose hair has the colour already
                 takes &= haired & hatless
                 self._lenders.append((own.nonzero()[:, 0].numpy(),))
-            elif look.how == "grown":
+            elif look.how in ("grown", "bared"):
+                takes &= (haired & hatless) | (look.how != "bared")
                 self._lenders.append((takes.nonzero()[:, 0].numpy(),))  # everyone their own
             else:
                 self._lenders.append(_lenders(data, name, look))
             self._takers.append(takes.nonzero()[:, 0].numpy())
-            wanted = "photos with it" if look.how == "haircut" else "photos without it"
-            for what, found in ((wanted, self._takers[-1]), ("lenders", self._lenders[-1][0])):
+            for what, found in (("photos without it", self._takers[-1]), ("lenders", self._lenders[-1][0])):
                 if not len(found) and not (look.how == "dyed" and what == "lenders"):
                     raise UsageError(
                         f"train: transplants.attributes must leave someone to draw, got {name} with no {what}; "
@@ -151,9 +155,9 @@ class Transplants:
         name = self.config.attributes[which]
         look, column = LOOKS[name], MAGGAN.index(name)
         take = {
-            "mouth": self._other_mouth,
-            "haircut": self._other_hair,
+            "mouth": self._moved_lips,
             "grown": self._grown,
+            "bared": self._grown,
             "dyed": self._dyed,
         }.get(look.how, self._dressed)
         carried = take(which, look, generator)
@@ -163,20 +167,22 @@ class Transplants:
             (carried.made, carried.made_mask, not carried.wears_it),
         ):
             attributes = self.attributes[carried.position : carried.position + 1].clone()
-            if look.how == "haircut":
-                attributes[:, _OF_HAIR] = self.attributes[carried.lender, _OF_HAIR] * (not wearing)
+            if look.how == "bared" and wearing:
+                attributes[:, _OF_HAIR] = 0
             if carried.colour and wearing != carried.wears_it:
                 attributes[:, _COLOURS] = 0
                 attributes[:, MAGGAN.index(carried.colour)] = 1
             attributes[:, column] = look.shown_as if wearing else 1 - look.shown_as
             states.append({"source": image, "mask": parts, "attributes": attributes})
-        backwards = chance[0] < self.config.removal_share and look.how not in ("haircut", "dyed")
+        backwards = chance[0] < self.config.removal_share and look.how not in ("dyed", "bared")
+        if look.how == "mouth":
+            backwards = carried.wears_it
         if backwards != carried.wears_it:
             states.reverse()
         before, after = states
         difference = torch.zeros(1, len(MAGGAN))
         difference[:, column] = after["attributes"][:, column] - before["attributes"][:, column]
-        if look.how in ("haircut", "dyed") and chance[2] < 0.5:  # with what follows from it, as an edit may ask
+        if look.how in ("dyed", "bared") and chance[2] < 0.5:  # with what follows from it, as an edit may ask
             gone = [MAGGAN.index(other) for other in conflicting(name) if other in MAGGAN]
             difference[:, gone] = -(before["attributes"][:, gone] > 0.5).float()
         pair = {
@@ -203,20 +209,18 @@ class Transplants:
         made = transplant(photo, mask, images, masks, transform, look)
         return _Carried(position, person, photo, mask, *made, wears_it=False)
 
-    def _other_mouth(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
-        """As `_dressed`, with the mouth of another photo: open, or closed where the photo has an open one."""
+    def _moved_lips(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
+        """As `_dressed`, with the photo's own mouth opened, or closed where it is open."""
         shut, smiling = self._takers[which], self._lenders[which][0]
-        # Few photos have a closed mouth: half of the time an open one gets theirs.
-        wears_it = bool(torch.rand((), generator=generator) < 0.5)
-        takers, lenders = (smiling, shut) if wears_it else (shut, smiling)
-        return self._of_photos(takers, lenders, look, wears_it, generator)
-
-    def _other_hair(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
-        """As `_dressed`, a bald head with the hair of another photo."""
-        return self._of_photos(self._takers[which], self._lenders[which][0], look, True, generator)
+        wears_it = bool(torch.rand((), generator=generator) < self.config.removal_share)
+        among = smiling if wears_it else shut
+        position = int(among[int(torch.randint(len(among), (), generator=generator))])
+        photo, mask = self._read(position)
+        made = (close_mouth if wears_it else open_mouth)(photo, mask)
+        return _Carried(position, position, photo, mask, *made, wears_it=wears_it)
 
     def _grown(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
-        """As `_dressed`, with hair that the photo alone decides on."""
+        """As `_dressed`, with hair that the photo alone decides on, or without any."""
         takers = self._takers[which]
         position = int(takers[int(torch.randint(len(takers), (), generator=generator))])
         photo, mask = self._read(position)
@@ -234,21 +238,6 @@ class Transplants:
         photo, mask = self._read(position)
         made = dye_hair(photo, mask, colour)
         return _Carried(position, position, photo, mask, made, mask, wears_it=back, colour=colour)
-
-    def _of_photos(
-        self,
-        takers: NDArray[np.int64],
-        lenders: NDArray[np.int64],
-        look: Look,
-        wears_it: bool,
-        generator: torch.Generator,
-    ) -> _Carried:
-        position, chosen, transform = self._fitting(takers, lenders, self._photo_points, look, generator)
-        lender = int(lenders[chosen])
-        photo, mask = self._read(position)
-        carry = transplant_mouth if look.how == "mouth" else transplant_hair
-        made = carry(photo, mask, *self._read(lender), transform)
-        return _Carried(position, lender, photo, mask, *made, wears_it=wears_it)
 
     def _read(self, position: int) -> tuple[Tensor, Tensor]:
         return self.photos.read([position], np.zeros(1, dtype=bool))
