@@ -27,7 +27,7 @@ from faceedit.relations import Relations, influence_mask, mask_guided_conditioni
 # matrices remain what training losses and the MRE metric use.
 PRESET = "natural"
 # What a change takes away whole: the photo's own detail there must not come back with its pixels.
-_REMOVED = {"Bald": (1, "hair"), "Eyeglasses": (-1, "eye_g")}
+_REMOVED = {"Bald": (1, "hair"), "Eyeglasses": (-1, "eye_g"), "Mouth_Slightly_Open": (-1, "mouth")}
 _OPEN_MOUTH = 0.3  # of the lips and what lies between them: the gap of a mouth that is open
 
 
@@ -69,8 +69,8 @@ def shown_by_mask(requested: Mapping[str, float], mask: Tensor) -> tuple[str, ..
 
 
 def taken_away(change: Mapping[str, float], mask: Tensor, size_px: int) -> Tensor:
-    """Where, and how far, a change takes a part of the mask 1×19×H×W away, 1×1×S×S in [0, 1]: strands and frames are
-    gone with it, however little of them the network's own pixels can show."""
+    """Where, and how far, a change takes a part of the mask 1×19×H×W away, 1×1×S×S in [0, 1]: strands, frames and teeth
+    are gone with it, however little of them the network's own pixels can show."""
     gone = mask.new_zeros(1, 1, size_px, size_px)
     for name, (sign, part) in _REMOVED.items():
         if (amount := sign * change.get(name, 0.0)) > 0:

@@ -162,6 +162,10 @@ def test_what_is_taken_away_takes_its_texture_along(editor: MagGANEditor, face: 
     gone = taken_away({"Eyeglasses": -1.0, "Bald": -1.0}, glasses, 8)
     assert gone[0, 0, 3:5, 2:6].min() == 1
     assert gone[0, 0, 7].max() == 0
+    teeth = torch.zeros(1, 19, 8, 8)
+    teeth[:, CELEBAMASK_HQ.id("mouth"), 3:5, 2:6] = 1
+    assert taken_away({"Mouth_Slightly_Open": -1.0}, teeth, 8)[0, 0, 3:5, 2:6].min() == 1
+    assert taken_away({"Mouth_Slightly_Open": 1.0}, teeth, 8).max() == 0
 
 
 def test_same_request_gives_the_same_bytes(editor: MagGANEditor, face: FaceRecord) -> None:
