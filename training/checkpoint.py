@@ -13,6 +13,7 @@ from faceedit.atomic import replacing
 from faceedit.errors import FaceEditError, UsageError, WeightsError
 
 FORMAT = 1
+_HOLDS = ("task", "recipe", "context", "step", "elapsed_s")  # what a run that goes on reads
 _PREFIX, _SUFFIX = "step_", ".pt"
 
 
@@ -89,7 +90,8 @@ def set_aside(files: Iterable[Path], folder: Path) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state that `save_checkpoint` wrote, on the CPU.
 
-    Raises: WeightsError when the file is damaged, holds anything but tensors and plain values, or has another format.
+    Raises: WeightsError when the file is damaged or incomplete, holds anything but tensors and plain values, or has
+        another format.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -98,4 +100,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise WeightsError(f"train: checkpoint must have format {FORMAT}, got {found!r} in {path}; use an earlier one")
+    if missing := [name for name in _HOLDS if name not in state]:
+        raise WeightsError(
+            f"train: checkpoint must hold {', '.join(_HOLDS)}, got {path} without {', '.join(missing)}; use one that "
+            "train wrote"
+        )
     return state

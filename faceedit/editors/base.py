@@ -58,7 +58,14 @@ class AttributeEdit:
             )
         if not self.values:
             raise UsageError("AttributeEdit: values must name at least one attribute, got none; set e.g. Blond_Hair=1")
-        object.__setattr__(self, "values", {name: _number(name, value) for name, value in self.values.items()})
+        for name in self.values:
+            if not isinstance(name, str):
+                raise UsageError(f"AttributeEdit: an attribute must be named, got {name!r}; write e.g. Blond_Hair")
+        values = {
+            name: _number(value, f"AttributeEdit: {name} must be a number between 0 and 1", f"try {name}=1.0")
+            for name, value in self.values.items()
+        }
+        object.__setattr__(self, "values", values)
         for name, value in self.values.items():
             if not (math.isfinite(value) and 0.0 <= value <= 1.0):
                 raise OutOfRangeError(
@@ -66,16 +73,12 @@ class AttributeEdit:
                 )
 
 
-def _number(name: object, value: object) -> float:
-    """An attribute's value as a plain float, of numpy's and torch's numbers too. Raises UsageError."""
-    if not isinstance(name, str):
-        raise UsageError(f"AttributeEdit: an attribute must be named, got {name!r}; write e.g. Blond_Hair")
+def _number(value: object, expected: str, advice: str) -> float:
+    """A plain float, of numpy's and torch's numbers too. Raises UsageError."""
     try:
         return float("text" if isinstance(value, str | bytes) else value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
-        raise UsageError(
-            f"AttributeEdit: {name} must be a number between 0 and 1, got {value!r}; try {name}=1.0"
-        ) from None
+        raise UsageError(f"{expected}, got {value!r}; {advice}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,7 @@ class ComponentSize:
     """Scale one component (a class name of the editor's label scheme): 1 keeps its size.
 
     attributes: what is set along with it, if anything.
-    Raises: OutOfRangeError unless 0.5 <= scale <= 2.
+    Raises: UsageError when the scale is no number; OutOfRangeError unless 0.5 <= scale <= 2.
     """
 
     component: str
@@ -111,6 +114,8 @@ class ComponentSize:
     attributes: AttributeEdit | None = None
 
     def __post_init__(self) -> None:
+        scale = _number(self.scale, "ComponentSize: scale must be a number between 0.5 and 2", "1 keeps the size")
+        object.__setattr__(self, "scale", scale)
         if not (math.isfinite(self.scale) and 0.5 <= self.scale <= 2.0):
             raise OutOfRangeError(
                 f"ComponentSize: scale must be between 0.5 and 2, got {self.scale:g}; 1 keeps the size"

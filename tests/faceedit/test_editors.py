@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.drawn_faces import DrawnFace
@@ -166,6 +167,16 @@ def test_what_is_taken_away_takes_its_texture_along(editor: MagGANEditor, face: 
     teeth[:, CELEBAMASK_HQ.id("mouth"), 3:5, 2:6] = 1
     assert taken_away({"Mouth_Slightly_Open": -1.0}, teeth, 8)[0, 0, 3:5, 2:6].min() == 1
     assert taken_away({"Mouth_Slightly_Open": 1.0}, teeth, 8).max() == 0
+
+
+def test_a_size_is_a_number() -> None:
+    scale = ComponentSize("mouth", np.float32(1.5)).scale  # type: ignore[arg-type]
+    assert (scale, type(scale)) == (1.5, float)
+    for other in ("1.5", None, [1.5]):
+        with pytest.raises(UsageError, match="ComponentSize: scale must be a number"):
+            ComponentSize("mouth", other)  # type: ignore[arg-type]
+    with pytest.raises(OutOfRangeError, match="got 3; 1 keeps the size"):
+        ComponentSize("mouth", 3)
 
 
 def test_same_request_gives_the_same_bytes(editor: MagGANEditor, face: FaceRecord) -> None:

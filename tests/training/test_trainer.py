@@ -456,8 +456,9 @@ except FaceEditError as error:
 
 
 def test_checkpoints_rotate_and_refuse_damage(tmp_path: Path) -> None:
+    whole = {"task": "toy", "recipe": "", "context": {}, "elapsed_s": 0.0}
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, {"step": step, "value": torch.ones(2)}, keep=2)
+        save_checkpoint(tmp_path, {**whole, "step": step, "value": torch.ones(2)}, keep=2)
     kept = list_checkpoints(tmp_path)
     assert [load_checkpoint(path)["step"] for path in kept] == [2, 3]
     assert save_checkpoint(tmp_path / "one", {"step": 5}, keep=1).is_file()
@@ -472,4 +473,7 @@ def test_checkpoints_rotate_and_refuse_damage(tmp_path: Path) -> None:
             load_checkpoint(kept[0])
     torch.save({"format": 1, "code": Path("x")}, kept[1])
     with pytest.raises(WeightsError, match="checkpoint must be readable"):
+        load_checkpoint(kept[1])
+    torch.save({"format": 1, **whole, "context": None}, kept[1])
+    with pytest.raises(WeightsError, match=r"hold task, recipe, context, step, elapsed_s, got .* without step; use"):
         load_checkpoint(kept[1])
