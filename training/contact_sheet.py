@@ -25,7 +25,10 @@ from faceedit.images import check_writable
 from faceedit.parsing import FaceParser, load_parser
 from faceedit.training.command import progress, require_option, run_command
 
-EDITS = ("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Eyeglasses", "Bangs")  # each to 1
+EDITS = {
+    **dict.fromkeys(("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Eyeglasses", "Bangs"), 1.0),
+    "Mouth_Slightly_Open": 0.0,  # most portraits smile
+}
 _CAPTION_PX = 14
 
 
@@ -90,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=_setting,
         metavar="NAME=VALUE",
         dest="settings",
-        help="an edit; repeatable (default: the six of the sheet in the documentation)",
+        help="an edit; repeatable (default: the seven of the sheet in the documentation)",
     )
     options = parse.parse_args(arguments)
     return run_command(lambda: _make(options))
@@ -100,7 +103,7 @@ def _make(options: argparse.Namespace) -> str:
     for name, advice in (("count", "it is how many photos"), ("tile", "96 is usual"), ("columns", "2 is usual")):
         require_option("contact_sheet", f"--{name}", getattr(options, name), 1, advice)
     check_writable(options.output)
-    edits = dict(options.settings or dict.fromkeys(EDITS, 1.0))
+    edits = dict(options.settings or EDITS)
     files = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in {".jpg", ".jpeg", ".png"})
     if not files:
         raise UsageError(f"contact_sheet: folder must hold photos, got none in {options.folder}; name another")
