@@ -101,7 +101,7 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
     """Add what the edit changed to the photo, at the photo's resolution and inside the edit's region only.
 
     Hair ends in strands that a crop of 256 pixels cannot resolve, so a region with hair in it is first refined against
-    the photo itself; other regions keep the parse's own soft edge, feathered.
+    the photo itself, unless the hair goes; other regions keep the parse's own soft edge, feathered.
     Raises: WeightsError for an edit with infinity or NaN in it, which no pixel can show.
     """
     _check_finite(edited)
@@ -109,7 +109,7 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
     alignment = edited.alignment or face.alignment.resized(side)
     region = np.ascontiguousarray(resize(edited.region, side)[0, 0].float().cpu().numpy())
     detail = None
-    if "hair" in edited.parts:
+    if "hair" in edited.parts and edited.refine:
         mask = np.ascontiguousarray(edited.region[0, 0].float().cpu().numpy())
         coarse = (edited.alignment or face.alignment).resized(mask.shape[0]).unwarp_soft(mask)
         refined = refine_mask(photo.pixels[coarse.slices()], coarse.values)

@@ -136,6 +136,8 @@ class EditedFace:
     alignment:      the square of the photo that the images show; None: the face record's own.
     details:        what else the editor has to report, ready for JSON.
     opacity:        1×1×S×S in [0, 1]: how much of the photo's own detail `after` hides; None: all of it shows through.
+    refine:         whether hair in `region` is refined against the photo; not where hair goes, since pixels in which it
+                    mixes with what is beside it change whole.
     """
 
     before: Tensor
@@ -146,6 +148,7 @@ class EditedFace:
     alignment: Alignment | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     opacity: Tensor | None = None
+    refine: bool = True
 
 
 @runtime_checkable

@@ -150,7 +150,8 @@ class MagGANEditor:
         hides_detail = output == "layered" or (output == "residual" and bool(gone.any()))
         # The region shows only what was asked for: an attribute that merely makes way stays inside the same parts.
         asked = torch.tensor([[change.get(name, 0.0) if name in request.values else 0.0 for name in MAGGAN]])
-        region = influence_mask(asked.to(self.device), mask, self.relations).cpu()
+        region = influence_mask(asked.to(self.device), mask, self.relations)
+        region = torch.maximum(region, resize(gone, region.shape[-1])).cpu()
         return EditedFace(
             before,
             after.cpu(),
@@ -159,6 +160,7 @@ class MagGANEditor:
             change,
             details={"already_there": list(shown)} if shown else {},
             opacity=torch.maximum(opacity, gone).cpu() if hides_detail else None,
+            refine=change.get("Bald", 0.0) <= 0,
         )
 
 

@@ -124,6 +124,27 @@ def test_an_edit_that_is_not_finite_is_refused(
         pipeline.composite(photo, record, replace(edited, **{plane: values}))
 
 
+def test_only_hair_that_stays_is_refined_against_the_photo(
+    drawn: DrawnFace, parser: FaceParser, editor: MagGANEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matte of what goes would leave, at its rim, what mixed with it."""
+    calls: list[int] = []
+
+    def refine(pixels: np.ndarray, soft: np.ndarray) -> np.ndarray:
+        calls.append(soft.size)
+        return soft
+
+    monkeypatch.setattr(pipeline, "refine_mask", refine)
+    for request, times in (
+        ({"Blond_Hair": 1.0}, 1),
+        ({"Black_Hair": 1.0}, 2),
+        ({"Bald": 1.0}, 2),
+        ({"Pale_Skin": 1.0}, 2),
+    ):
+        pipeline.edit(drawn.pixels, request, editor=editor, parser=parser)
+        assert len(calls) == times, request
+
+
 def test_report_is_json_and_true(result: pipeline.EditResult, drawn: DrawnFace) -> None:
     report = json.loads(json.dumps(result.report))
     assert report["seed"] == 0
