@@ -49,7 +49,7 @@ LOOKS: dict[str, Look] = {
     "Brown_Hair": Look(1, "dyed", "hair", "l_brow r_brow"),
     "Bushy_Eyebrows": Look(1, "grown", "skin l_brow r_brow eye_g", "l_brow r_brow"),
     "Eyeglasses": Look(1, "cover", "skin nose l_brow r_brow l_eye r_eye l_ear r_ear hair", "l_eye r_eye"),
-    "Mouth_Slightly_Open": Look(1, "mouth", "u_lip mouth l_lip", "mouth"),
+    "Mouth_Slightly_Open": Look(1, "mouth", "skin u_lip mouth l_lip", "mouth"),
     "Mustache": Look(1, "grown", "skin nose u_lip", "nose mouth"),
     "No_Beard": Look(0, "grown", "skin nose neck", "nose mouth"),
     "Young": Look(0, "shade", "skin nose", "l_brow r_brow nose mouth", density=1.7),

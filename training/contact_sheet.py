@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from faceedit import pipeline
 from faceedit.attributes import MAGGAN, check_attribute
@@ -29,7 +29,7 @@ EDITS = {
     **dict.fromkeys(("Blond_Hair", "Black_Hair", "Pale_Skin", "Bushy_Eyebrows", "Eyeglasses", "Bangs"), 1.0),
     "Mouth_Slightly_Open": 0.0,  # most portraits smile
 }
-_CAPTION_PX = 14
+_CAPTION_PX, _FONT_PX = 14, 10
 
 
 def edits_of(
@@ -58,7 +58,10 @@ def contact_sheet(
     pen = ImageDraw.Draw(sheet)
     for column in range(columns):
         for k, name in enumerate(("before", *names)):
-            pen.text((column * (wide + 6) + k * tile_px + 2, 1), name.replace("_", " "), fill="black")
+            caption = name.replace("_", " ")
+            fits = min(1.0, (tile_px - 4) / pen.textlength(caption, font=ImageFont.load_default(_FONT_PX)))
+            font = ImageFont.load_default(_FONT_PX * fits)  # smaller, where a long name would run into the next one
+            pen.text((column * (wide + 6) + k * tile_px + 2, 1), caption, fill="black", font=font)
     for i, tiles in enumerate(rows):
         x, y = i % columns * (wide + 6), i // columns * tile_px + _CAPTION_PX
         for k, tile in enumerate(tiles):

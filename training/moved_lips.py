@@ -88,8 +88,8 @@ def close_mouth(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     u, pixel = face.across, 2 / photo.shape[-1]
     between = share_of(mask, "mouth")
     # A little over the rim, where lips and teeth mix.
-    top, low = edge(between, u, face.down, 0.03) - pixel / 2, edge(between, u, face.down, 0.97) + pixel / 2
-    gap = (low - top).clamp_min(0) * ((1.1 - u.abs()) / 0.1).clamp(0, 1)
+    top, bottom = edge(between, u, face.down, 0.03) - pixel / 2, edge(between, u, face.down, 0.97) + pixel / 2
+    gap = (bottom - top).clamp_min(0) * ((1.1 - u.abs()) / 0.1).clamp(0, 1)
     line = top + _UPWARDS * gap
     below = face.down - line
     above = below < 0
@@ -108,7 +108,6 @@ def close_mouth(photo: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     seam = (1 - below.abs() / (1.2 * pixel)).clamp(0, 1) * ((0.96 - u.abs()) / 0.15).clamp(0, 1)
     made = torch.lerp(made, lips * 0.5, (0.6 * seam)[:, None])
     upper, gone, lower = (CELEBAMASK_HQ.id(part) for part in LIPS)
-    made_mask = made_mask.clone()
     made_mask[:, upper] += made_mask[:, gone] * above
     made_mask[:, lower] += made_mask[:, gone] * ~above
     made_mask[:, gone] = 0

@@ -58,10 +58,9 @@ _OF_HAIR = [MAGGAN.index("Bangs"), *_COLOURS]
 
 
 class _Carried(NamedTuple):
-    """The photo at `position`, and what was made of it by a lender (a photo's position or a drawn person)."""
+    """The photo at `position`, and what was made of it."""
 
     position: int
-    lender: int
     photo: Tensor
     mask: Tensor
     made: Tensor
@@ -113,16 +112,16 @@ class Transplants:
             takes = visible & (shows < _LACKS)
             if name == "Bangs":
                 takes &= haired
+            elif look.how in ("dyed", "bared"):
+                takes &= haired & hatless
             if look.how == "mouth":
                 takes &= mouth < _SHUT
                 smiling = visible & (mouth > _OPEN) & (shows > 1 - _LACKS)
                 self._lenders.append((smiling.nonzero()[:, 0].numpy(),))
             elif look.how == "dyed":
                 own = visible & haired & hatless & (shows > 1 - _LACKS)  # whose hair has the colour already
-                takes &= haired & hatless
                 self._lenders.append((own.nonzero()[:, 0].numpy(),))
             elif look.how in ("grown", "bared"):
-                takes &= (haired & hatless) | (look.how != "bared")
                 self._lenders.append((takes.nonzero()[:, 0].numpy(),))  # everyone their own
             else:
                 self._lenders.append(_lenders(data, name, look))
@@ -199,15 +198,13 @@ class Transplants:
     def _dressed(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
         """A photo, and what it is with the thing of the best fitting of some drawn people."""
         lenders = self._lenders[which]
-        position, chosen, transform = self._fitting(
-            self._takers[which], lenders[0], self._people_points, look, generator
-        )
+        position, chosen, transform = self._fitting(self._takers[which], lenders[0], look, generator)
         person, without, wearing = (int(values[chosen]) for values in lenders)
         images = cache.unpack_image(self.data.images[[person, person], [without, wearing]])
         masks = cache.unpack_mask(self.data.masks[[person, person], [without, wearing]])
         photo, mask = self._read(position)
         made = transplant(photo, mask, images, masks, transform, look)
-        return _Carried(position, person, photo, mask, *made, wears_it=False)
+        return _Carried(position, photo, mask, *made, wears_it=False)
 
     def _moved_lips(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
         """As `_dressed`, with the photo's own mouth opened, or closed where it is open."""
@@ -217,7 +214,7 @@ class Transplants:
         position = int(among[int(torch.randint(len(among), (), generator=generator))])
         photo, mask = self._read(position)
         made = (close_mouth if wears_it else open_mouth)(photo, mask)
-        return _Carried(position, position, photo, mask, *made, wears_it=wears_it)
+        return _Carried(position, photo, mask, *made, wears_it=wears_it)
 
     def _grown(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
         """As `_dressed`, with hair that the photo alone decides on, or without any."""
@@ -225,7 +222,7 @@ class Transplants:
         position = int(takers[int(torch.randint(len(takers), (), generator=generator))])
         photo, mask = self._read(position)
         made = _GROW[self.config.attributes[which]](photo, mask)
-        return _Carried(position, position, photo, mask, *made, wears_it=False)
+        return _Carried(position, photo, mask, *made, wears_it=False)
 
     def _dyed(self, which: int, look: Look, generator: torch.Generator) -> _Carried:
         """A photo, and what it is with its hair dyed; in reverse, one of this colour that was dyed in another."""
@@ -237,7 +234,7 @@ class Transplants:
         colour = others[int(torch.randint(len(others), (), generator=generator))] if back else name
         photo, mask = self._read(position)
         made = dye_hair(photo, mask, colour)
-        return _Carried(position, position, photo, mask, made, mask, wears_it=back, colour=colour)
+        return _Carried(position, photo, mask, made, mask, wears_it=back, colour=colour)
 
     def _read(self, position: int) -> tuple[Tensor, Tensor]:
         return self.photos.read([position], np.zeros(1, dtype=bool))
@@ -246,7 +243,6 @@ class Transplants:
         self,
         takers: NDArray[np.int64],
         lenders: NDArray[np.int64],
-        points: Tensor,
         look: Look,
         generator: torch.Generator,
     ) -> tuple[int, int, Tensor]:
@@ -256,7 +252,7 @@ class Transplants:
             position = int(takers[int(torch.randint(len(takers), (), generator=generator))])
             candidates = torch.randint(len(lenders), (_CANDIDATES,), generator=generator).numpy()
             own = self._photo_points[position].expand(_CANDIDATES, -1, -1)
-            transforms, misfits = fit_affine(own, points[lenders[candidates]], anchor_weights(look))
+            transforms, misfits = fit_affine(own, self._people_points[lenders[candidates]], anchor_weights(look))
             nearest = int(misfits.argmin())
             found = (float(misfits[nearest]), position, int(candidates[nearest]), transforms[nearest : nearest + 1])
             if best is None or found[0] < best[0]:
