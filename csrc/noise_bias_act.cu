@@ -71,6 +71,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// As an output of that type was clamped.
+template <class T>
+__device__ __forceinline__ float rounded_clamp(float clamp) {
+  if (clamp < 0.0f) return clamp;
+  T rounded;
+  store(clamp, &rounded);
+  return load(rounded);
+}
+
 template <bool FROM_INPUT, int V>
 __device__ __forceinline__ void slopes(const NoiseBiasActParams& p, float clamp, const float (&from)[V],
                                        float (&grad)[V]) {
@@ -95,6 +104,47 @@ __device__ __forceinline__ void slopes(const NoiseBiasActParams& p, float clamp,
     }
   }
 #undef FE_CASE
+}
+
+// The gradient to x alone, from the output: nothing is summed, and a thread has two packs as in forward_kernel.
+template <class T, int V, class Index>
+__global__ void __launch_bounds__(kThreads)
+    slope_kernel(const NoiseBiasActParams p, const Divisor<Index> inner, const Divisor<Index> middle,
+                 const Index packs) {
+  const Index threads = static_cast<Index>(gridDim.x) * kThreads;
+  const Index own = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  Fragment<T, V> grad_pack[2], saved_pack[2];
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    if (own + u * threads >= packs) continue;
+    grad_pack[u].read(p.grad, own + u * threads);
+    saved_pack[u].read(p.saved, own + u * threads);
+  }
+  const float clamp = rounded_clamp<T>(p.clamp);
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+    const Index i = own + u * threads;
+    if (i >= packs) break;
+    float grad[V], saved[V];
+    grad_pack[u].unpack(grad);
+    saved_pack[u].unpack(saved);
+    slopes<false>(p, clamp, saved, grad);
+    if (p.scale) {
+      const Index outer = inner.quotient(i);
+      if (p.channels_last) {
+        const float* row = p.scale + static_cast<int64_t>(middle.quotient(outer)) * p.channels;
+        row += (i - outer * inner.value) * V;
+#pragma unroll
+        for (int v = 0; v < V; ++v) grad[v] *= __ldg(row + v);
+      } else {
+        const float scale = __ldg(p.scale + outer);
+#pragma unroll
+        for (int v = 0; v < V; ++v) grad[v] *= scale;
+      }
+    }
+    grad_pack[u].pack(grad);
+    grad_pack[u].write(p.grad_x, i);
+  }
 }
 
 constexpr int kLine = 128;  // elements of a line that a warp sees at once, in packs of four: the widest planar block
@@ -123,12 +173,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int count = static_cast<int>(left < plan.pixels_per_block ? left : plan.pixels_per_block);
   const int channels = static_cast<int>(p.channels);
   const float strength = p.strength ? __ldg(p.strength) : 1.0f;
-  float clamp = p.clamp;
-  if (!FROM_INPUT && clamp >= 0.0f) {
-    T rounded;
-    store(clamp, &rounded);
-    clamp = load(rounded);
-  }
+  const float clamp = FROM_INPUT ? p.clamp : rounded_clamp<T>(p.clamp);
   float* bias_row = p.grad_bias ? p.workspace + offsets.bias + blockIdx.x * p.channels : nullptr;
   float* scale_row = FROM_INPUT && p.grad_scale ? p.workspace + offsets.scale + blockIdx.x * p.channels : nullptr;
   const bool wants_rows = p.grad_noise || p.grad_strength;
@@ -262,22 +307,24 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <class T, int V, class Index>
-void launch_forward(const NoiseBiasActParams& p, int64_t packs, unsigned blocks, cudaStream_t stream) {
+void launch_elementwise(const NoiseBiasActParams& p, int64_t packs, unsigned blocks, cudaStream_t stream) {
   const Divisor<Index> inner((p.channels_last ? p.channels : p.pixels) / V);
   const Divisor<Index> middle(p.channels_last ? p.pixels : p.channels);
-  forward_kernel<T, V, Index><<<blocks, kThreads, 0, stream>>>(p, inner, middle, static_cast<Index>(packs));
+  auto kernel = p.grad_x ? slope_kernel<T, V, Index> : forward_kernel<T, V, Index>;
+  kernel<<<blocks, kThreads, 0, stream>>>(p, inner, middle, static_cast<Index>(packs));
 }
 
+// The forward pass; the gradient to x where grad_x is given.
 template <class T, int V>
-void launch_forward(const NoiseBiasActParams& p, cudaStream_t stream) {
+void launch_elementwise(const NoiseBiasActParams& p, cudaStream_t stream) {
   const int64_t packs = p.batch * p.channels * p.pixels / V;
   int64_t blocks = (packs + kThreads - 1) / kThreads;
   if (blocks > 1056) blocks = (blocks + 1) / 2;  // fewer do not fill the largest GPU: a pack a thread
   // A thread's second pack must not overflow past the end either.
   if (packs + 2 * blocks * kThreads < (int64_t{1} << 31))
-    launch_forward<T, V, uint32_t>(p, packs, static_cast<unsigned>(blocks), stream);
+    launch_elementwise<T, V, uint32_t>(p, packs, static_cast<unsigned>(blocks), stream);
   else
-    launch_forward<T, V, int64_t>(p, packs, static_cast<unsigned>(blocks), stream);
+    launch_elementwise<T, V, int64_t>(p, packs, static_cast<unsigned>(blocks), stream);
 }
 
 template <class T>
@@ -286,9 +333,9 @@ void forward(const NoiseBiasActParams& p, cudaStream_t stream) {
   const int64_t inner = p.channels_last ? p.channels : p.pixels;
   const bool rows = p.channels_last ? aligned(p.scale, 16) && aligned(p.bias, 16) : aligned(p.noise, 16);
   if (aligned(p.x, 16) && aligned(p.y, 16) && rows && inner % V == 0)
-    launch_forward<T, V>(p, stream);
+    launch_elementwise<T, V>(p, stream);
   else
-    launch_forward<T, 1>(p, stream);
+    launch_elementwise<T, 1>(p, stream);
 }
 
 template <class T, int V>
@@ -311,7 +358,18 @@ void launch_backward(const NoiseBiasActParams& p, cudaStream_t stream) {
 }
 
 template <class T>
+void slope(const NoiseBiasActParams& p, cudaStream_t stream) {
+  constexpr int V = 16 / sizeof(T);
+  if (aligned(p.grad, 16) && aligned(p.saved, 16) && aligned(p.grad_x, 16) &&
+      (p.channels_last ? p.channels : p.pixels) % V == 0)
+    launch_elementwise<T, V>(p, stream);
+  else
+    launch_elementwise<T, 1>(p, stream);
+}
+
+template <class T>
 void backward(const NoiseBiasActParams& p, cudaStream_t stream) {
+  if (!p.saved_is_input && !p.grad_noise && !p.grad_strength && !p.grad_bias) return slope<T>(p, stream);
   constexpr int V = kLine / kWarp, kBytes = V * sizeof(T);
   if (aligned(p.grad, kBytes) && aligned(p.saved, kBytes) && aligned(p.grad_x, kBytes) &&
       (p.channels_last ? p.channels : p.pixels) % V == 0)

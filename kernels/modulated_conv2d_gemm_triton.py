@@ -82,6 +82,11 @@ def convolution_kernel(
             tl.store(rgb_ptr + (sample * 3 + k) * pixels + q, tl.sum(total * factors[None, :], axis=1), mask=q < pixels)
 
 
+def has_layer(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `layer` can compute a plain convolution of x: its offsets inside a sample are 32 bits wide."""
+    return x.shape[2] * x.shape[3] * max(weight.shape[:2]) < 2**31
+
+
 def tile(outputs: int, dtype: torch.dtype) -> tuple[int, int, int]:
     """Return the pixels and outputs of a program's tile, and its warps."""
     # Larger tiles spill registers; fp32's products take more of them than those of the half types.

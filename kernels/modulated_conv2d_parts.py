@@ -215,6 +215,16 @@ def ready(
     return _from_weight(weight, (dtype, fmt, transposed, lengths is not None), make)
 
 
+def turned(weight: Tensor, dtype: torch.dtype, fmt: torch.memory_format, lengths: Tensor | None) -> Tensor:
+    """Return the weight (I,O,k,k) with which a plain convolution of a gradient gives the data gradient; as `ready`."""
+
+    def make(w: Tensor) -> Tensor:
+        w = over_lengths(w, lengths)
+        return w.transpose(0, 1).flip(2, 3).to(dtype).contiguous(memory_format=fmt)
+
+    return _from_weight(weight, (dtype, fmt, "turned", lengths is not None), make)
+
+
 @dataclass(slots=True)
 class Vectors:
     """Per sample and channel, in the computing dtype.

@@ -26,6 +26,7 @@ from faceedit.kernels.modulated_conv2d_parts import (
     ready,
     squares,
     sum_divisor,
+    turned,
     vectors,
 )
 from faceedit.kernels.noise_bias_act import PIECEWISE_LINEAR, noise_bias_act_backward_op
@@ -37,6 +38,9 @@ Settings = tuple[str, float, float, float]  # act, slope, gain, clamp
 
 # One kernel for style, convolution, epilogue and ToRGB: (x, weight, style, vectors, factors, settings) -> y, rgb.
 Layer = Callable[[Tensor, Tensor, Tensor, Optional4, Tensor | None, Settings], tuple[Tensor, Tensor | None]]
+
+# Its convolution's data gradient, times the style, and the style's gradient: (grad, turned weight, x, style, wanted).
+LayerBackward = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 class Passes(Protocol):
@@ -121,7 +125,7 @@ def forward(
     noise, strength, bias = map(as_float, (noise, strength, bias))
     operands = (v.outer, noise, strength, bias)
     keeps_core = not output_tells_input(act, slope, gain)
-    if layer is not None and not keeps_core and _fits_layer(x, weight, geometry, fmt):
+    if layer is not None and not keeps_core and _is_plain(weight, geometry, fmt):
         w = ready(weight, x.dtype, fmt, False, v.lengths)
         y, rgb = layer(x, w, v.inner, operands, factors, settings)
         found = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, None)]
@@ -145,10 +149,8 @@ def forward(
     return y, rest[0], rest[1], rest[2]
 
 
-def _fits_layer(x: Tensor, weight: Tensor, geometry: Geometry, fmt: torch.memory_format) -> bool:
-    plain = fmt is torch.channels_last and geometry.up == geometry.down == 1 and not is_rgb(weight, geometry)
-    # The kernel's offsets inside a sample are 32 bits wide.
-    return plain and x.shape[2] * x.shape[3] * max(weight.shape[:2]) < 2**31
+def _is_plain(weight: Tensor, geometry: Geometry, fmt: torch.memory_format) -> bool:
+    return fmt is torch.channels_last and geometry.up == geometry.down == 1 and not is_rgb(weight, geometry)
 
 
 def _filter(x: Tensor, fir: Tensor | None, pad: int, gain: float, flip: bool = False) -> Tensor:
@@ -201,8 +203,13 @@ def backward(
     gain: float,
     clamp: float,
     wanted: list[bool],
+    *,
+    layer_backward: LayerBackward | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients to x, weight, styles, noise, strength, bias, rgb_weight and rgb_styles; see `wanted`."""
+    """Return the gradients to x, weight, styles, noise, strength, bias, rgb_weight and rgb_styles; see `wanted`.
+
+    layer_backward: what runs the convolution's part of a layer that it fits, where the weight needs no gradient.
+    """
     geometry, settings = Geometry(weight.shape[2], up, down), (act, slope, gain, clamp)
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
@@ -246,9 +253,12 @@ def backward(
             grad_styles = grad_styles if v.factor is None else grad_styles / v.factor
             grad_weight = over_lengths((sums[4] * v.inner[:, None]).sum(0)[:, :, None, None], v.lengths)
     elif want_x or want_styles or want_weight:
+        if want_weight or not _is_plain(weight, geometry, fmt):
+            layer_backward = None
         gx, grad_styles, grad_weight = _convolve_backward(
-            passes, core_grad, x, weight, v, divisor, fir, geometry, fmt, (want_x, want_styles, want_weight)
-        )
+            passes, core_grad, x, weight, v, divisor, fir, geometry, fmt, (want_x, want_styles, want_weight),
+            layer_backward,
+        )  # fmt: skip
     if grad_scale is not None and v.demodulation is not None:
         # d = (sum_i s^2 W2 + eps)^-1/2, so dd/ds = -d^3 s W2 and dd/dw = -d^3 s^2 w.
         if want_styles and grad_styles is not None:
@@ -260,8 +270,10 @@ def backward(
 
     grad_rgb_weight = grad_rgb_styles = None
     if grad_factors is not None and rgb_weight is not None and rgb_styles is not None:
-        grad_rgb_weight = (grad_factors * rgb_styles[:, None].float()).sum(0)
-        grad_rgb_styles = (grad_factors * rgb_weight.float()).sum(1)
+        if want_rgb_weight:
+            grad_rgb_weight = (grad_factors * rgb_styles[:, None].float()).sum(0)
+        if want_rgb_styles:
+            grad_rgb_styles = (grad_factors * rgb_weight.float()).sum(1)
     if grad_noise is not None and noise is not None and noise.shape[0] != x.shape[0]:
         grad_noise = grad_noise.sum(0, keepdim=True)
     if grad_weight is not None:
@@ -322,10 +334,11 @@ def _convolve_backward(
     geometry: Geometry,
     fmt: torch.memory_format,
     wanted: tuple[bool, bool, bool],
+    layer_backward: LayerBackward | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients to x, styles and weight without what passes through the demodulation.
 
-    divisor: what core_grad was divided by, (N,1).
+    divisor: what core_grad was divided by, (N,1). layer_backward: only where it fits the layer.
     """
     want_x, want_styles, want_weight = wanted
     style = v.inner
@@ -333,6 +346,14 @@ def _convolve_backward(
     if want_weight and divisor is not None:
         total = sum_divisor(divisor, x)
         own = style * (divisor / total)
+    back = style if divisor is None else style * divisor
+    gx: Tensor | None
+    grad_styles: Tensor | None
+    if layer_backward is not None:
+        gx, grad_styles = layer_backward(core_grad, turned(weight, x.dtype, fmt, v.lengths), x, back, want_styles)
+        if grad_styles is not None and divisor is not None and v.factor is not None:
+            grad_styles = grad_styles * (divisor / v.factor)
+        return gx, grad_styles, None
     w = ready(weight, x.dtype, fmt, geometry.up == 2, v.lengths)
     if geometry.up == 2:
         core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
@@ -349,7 +370,7 @@ def _convolve_backward(
         if geometry.down == 2:
             data = _filter(data.contiguous(memory_format=fmt), fir, geometry.fir_pad_back, 1.0, flip=True)
         gx = data.contiguous(memory_format=fmt)
-        grad_styles = passes.style_backward(x, gx, style if divisor is None else style * divisor, want_styles)
+        grad_styles = passes.style_backward(x, gx, back, want_styles)
         if grad_styles is not None and divisor is not None and v.factor is not None:
             grad_styles = grad_styles * (divisor / v.factor)
     if not want_weight:

@@ -13,7 +13,7 @@ import torch
 
 from faceedit.maskfacegan.outcome import OptimizationError
 
-WARM_UP = 3  # iterations before capturing, in which libraries choose algorithms and Adam makes its moments
+WARM_UP = 1  # iterations before capturing, in which libraries make their handles and Adam its moments
 
 
 class GraphedIteration:

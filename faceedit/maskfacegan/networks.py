@@ -136,8 +136,8 @@ def encode(encoder: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
 def in_precision(networks: Networks, dtype: str) -> Iterator[Networks]:
     """The networks in float32, or with convolutions in bfloat16.
 
-    The generator's from 64 px on, by its own policy; the parser's and the classifier's by autocast. Logits, statistics
-    and losses stay fp32. The networks given are not changed: other edits may be running on them.
+    The generator's from 32 px on; the parser's and the classifier's by autocast. Logits, statistics and losses stay
+    fp32. The networks given are not changed: other edits may be running on them.
     """
     if dtype == "float32":
         yield networks
@@ -145,7 +145,7 @@ def in_precision(networks: Networks, dtype: str) -> Iterator[Networks]:
     from faceedit.networks.stylegan2 import Precision
 
     synthesis: Any = copy.copy(networks.generator.synthesis)
-    synthesis.precision = Precision("bfloat16")
+    synthesis.precision = Precision("bfloat16", from_px=_HALF_FROM_PX)
     generator: Any = copy.copy(networks.generator)
     if isinstance(generator, nn.Module):
         generator._modules = generator._modules.copy()  # else the copy's synthesis would become the original's too
@@ -155,6 +155,9 @@ def in_precision(networks: Networks, dtype: str) -> Iterator[Networks]:
     parser.is_half = classifier.is_half = True
     yield replace(networks, generator=generator, parser=parser, classifier=classifier)
 
+
+# After 100 steps (1024 px, an H100) an attribute's loss was 1.3 % from float32's with 64 and with 32 px, 2.1 % with 4.
+_HALF_FROM_PX = 32
 
 _means: weakref.WeakKeyDictionary[Any, dict[Any, Tensor]] = weakref.WeakKeyDictionary()
 
@@ -167,7 +170,7 @@ def mean_latent(mapping: Any, samples: int) -> Tensor:
     if not samples:
         average: Tensor = mapping.average
         return average
-    state = tuple((weight._version, weight.data_ptr()) for weight in mapping.parameters())
+    state = _state_of(mapping)
     known = _means.setdefault(mapping, {})
     if (samples, state) not in known:
         for key in [key for key in known if key[1] != state]:
@@ -182,8 +185,28 @@ def _run(network: nn.Module, image: Tensor, is_half: bool) -> Tensor:
         return network(image).float()
 
 
+_halves: weakref.WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = weakref.WeakKeyDictionary()
+
+
 def _halved(network: nn.Module) -> nn.Module:
-    """A copy whose convolutions hold the weights that autocast would round anew in every pass."""
+    """A copy whose convolutions hold the weights that autocast would round anew in every pass.
+
+    It is remembered as long as the network lives and its weights are not written to; nothing writes to the copy's.
+    """
+    state = _state_of(network)
+    known = _halves.get(network)
+    if known is None or known[0] != state:
+        known = _halves[network] = (state, _make_halved(network))
+    return known[1]
+
+
+def _state_of(network: Any) -> tuple[Any, ...]:
+    """What changes when its weights or buffers are written to or moved."""
+    tensors = (*network.parameters(), *network.buffers())
+    return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
+
+
+def _make_halved(network: nn.Module) -> nn.Module:
     network = copy.deepcopy(network)
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

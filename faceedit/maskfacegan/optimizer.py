@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faceedit.attributes import check_attribute
 from faceedit.errors import UsageError
 from faceedit.kernels import alpha_blend, normalize_noise_
 from faceedit.maskfacegan import losses
@@ -391,8 +392,8 @@ def _check_networks(
 ) -> None:
     """Raise where edits of one kind need what the networks lack: an attribute, features, an encoder."""
     for plan in plans:
-        if plan.attributes:
-            networks.classifier.select(plan.attributes)
+        for name in plan.attributes:
+            check_attribute(name, networks.classifier.known)
     if plans[0].is_global and networks.features is None:
         raise UsageError(
             f"maskfacegan: {', '.join(plans[0].values)} edits the whole face and needs a feature network, got "

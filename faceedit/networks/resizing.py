@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of any size as the one size that a network works at."""
 
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -12,18 +13,33 @@ from torch.nn import functional as F
 def resample(x: Tensor, size_px: int, mode: Literal["area", "bilinear"]) -> Tensor:
     """(N,C,H,W) at size_px², as `F.interpolate` with corners not aligned; differentiable, also twice.
 
-    On a GPU as products with two small matrices, or means of squares: PyTorch's own gradients sum in an order of chance
-    there, and those of an area average take longer than the convolutions behind it.
+    On a GPU as means or as products with small matrices: PyTorch's own gradients sum in an order of chance there, and
+    those of an area average take longer than the convolutions behind it.
     """
     height, width = x.shape[-2:]
-    if mode == "area" and height == width and height % size_px == 0:
-        return F.avg_pool2d(x, height // size_px)
     if not x.is_cuda:
+        if mode == "area" and height == width and height % size_px == 0:
+            return F.avg_pool2d(x, height // size_px)
         corners = None if mode == "area" else False
         return F.interpolate(x, (size_px, size_px), mode=mode, align_corners=corners)
+    return resample_by_products(x, size_px, mode)
+
+
+def resample_by_products(x: Tensor, size_px: int, mode: Literal["area", "bilinear"]) -> Tensor:
+    """`resample` as a GPU does it, in fp32."""
+    height, width = x.shape[-2:]
+    if mode == "area" and height % size_px == width % size_px == 0:
+        squares = x.unflatten(-1, (size_px, width // size_px)).unflatten(-3, (size_px, height // size_px))
+        return squares.float().mean((-3, -1)).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        rows, columns = (_matrix(side, size_px, mode, x.device) for side in (height, width))
-        return (rows @ (x.float() @ columns.T)).to(x.dtype)
+        # Averages over areas do not reach across what divides both sides: as many small products as there are parts.
+        parts = [math.gcd(side, size_px) if mode == "area" else 1 for side in (height, width)]
+        rows, columns = (
+            _matrix(side // part, size_px // part, mode, x.device)
+            for side, part in zip((height, width), parts, strict=True)
+        )
+        along = (x.float().unflatten(-1, (parts[1], -1)) @ columns.T).flatten(-2)
+        return (rows @ along.unflatten(-2, (parts[0], -1))).flatten(-3, -2).to(x.dtype)
 
 
 @lru_cache(maxsize=64)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from faceedit.maskfacegan.networks import AttributeJudge, RegionParser, _halved
+from faceedit.maskfacegan.networks import AttributeJudge, RegionParser, _halved, _halves
 from faceedit.networks import folding
 from faceedit.networks.attribute_cnn import AttributeCNN, AttributeCNNConfig
 from faceedit.networks.attribute_tree import AttributeTreeClassifier, AttributeTreeConfig
@@ -243,3 +244,17 @@ def test_half_precision_rounds_no_bias_of_a_joined_layer_and_casts_nothing_anew(
     rounded.is_half = True
     errors = [(found(image) - wanted).norm().item() for found in (judge, rounded)]
     assert 0 < errors[0] <= errors[1]  # measured: 0.6 of it
+
+
+def test_half_precision_copies_a_network_once_and_again_after_a_write() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1))
+    made = _halved(network)
+    assert _halved(network) is made
+    with torch.no_grad():
+        network[0].weight.fill_(2)
+    assert _halved(network) is not made
+    assert _halved(network)[0].weight.unique().tolist() == [2]
+    known = len(_halves)
+    del network
+    gc.collect()
+    assert len(_halves) == known - 1

@@ -27,7 +27,6 @@ from torch.nn import functional as F
 
 from faceedit import kernels
 from faceedit.kernels import modulated_conv2d_parts as parts
-from faceedit.kernels import modulated_conv2d_passes as passes
 from faceedit.kernels.modulated_conv2d import backward_reference, modulated_conv2d, reference
 from faceedit.kernels.tensors import memory_format
 
@@ -279,10 +278,13 @@ def test_no_gradient_has_the_size_of_a_weight_per_sample(monkeypatch: pytest.Mon
 
 
 def test_a_sample_beyond_32_bit_offsets_does_not_go_to_the_one_kernel_layer() -> None:
-    geometry, weight = parts.Geometry(3, 1, 1), torch.empty(64, 32, 3, 3, device="meta")
+    pytest.importorskip("triton")
+    from faceedit.kernels import modulated_conv2d_gemm_triton
+
+    weight = torch.empty(64, 32, 3, 3, device="meta")
     for side, fits in ((4096, True), (8192, False)):
         x = torch.empty(1, 32, side, side, device="meta")
-        assert passes._fits_layer(x, weight, geometry, torch.channels_last) is fits
+        assert modulated_conv2d_gemm_triton.has_layer(x, weight) is fits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

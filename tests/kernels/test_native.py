@@ -93,5 +93,13 @@ def test_cuda_kernels_do_not_spill() -> None:
     for row in rows:
         name = f"{row['kernel']} on {row['architecture']}"
         assert row["spill_stores"] == row["spill_loads"] == 0, f"{name} spills registers"
-        # Four blocks of 256 threads must fit one multiprocessor's 65536 registers.
-        assert row["registers"] <= 64, f"{name} needs {row['registers']} registers"
+        assert row["registers"] <= most_registers(row["kernel"]), f"{name} needs {row['registers']} registers"
+
+
+def most_registers(kernel: str) -> int:
+    """What fits as many threads into a multiprocessor's 65536 registers as are to hide its memory's latency."""
+    if "ModulatedLayer" not in kernel:
+        return 64  # four blocks of 256
+    if "Li64E" in kernel:
+        return 255  # one block of 256: shared memory holds no more
+    return 168 if "backward_kernel" in kernel else 80  # three blocks of 128, of 256

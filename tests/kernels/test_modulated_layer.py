@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""modulated_conv2d's layer in one kernel. On a CPU, where "auto" never takes it, as the plain loops that say what the
+CUDA kernels compute: what is tested there is the code around them."""
+
+from typing import Any
+
+import pytest
+import torch
+from support.compare import assert_close
+from support.kernel_cases import PLACES, Place, draw, run
+from support.modulated_conv2d_cases import TOLERANCE, away_from_kinks, inputs, oracle
+from torch import Tensor
+
+from faceedit.kernels import modulated_conv2d_native, native
+from faceedit.kernels.modulated_conv2d import modulated_conv2d
+
+NATIVE = [place for place in PLACES if getattr(place, "values", [Place("eager")])[0].backend in ("cpu", "cuda")]
+DTYPES = [torch.bfloat16, torch.float16]
+pytestmark = pytest.mark.skipif(not native.build_report()["cpp"], reason="native module is missing")
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layer's kernels, also on a CPU; the list has a name for every call of them."""
+    calls: list[str] = []
+    on_gpu = modulated_conv2d_native.has_layer
+
+    def has_layer(x: Tensor, weight: Tensor) -> bool:
+        if x.is_cuda:
+            return on_gpu(x, weight)
+        fits = x.dtype in modulated_conv2d_native.LAYER_DTYPES and weight.shape[0] == weight.shape[1]
+        return fits and weight.shape[0] in modulated_conv2d_native.LAYER_BYTES and weight.shape[2] == 3
+
+    def spied(name: str) -> Any:
+        real = getattr(modulated_conv2d_native, name)
+
+        def call(*arguments: Any) -> Any:
+            calls.append(name)
+            return real(*arguments)
+
+        return call
+
+    for name in ("layer", "layer_backward"):
+        monkeypatch.setattr(modulated_conv2d_native, name, spied(name))
+    monkeypatch.setattr(modulated_conv2d_native, "has_layer", has_layer)
+    return calls
+
+
+def check(place: Place, tensors: list[Tensor | None], dtype: torch.dtype, **options: Any) -> None:
+    """Compare y, rgb and every gradient but the frozen weight's with float64's."""
+    names = ("x", "styles", "noise", "strength", "bias", "rgb_weight", "rgb_styles")
+    x, weight, *rest = tensors
+    assert x is not None
+    assert weight is not None
+    given = [x.to(dtype).contiguous(memory_format=torch.channels_last), *rest]
+    frozen = {str(torch.device(place.device)): weight.to(place.device)}
+
+    def with_weight(function: Any, w: Tensor) -> Any:
+        def together(x: Tensor, *others: Tensor | None) -> Tensor:
+            found = function(x, w, *others)
+            return found if isinstance(found, Tensor) else torch.cat([f.flatten().float() for f in found])
+
+        return together
+
+    def layer(x: Tensor, w: Tensor, *others: Tensor | None) -> Any:
+        operands = dict(zip(names[1:], others, strict=True))
+        return modulated_conv2d(x, w, **operands, **options)  # type: ignore[arg-type]
+
+    wide = [None if t is None else t.double().requires_grad_() for t in given]
+    expected = with_weight(oracle(**options), weight.double())(*wide)
+    seeds = draw(*expected.shape, seed=99, low=0.5)
+    leaves = [t for t in wide if t is not None]
+    found = iter(torch.autograd.grad(expected, leaves, seeds.double(), materialize_grads=True))
+    y, gradients = run(place, with_weight(layer, frozen[str(torch.device(place.device))]), given, seeds)
+    forward, backward = TOLERANCE[dtype]
+    assert_close("output", y, expected, relative_l2=forward)
+    for name, leaf, actual in zip(names, wide, gradients, strict=True):
+        if leaf is not None:
+            assert actual is not None
+            assert_close(f"gradient of {name}", actual, next(found), relative_l2=backward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [32, 64])
+@pytest.mark.parametrize("place", NATIVE)
+def test_matches_reference(place: Place, channels: int, dtype: torch.dtype, taken: list[str]) -> None:
+    """Sides that squares of 16 pixels do not divide, and two samples of different styles."""
+    tensors = away_from_kinks(inputs(n=2, i=channels, o=channels, h=19, w=34))
+    check(place, tensors, dtype)
+    assert taken == ["layer", "layer_backward"]
+
+
+@pytest.mark.parametrize(("h", "w"), [(1, 2), (1, 40), (33, 2), (16, 16)])
+@pytest.mark.parametrize("place", NATIVE)
+def test_every_shape(place: Place, h: int, w: int, taken: list[str]) -> None:
+    check(place, away_from_kinks(inputs(n=1, i=32, o=32, h=h, w=w)), torch.bfloat16)
+    assert taken == ["layer", "layer_backward"]
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_more_squares_than_blocks_of_threads(place: Place, taken: list[str]) -> None:
+    """A block goes through several squares, in turns of two buffers."""
+    if place.device == "cpu":
+        pytest.skip("the plain loops have no blocks")
+    for channels in (32, 64):
+        check(place, away_from_kinks(inputs(n=1, i=channels, o=channels, h=470, w=500)), torch.bfloat16)
+    assert taken == ["layer", "layer_backward"] * 2
+
+
+@pytest.mark.parametrize("present", range(16), ids=lambda bits: f"{bits:04b}")
+@pytest.mark.parametrize("place", NATIVE)
+def test_every_subset_of_operands(place: Place, present: int, taken: list[str]) -> None:
+    has_noise, has_strength, has_bias, has_rgb = (bool(present >> bit & 1) for bit in range(4))
+    tensors = inputs(n=3, i=32, o=32, h=5, w=7)
+    if not has_rgb:
+        tensors[6:] = [None, None]
+    keep = [True, True, True, has_noise, has_noise and has_strength, has_bias, True, True]
+    chosen = [t if kept else None for t, kept in zip(tensors, keep, strict=True)]
+    # Linear, since without noise there is nothing to move away from a kink with.
+    check(place, chosen, torch.float16, act="linear", gain=1.4, demodulate=bool(present % 5))
+    assert taken == ["layer", "layer_backward"]
+
+
+@pytest.mark.parametrize(("act", "slope", "gain", "clamp"), [("relu", 0.2, 1.4, -1.0), ("lrelu", 0.1, 1.4, 2.0)])
+@pytest.mark.parametrize("place", NATIVE)
+def test_activations(place: Place, act: str, slope: float, gain: float, clamp: float, taken: list[str]) -> None:
+    tensors = away_from_kinks(inputs(n=2, i=32, o=32, h=9, w=6), clamp=clamp)
+    check(place, tensors, torch.bfloat16, act=act, slope=slope, gain=gain, clamp=clamp)
+    assert taken == ["layer", "layer_backward"]
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_a_trained_weight_has_its_gradient_from_a_convolution(place: Place, taken: list[str]) -> None:
+    x, weight, styles, *_ = (None if t is None else t.to(place.device) for t in inputs(i=32, o=32))
+    assert x is not None
+    assert weight is not None
+    assert styles is not None
+    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    modulated_conv2d(x, weight.requires_grad_(), styles).sum().backward()
+    assert weight.grad is not None
+    assert taken == ["layer"]
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_a_smooth_activation_keeps_its_input_and_so_its_convolution(place: Place, taken: list[str]) -> None:
+    x, weight, styles, *_ = (None if t is None else t.to(place.device) for t in inputs(i=32, o=32))
+    assert x is not None
+    assert weight is not None
+    assert styles is not None
+    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    modulated_conv2d(x, weight, styles, act="silu")
+    assert taken == []
+
+
+def test_shared_memory_is_what_the_kernels_take() -> None:
+    """2 bytes a value of the weight and of two squares with their borders, and five float vectors."""
+    for channels, bytes_taken in modulated_conv2d_native.LAYER_BYTES.items():
+        assert bytes_taken == 2 * (9 * channels * channels + 2 * 18 * 18 * channels) + 5 * 4 * channels
