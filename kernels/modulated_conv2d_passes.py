@@ -354,7 +354,12 @@ def _convolve_backward(
         if grad_styles is not None and divisor is not None and v.factor is not None:
             grad_styles = grad_styles * (divisor / v.factor)
         return gx, grad_styles, None
-    w = ready(weight, x.dtype, fmt, geometry.up == 2, v.lengths)
+    transposed = geometry.up == 2
+    folds = divisor is None and not want_styles and not want_weight and folds_style(x, geometry)
+    if folds:  # no sum over the data's gradient is wanted, and so no pass over it
+        w = passes.modulate(ready(weight, style.dtype, fmt, transposed, v.lengths), style, x.dtype, transposed)
+    else:
+        w = ready(weight, x.dtype, fmt, transposed, v.lengths)
     if geometry.up == 2:
         core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
     # Of the convolution's input only the shape counts, unless the weight's gradient is wanted.
@@ -370,7 +375,8 @@ def _convolve_backward(
         if geometry.down == 2:
             data = _filter(data.contiguous(memory_format=fmt), fir, geometry.fir_pad_back, 1.0, flip=True)
         gx = data.contiguous(memory_format=fmt)
-        grad_styles = passes.style_backward(x, gx, back, want_styles)
+        if not folds:
+            grad_styles = passes.style_backward(x, gx, back, want_styles)
         if grad_styles is not None and divisor is not None and v.factor is not None:
             grad_styles = grad_styles * (divisor / v.factor)
     if not want_weight:

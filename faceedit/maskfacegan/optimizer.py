@@ -140,6 +140,7 @@ class _Run:
     ) -> None:
         self.networks, self.source, self.plans, self.config = networks, source, plans, config
         self.is_global = plans[0].is_global
+        self.side = torch.cuda.Stream(source.device) if source.is_cuda else None
         parsed = _parsed(networks, source)
         check_regions(parsed, plans, config)
         self.masks = EditMasks.of(parsed, plans, source.shape[-1])
@@ -293,12 +294,13 @@ class _Run:
             terms["appearance"] = config.appearance_weight, losses.appearance(image, self.source, masks)
         parsed: Tensor | None = None
         if phase.is_constrained:
-            if self.semantics is not None:
-                terms["semantics"] = config.semantic_weight, self.semantics(image)
+            semantics = None if self.semantics is None else self._aside(partial(self.semantics, image))
             if self.has_shape or self.has_size or phase.updates_masks:
                 # One pass, read up to three times. Where no term needs its gradient, it costs a forward alone.
                 with nullcontext() if self.has_shape or self.has_size else torch.no_grad():
                     parsed = self.networks.parser(image)
+            if semantics is not None:
+                terms["semantics"] = config.semantic_weight, semantics()
             if parsed is not None and self.has_shape:
                 terms["shape"] = config.shape_weight, losses.shape(parsed, masks)
             if parsed is not None and self.has_size:
@@ -306,6 +308,25 @@ class _Run:
         self._descend(image, terms, state.ws, lambda: state.ws.detach().flatten(1).sum(1)[None], _spread_over_codes)
         if phase.updates_masks and parsed is not None:
             masks.relax(parsed.detach())
+
+    def _aside(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Begin work whose result is asked for later, by calling what is returned: on a GPU, beside what comes between.
+
+        Neither of the two networks that judge an image fills a GPU. Autograd runs the way back on the same streams.
+        """
+        if self.side is None:
+            result = work()
+            return lambda: result
+        here, side = torch.cuda.current_stream(self.source.device), self.side
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            begun = work()
+
+        def joined() -> Tensor:
+            here.wait_stream(side)
+            return begun
+
+        return joined
 
     def _noise_step(self) -> None:
         config, noise = self.config, self.state.noise

@@ -7,14 +7,18 @@ import weakref
 import pytest
 import torch
 from support.compare import assert_close
+from support.kernel_cases import draw
 from support.modulated_conv2d_cases import (
+    RESAMPLINGS,
     TOLERANCE,
+    away_from_kinks,
     inputs,
     needs_cpp,
     oracle,
 )
 from torch import Tensor
 
+from faceedit.kernels import modulated_conv2d_native
 from faceedit.kernels import modulated_conv2d_parts as parts
 from faceedit.kernels.modulated_conv2d import modulated_conv2d
 
@@ -194,3 +198,34 @@ def test_other_memory_under_the_same_weight_is_noticed() -> None:
         place[...] = value
         weight.data = torch.from_numpy(place)  # another storage at the same address
         torch.testing.assert_close(modulated_conv2d(x, weight, styles), modulated_conv2d(x, weight.clone(), styles))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("up", "down"), RESAMPLINGS)
+def test_a_style_without_gradient_costs_no_pass_over_the_data_gradient(
+    up: int, down: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One large sample: its weight is scaled, as on the way forward. fp16 divides gradients, and scales them after."""
+    passed = []
+    real = modulated_conv2d_native.style_backward
+    monkeypatch.setattr(
+        modulated_conv2d_native, "style_backward", lambda *given: passed.append(given[-1]) or real(*given)
+    )
+    side = 70 if up == 1 else 40
+    x, weight, styles, noise, strength, bias, *_ = away_from_kinks(
+        inputs(n=1, i=4, o=6, h=side, w=side, up=up, down=down), up=up, down=down
+    )
+    assert x is not None
+    assert weight is not None
+    assert styles is not None
+    leaf = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = modulated_conv2d(leaf, weight, styles, noise=noise, strength=strength, bias=bias, up=up, down=down)
+    wide = x.double().requires_grad_()
+    given = (None if t is None else t.double() for t in (weight, styles, noise, strength, bias))
+    expected = oracle(up=up, down=down)(wide, *given)
+    seeds = draw(*y.shape, seed=9, low=0.5)
+    (found,) = torch.autograd.grad(y, leaf, seeds.to(dtype))
+    (wanted,) = torch.autograd.grad(expected, wide, seeds.double())
+    assert_close("gradient of x", found, wanted, relative_l2=TOLERANCE[dtype][1])
+    assert passed == ([False] if dtype == torch.float16 else [])
