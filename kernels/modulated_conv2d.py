@@ -199,17 +199,17 @@ def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _native(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from faceedit.kernels import modulated_conv2d_native as passes
+    from faceedit.kernels import modulated_conv2d_native, modulated_layer_native
 
-    layer = passes.layer if passes.has_layer(x, weight) else None
-    return modulated_conv2d_passes.forward(passes, x, weight, *arguments, layer=layer)
+    layer = modulated_layer_native.forward if modulated_layer_native.fits(x, weight) else None
+    return modulated_conv2d_passes.forward(modulated_conv2d_native, x, weight, *arguments, layer=layer)
 
 
 def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from faceedit.kernels import modulated_conv2d_gemm_triton, modulated_conv2d_triton
 
     # "auto" keeps PyTorch's convolution: on an H100 it and a pass take 0.5 to 0.8 times as long as Triton's kernel.
-    asked = requested_backend() == "triton" and modulated_conv2d_gemm_triton.has_layer(x, arguments[0])
+    asked = requested_backend() == "triton" and modulated_conv2d_gemm_triton.fits(x, arguments[0])
     layer = modulated_conv2d_gemm_triton.layer if asked else None
     # The FIR runs on what is fastest for it.
     with backend("auto"):
@@ -352,11 +352,11 @@ def _backward_eager(x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, *ar
 def _backward_native(
     x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, weight: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    from faceedit.kernels import modulated_conv2d_native as passes
+    from faceedit.kernels import modulated_conv2d_native, modulated_layer_native
 
-    layer_backward = passes.layer_backward if passes.has_layer(x, weight) else None
+    layer_backward = modulated_layer_native.backward if modulated_layer_native.fits(x, weight) else None
     return modulated_conv2d_passes.backward(
-        passes, x, grad, grad_rgb, weight, *arguments, layer_backward=layer_backward
+        modulated_conv2d_native, x, grad, grad_rgb, weight, *arguments, layer_backward=layer_backward
     )
 
 

@@ -82,7 +82,7 @@ def convolution_kernel(
             tl.store(rgb_ptr + (sample * 3 + k) * pixels + q, tl.sum(total * factors[None, :], axis=1), mask=q < pixels)
 
 
-def has_layer(x: Tensor, weight: Tensor) -> bool:
+def fits(x: Tensor, weight: Tensor) -> bool:
     """Return whether `layer` can compute a plain convolution of x: its offsets inside a sample are 32 bits wide."""
     return x.shape[2] * x.shape[3] * max(weight.shape[:2]) < 2**31
 

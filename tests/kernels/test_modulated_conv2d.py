@@ -284,7 +284,7 @@ def test_a_sample_beyond_32_bit_offsets_does_not_go_to_the_one_kernel_layer() ->
     weight = torch.empty(64, 32, 3, 3, device="meta")
     for side, fits in ((4096, True), (8192, False)):
         x = torch.empty(1, 32, side, side, device="meta")
-        assert modulated_conv2d_gemm_triton.has_layer(x, weight) is fits
+        assert modulated_conv2d_gemm_triton.fits(x, weight) is fits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

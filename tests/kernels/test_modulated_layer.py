@@ -11,7 +11,7 @@ from support.kernel_cases import PLACES, Place, draw, run
 from support.modulated_conv2d_cases import TOLERANCE, away_from_kinks, inputs, oracle
 from torch import Tensor
 
-from faceedit.kernels import modulated_conv2d_native, native
+from faceedit.kernels import modulated_layer_native, native
 from faceedit.kernels.modulated_conv2d import modulated_conv2d
 
 NATIVE = [place for place in PLACES if getattr(place, "values", [Place("eager")])[0].backend in ("cpu", "cuda")]
@@ -23,16 +23,16 @@ pytestmark = pytest.mark.skipif(not native.build_report()["cpp"], reason="native
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The layer's kernels, also on a CPU; the list has a name for every call of them."""
     calls: list[str] = []
-    on_gpu = modulated_conv2d_native.has_layer
+    on_gpu = modulated_layer_native.fits
 
-    def has_layer(x: Tensor, weight: Tensor) -> bool:
+    def fits(x: Tensor, weight: Tensor) -> bool:
         if x.is_cuda:
             return on_gpu(x, weight)
-        fits = x.dtype in modulated_conv2d_native.LAYER_DTYPES and weight.shape[0] == weight.shape[1]
-        return fits and weight.shape[0] in modulated_conv2d_native.LAYER_BYTES and weight.shape[2] == 3
+        small = x.dtype in modulated_layer_native.DTYPES and weight.shape[0] == weight.shape[1]
+        return small and weight.shape[0] in modulated_layer_native.SHARED_BYTES and weight.shape[2] == 3
 
     def spied(name: str) -> Any:
-        real = getattr(modulated_conv2d_native, name)
+        real = getattr(modulated_layer_native, name)
 
         def call(*arguments: Any) -> Any:
             calls.append(name)
@@ -40,9 +40,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    for name in ("layer", "layer_backward"):
-        monkeypatch.setattr(modulated_conv2d_native, name, spied(name))
-    monkeypatch.setattr(modulated_conv2d_native, "has_layer", has_layer)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(modulated_layer_native, name, spied(name))
+    monkeypatch.setattr(modulated_layer_native, "fits", fits)
     return calls
 
 
@@ -87,14 +87,14 @@ def test_matches_reference(place: Place, channels: int, dtype: torch.dtype, take
     """Sides that squares of 16 pixels do not divide, and two samples of different styles."""
     tensors = away_from_kinks(inputs(n=2, i=channels, o=channels, h=19, w=34))
     check(place, tensors, dtype)
-    assert taken == ["layer", "layer_backward"]
+    assert taken == ["forward", "backward"]
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 2), (1, 40), (33, 2), (16, 16)])
 @pytest.mark.parametrize("place", NATIVE)
 def test_every_shape(place: Place, h: int, w: int, taken: list[str]) -> None:
     check(place, away_from_kinks(inputs(n=1, i=32, o=32, h=h, w=w)), torch.bfloat16)
-    assert taken == ["layer", "layer_backward"]
+    assert taken == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("place", NATIVE)
@@ -104,7 +104,7 @@ def test_more_squares_than_blocks_of_threads(place: Place, taken: list[str]) -> 
         pytest.skip("the plain loops have no blocks")
     for channels in (32, 64):
         check(place, away_from_kinks(inputs(n=1, i=channels, o=channels, h=470, w=500)), torch.bfloat16)
-    assert taken == ["layer", "layer_backward"] * 2
+    assert taken == ["forward", "backward"] * 2
 
 
 @pytest.mark.parametrize("present", range(16), ids=lambda bits: f"{bits:04b}")
@@ -118,7 +118,7 @@ def test_every_subset_of_operands(place: Place, present: int, taken: list[str]) 
     chosen = [t if kept else None for t, kept in zip(tensors, keep, strict=True)]
     # Linear, since without noise there is nothing to move away from a kink with.
     check(place, chosen, torch.float16, act="linear", gain=1.4, demodulate=bool(present % 5))
-    assert taken == ["layer", "layer_backward"]
+    assert taken == ["forward", "backward"]
 
 
 @pytest.mark.parametrize(("act", "slope", "gain", "clamp"), [("relu", 0.2, 1.4, -1.0), ("lrelu", 0.1, 1.4, 2.0)])
@@ -126,7 +126,7 @@ def test_every_subset_of_operands(place: Place, present: int, taken: list[str]) 
 def test_activations(place: Place, act: str, slope: float, gain: float, clamp: float, taken: list[str]) -> None:
     tensors = away_from_kinks(inputs(n=2, i=32, o=32, h=9, w=6), clamp=clamp)
     check(place, tensors, torch.bfloat16, act=act, slope=slope, gain=gain, clamp=clamp)
-    assert taken == ["layer", "layer_backward"]
+    assert taken == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("place", NATIVE)
@@ -138,7 +138,7 @@ def test_a_trained_weight_has_its_gradient_from_a_convolution(place: Place, take
     x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     modulated_conv2d(x, weight.requires_grad_(), styles).sum().backward()
     assert weight.grad is not None
-    assert taken == ["layer"]
+    assert taken == ["forward"]
 
 
 @pytest.mark.parametrize("place", NATIVE)
@@ -154,5 +154,5 @@ def test_a_smooth_activation_keeps_its_input_and_so_its_convolution(place: Place
 
 def test_shared_memory_is_what_the_kernels_take() -> None:
     """2 bytes a value of the weight and of two squares with their borders, and five float vectors."""
-    for channels, bytes_taken in modulated_conv2d_native.LAYER_BYTES.items():
+    for channels, bytes_taken in modulated_layer_native.SHARED_BYTES.items():
         assert bytes_taken == 2 * (9 * channels * channels + 2 * 18 * 18 * channels) + 5 * 4 * channels

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer of modulated_conv2d with few channels in one CUDA kernel each way: csrc/modulated_layer.cu."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from faceedit.kernels import native
+from faceedit.kernels.noise_bias_act import ACTIVATIONS
+from faceedit.kernels.tensors import empty_float, empty_like
+
+DTYPES = (torch.bfloat16, torch.float16)
+SHARED_BYTES = {32: 60_544, 64: 157_952}
+"""Shared memory that a block of threads takes, by channels: layer_shared_bytes of csrc/modulated_layer.h."""
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `forward` and `backward` are what is fastest for a plain convolution of x, channels_last.
+
+    They are where a half type's layer has so few channels that the passes around a convolution take as long as it does.
+    """
+    outputs, inputs, size, _ = weight.shape
+    if not x.is_cuda or x.dtype not in DTYPES or inputs != outputs or size != 3 or inputs not in SHARED_BYTES:
+        return False
+    # Positions inside a sample are 32 bits wide, and copies 16 bytes.
+    small = x.shape[2] * x.shape[3] * inputs < 2**31 and x.data_ptr() % 16 == 0
+    return small and SHARED_BYTES[inputs] <= _shared_memory(x.device.index)
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    """Return the shared memory that a block of threads may have on a GPU; 0 where tensor cores lack the half types."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    return properties.shared_memory_per_block_optin if properties.major >= 8 else 0
+
+
+def _geometry(x: Tensor) -> dict[str, Any]:
+    n, c, h, w = x.shape
+    return {"batch": n, "channels": c, "height": h, "width": w, "dtype": native.DTYPE_CODES[x.dtype]}
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    style: Tensor,
+    vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    factors: Tensor | None,
+    settings: tuple[str, float, float, float],
+) -> tuple[Tensor, Tensor | None]:
+    """Return y = epilogue(conv(x * style)) and ToRGB's sums, in one kernel; see `fits`.
+
+    x and weight are channels_last and of one dtype; vectors, factors and settings are those of the epilogue.
+    """
+    scale, noise, strength, bias = vectors
+    act, slope, gain, clamp = settings
+    n, _, h, w = x.shape
+    y = empty_like(x, torch.channels_last)
+    rgb = None if factors is None else empty_float(x, n, 3, h, w)
+    native.module().modulated_layer_fwd(
+        native.target(x),
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        weight=weight.data_ptr(),
+        style=style.data_ptr(),
+        scale=native.address(scale),
+        noise=native.address(noise),
+        strength=native.address(strength),
+        bias=native.address(bias),
+        rgb_factors=native.address(factors),
+        rgb=native.address(rgb),
+        noise_stride=h * w if noise is not None and noise.shape[0] == n else 0,
+        act=ACTIVATIONS.index(act),
+        slope=slope,
+        gain=gain,
+        clamp=clamp,
+        **_geometry(x),
+    )
+    return y, rgb
+
+
+def backward(grad: Tensor, weight: Tensor, x: Tensor, style: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data = conv(grad).
+
+    weight: (I,O,3,3), channels_last, its taps turned by 180 degrees. grad and x are channels_last; see `fits`.
+    """
+    grad_x = empty_like(x, torch.channels_last)
+    grad_style = empty_float(x, *style.shape) if wanted else None
+    module, target = native.module(), native.target(x)
+    call = {
+        "grad": grad.data_ptr(),
+        "weight": weight.data_ptr(),
+        "x": x.data_ptr(),
+        "style": style.data_ptr(),
+        "grad_x": grad_x.data_ptr(),
+        "grad_style": native.address(grad_style),
+        **_geometry(x),
+    }
+    workspace = empty_float(x, module.modulated_layer_bwd_workspace(target, **call))
+    module.modulated_layer_bwd(target, **call, workspace=workspace.data_ptr())
+    return grad_x, grad_style
