@@ -277,6 +277,8 @@ PYBIND11_MODULE(_C, m) {
     return py::make_tuple(p.blocks_per_sample, p.pixels_per_block);
   });
 
+  m.def("modulated_layer_shared_bytes", &fe::layer_shared_bytes);
+
   // The CUDA kernel of upfirdn2d run here, one thread after another, so that tests can check its index maths. Returns the
   // number of blocks and the floats of shared memory a block has.
   m.def("upfirdn2d_blocks", [](bool packs, const py::kwargs& values) {

@@ -25,7 +25,7 @@ struct Layout {
   static constexpr int kChunks = C / 8;         // of 16 bytes in the channels of a pixel
   static constexpr int kSquare = kReach * kReach * C * 2;
   static constexpr int kWeight = kTaps * C * C * 2;
-  static constexpr int kResident = C == 32 ? 3 : 1;  // blocks a multiprocessor
+  static constexpr int kResident = static_cast<int>(layer_resident(C));
 
   // Where a chunk of a line of C channels lies: chunks of eight neighbouring lines in different banks. `at` is the line,
   // or what it is among the even number of lines of its row.
@@ -430,8 +430,8 @@ __global__ void __launch_bounds__(Layout<C, true>::kThreads, Layout<C, true>::kR
 }
 
 template <class Params, class Kernel, class... Settings>
-Error launch(const Params& p, Kernel kernel, int threads, cudaStream_t stream, const Settings&... settings) {
-  const int64_t each = layer_blocks(p.batch, p.channels, p.height, p.width);
+Error launch(const Params& p, int64_t each, Kernel kernel, int threads, cudaStream_t stream,
+             const Settings&... settings) {
   const int bytes = static_cast<int>(layer_shared_bytes(p.channels));
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) {
@@ -444,14 +444,18 @@ Error launch(const Params& p, Kernel kernel, int threads, cudaStream_t stream, c
 }
 
 template <class T, int C>
-Error run(const ModulatedLayerParams& p, cudaStream_t stream) {
-  return launch(p, forward_kernel<T, C>, Layout<C, false>::kThreads, stream, Activated(p));
+Error run(const ModulatedLayerParams& p, int device, cudaStream_t stream) {
+  int processors = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const int64_t each = layer_blocks(p.batch, C, p.height, p.width, processors);
+  return launch(p, each, forward_kernel<T, C>, Layout<C, false>::kThreads, stream, Activated(p));
 }
 
 template <class T, int C>
-Error run(const ModulatedLayerGradientParams& p, cudaStream_t stream) {
-  if (Error error = launch(p, backward_kernel<T, C>, Layout<C, true>::kThreads, stream)) return error;
-  const int64_t each = layer_blocks(p.batch, p.channels, p.height, p.width);
+Error run(const ModulatedLayerGradientParams& p, int, cudaStream_t stream) {
+  const int64_t each = layer_sums(p.batch, C, p.height, p.width);
+  if (Error error = launch(p, each, backward_kernel<T, C>, Layout<C, true>::kThreads, stream)) return error;
   if (p.grad_style) combine_cuda(p.workspace, p.batch, each, C, p.grad_style, stream);
   return launch_error();
 }
@@ -460,8 +464,9 @@ template <class Params>
 Error run_any(const Params& p, int device, void* stream) {
   if (Error error = select_device(device)) return error;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
-  if (p.dtype == kFloat16) return p.channels == 32 ? run<Float16, 32>(p, s) : run<Float16, 64>(p, s);
-  return p.channels == 32 ? run<BFloat16, 32>(p, s) : run<BFloat16, 64>(p, s);
+  if (p.dtype == kFloat16)
+    return p.channels == 32 ? run<Float16, 32>(p, device, s) : run<Float16, 64>(p, device, s);
+  return p.channels == 32 ? run<BFloat16, 32>(p, device, s) : run<BFloat16, 64>(p, device, s);
 }
 
 bool all_aligned(const ModulatedLayerParams& p) {

@@ -68,13 +68,22 @@ void visit_fields(ModulatedLayerGradientParams& p, Visit&& visit) {
 constexpr int64_t kLayerSide = 16;  // pixels of a square that a block of threads computes at once
 constexpr int64_t kLayerTaps = 9;
 
-// Blocks of threads that share a sample's squares: what fills the largest GPU, wherever it runs, so that sums are the
-// same everywhere.
-inline int64_t layer_blocks(int64_t batch, int64_t channels, int64_t height, int64_t width) {
+constexpr int64_t kLayerProcessors = 132;  // multiprocessors of the largest GPU
+
+// Blocks of threads that a multiprocessor holds.
+constexpr int64_t layer_resident(int64_t channels) { return channels == 32 ? 3 : 1; }
+
+// Blocks of threads that share a sample's squares: not more than run at once, since one that waits for another to end
+// would double the time.
+inline int64_t layer_blocks(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t processors) {
   const int64_t squares = ((height + kLayerSide - 1) / kLayerSide) * ((width + kLayerSide - 1) / kLayerSide);
-  const int64_t resident = channels == 32 ? 132 * 3 : 132;
-  const int64_t wanted = (resident + batch - 1) / batch;
-  return wanted < squares ? wanted : squares;
+  const int64_t most = processors * layer_resident(channels) / batch;
+  return most < 1 ? 1 : (most < squares ? most : squares);
+}
+
+// The backward pass has the largest GPU's wherever it runs: its sums are the same everywhere.
+inline int64_t layer_sums(int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  return layer_blocks(batch, channels, height, width, kLayerProcessors);
 }
 
 // Bytes of shared memory that a block of threads takes: the weight, two squares with their borders, and vectors.
@@ -84,7 +93,7 @@ inline int64_t layer_shared_bytes(int64_t channels) {
 }
 
 inline int64_t modulated_layer_bwd_workspace(const ModulatedLayerGradientParams& p, bool cuda) {
-  return cuda && p.grad_style ? p.batch * layer_blocks(p.batch, p.channels, p.height, p.width) * p.channels : 0;
+  return cuda && p.grad_style ? p.batch * layer_sums(p.batch, p.channels, p.height, p.width) * p.channels : 0;
 }
 
 template <class Params>

@@ -350,6 +350,7 @@ def _convolve_backward(
     gx: Tensor | None
     grad_styles: Tensor | None
     if layer_backward is not None:
+        core_grad = in_format(core_grad, x.dtype, fmt)  # hooks may have given the output back in another format
         gx, grad_styles = layer_backward(core_grad, turned(weight, x.dtype, fmt, v.lengths), x, back, want_styles)
         if grad_styles is not None and divisor is not None and v.factor is not None:
             grad_styles = grad_styles * (divisor / v.factor)

@@ -12,8 +12,9 @@ from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import empty_float, empty_like
 
 DTYPES = (torch.bfloat16, torch.float16)
-SHARED_BYTES = {32: 60_544, 64: 157_952}
-"""Shared memory that a block of threads takes, by channels: layer_shared_bytes of csrc/modulated_layer.h."""
+CHANNELS = {32: 1, 64: 132}
+"""Inputs, and as many outputs, and how many multiprocessors the kernels need to be worth it: for 64 channels all those
+that their backward pass spreads over."""
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -22,18 +23,20 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     They are where a half type's layer has so few channels that the passes around a convolution take as long as it does.
     """
     outputs, inputs, size, _ = weight.shape
-    if not x.is_cuda or x.dtype not in DTYPES or inputs != outputs or size != 3 or inputs not in SHARED_BYTES:
+    if not x.is_cuda or x.dtype not in DTYPES or inputs != outputs or size != 3 or inputs not in CHANNELS:
         return False
     # Positions inside a sample are 32 bits wide, and copies 16 bytes.
     small = x.shape[2] * x.shape[3] * inputs < 2**31 and x.data_ptr() % 16 == 0
-    return small and SHARED_BYTES[inputs] <= _shared_memory(x.device.index)
+    return small and gpu_holds(x.device.index, inputs)
 
 
 @cache
-def _shared_memory(index: int) -> int:
-    """Return the shared memory that a block of threads may have on a GPU; 0 where tensor cores lack the half types."""
-    properties: Any = torch.cuda.get_device_properties(index)
-    return properties.shared_memory_per_block_optin if properties.major >= 8 else 0
+def gpu_holds(index: int, channels: int) -> bool:
+    """Return whether a GPU has the tensor cores, shared memory and multiprocessors for layers of so many channels."""
+    gpu: Any = torch.cuda.get_device_properties(index)
+    memory = native.module().modulated_layer_shared_bytes(channels)
+    enough = gpu.multi_processor_count >= CHANNELS[channels] and gpu.shared_memory_per_block_optin >= memory
+    return gpu.major >= 8 and enough
 
 
 def _geometry(x: Tensor) -> dict[str, Any]:
@@ -56,6 +59,8 @@ def forward(
     scale, noise, strength, bias = vectors
     act, slope, gain, clamp = settings
     n, _, h, w = x.shape
+    if weight.data_ptr() % 16:  # a view of the caller's
+        weight = weight.clone(memory_format=torch.channels_last)
     y = empty_like(x, torch.channels_last)
     rgb = None if factors is None else empty_float(x, n, 3, h, w)
     native.module().modulated_layer_fwd(

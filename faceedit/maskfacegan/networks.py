@@ -170,7 +170,7 @@ def mean_latent(mapping: Any, samples: int) -> Tensor:
     if not samples:
         average: Tensor = mapping.average
         return average
-    state = _state_of(mapping)
+    state = tuple((weight._version, weight.data_ptr()) for weight in mapping.parameters())
     known = _means.setdefault(mapping, {})
     if (samples, state) not in known:
         for key in [key for key in known if key[1] != state]:
@@ -185,25 +185,40 @@ def _run(network: nn.Module, image: Tensor, is_half: bool) -> Tensor:
         return network(image).float()
 
 
-_halves: weakref.WeakKeyDictionary[nn.Module, tuple[Any, nn.Module]] = weakref.WeakKeyDictionary()
+_halves: weakref.WeakKeyDictionary[nn.Module, tuple[list[_Written], nn.Module]] = weakref.WeakKeyDictionary()
 
 
 def _halved(network: nn.Module) -> nn.Module:
     """A copy whose convolutions hold the weights that autocast would round anew in every pass.
 
-    It is remembered as long as the network lives and its weights are not written to; nothing writes to the copy's.
+    It is remembered as long as the network lives and its tensors stay as they are; nothing writes to the copy's.
+    PyTorch counts no write through `weight.data`: after one, or after exchanging layers, load the network anew. Of
+    inference tensors it counts none at all, and nothing is remembered.
     """
-    state = _state_of(network)
+    tensors = [*network.parameters(), *network.buffers()]
+    if any(tensor.is_inference() for tensor in tensors):
+        return _make_halved(network)
     known = _halves.get(network)
-    if known is None or known[0] != state:
-        known = _halves[network] = (state, _make_halved(network))
+    if known is None or len(known[0]) != len(tensors) or not all(map(_Written.is_as, known[0], tensors)):
+        known = _halves[network] = [_Written.of(tensor) for tensor in tensors], _make_halved(network)
     return known[1]
 
 
-def _state_of(network: Any) -> tuple[Any, ...]:
-    """What changes when its weights or buffers are written to or moved."""
-    tensors = (*network.parameters(), *network.buffers())
-    return tuple((0 if t.is_inference() else t._version, t.data_ptr()) for t in tensors)
+@dataclass(frozen=True)
+class _Written:
+    """What tells whether a tensor was written to or given another storage; an address alone may be another's by now."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    address: int
+    version: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Written:
+        return cls(weakref.ref(tensor.untyped_storage()), tensor.data_ptr(), tensor._version)
+
+    def is_as(self, tensor: Tensor) -> bool:
+        same = self.storage() is tensor.untyped_storage()
+        return same and self.address == tensor.data_ptr() and self.version == tensor._version
 
 
 def _make_halved(network: nn.Module) -> nn.Module:

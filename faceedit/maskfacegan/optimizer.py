@@ -140,7 +140,8 @@ class _Run:
     ) -> None:
         self.networks, self.source, self.plans, self.config = networks, source, plans, config
         self.is_global = plans[0].is_global
-        self.side = torch.cuda.Stream(source.device) if source.is_cuda else None
+        # Captured, it costs no memory of its own; otherwise each of PyTorch's streams would keep what it once used.
+        self.side = torch.cuda.Stream(source.device) if source.is_cuda and config.cuda_graph else None
         parsed = _parsed(networks, source)
         check_regions(parsed, plans, config)
         self.masks = EditMasks.of(parsed, plans, source.shape[-1])
@@ -310,7 +311,7 @@ class _Run:
             masks.relax(parsed.detach())
 
     def _aside(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """Begin work whose result is asked for later, by calling what is returned: on a GPU, beside what comes between.
+        """Begin work whose result is asked for later, by calling what is returned. In a graph both run side by side.
 
         Neither of the two networks that judge an image fills a GPU. Autograd runs the way back on the same streams.
         """

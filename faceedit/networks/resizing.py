@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of any size as the one size that a network works at."""
 
-import math
 from functools import lru_cache
 from typing import Literal
 
@@ -33,13 +32,20 @@ def resample_by_products(x: Tensor, size_px: int, mode: Literal["area", "bilinea
         return squares.float().mean((-3, -1)).to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         # Averages over areas do not reach across what divides both sides: as many small products as there are parts.
-        parts = [math.gcd(side, size_px) if mode == "area" else 1 for side in (height, width)]
+        parts = [_common(side, size_px) if mode == "area" else 1 for side in (height, width)]
         rows, columns = (
             _matrix(side // part, size_px // part, mode, x.device)
             for side, part in zip((height, width), parts, strict=True)
         )
         along = (x.float().unflatten(-1, (parts[1], -1)) @ columns.T).flatten(-2)
         return (rows @ along.unflatten(-2, (parts[0], -1))).flatten(-3, -2).to(x.dtype)
+
+
+def _common(a: int, b: int) -> int:
+    """The largest number that divides both; math.gcd would break a compiled graph."""
+    while b:
+        a, b = b, a % b
+    return a
 
 
 @lru_cache(maxsize=64)

@@ -254,7 +254,18 @@ def test_half_precision_copies_a_network_once_and_again_after_a_write() -> None:
         network[0].weight.fill_(2)
     assert _halved(network) is not made
     assert _halved(network)[0].weight.unique().tolist() == [2]
+    for value in (3.0, 4.0):  # whose memory may be that of the one before
+        network[0].weight.data = torch.full((4, 3, 1, 1), value)
+        assert _halved(network)[0].weight.unique().tolist() == [value]
     known = len(_halves)
     del network
     gc.collect()
     assert len(_halves) == known - 1
+
+
+def test_writes_to_inference_tensors_are_seen() -> None:
+    with torch.inference_mode():
+        network = nn.Sequential(nn.Conv2d(3, 4, 1))
+        for value in (1.0, 2.0):
+            network[0].weight.fill_(value)
+            assert _halved(network)[0].weight.unique().tolist() == [value]

@@ -6,6 +6,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from support.standin_networks import SIZE_PX, ColourClassifier, ColourParser, po
 from torch import Tensor, nn
 
 from faceedit.errors import UnknownAttributeError, UsageError
+from faceedit.maskfacegan import optimizer
 from faceedit.maskfacegan.config import MaskFaceGANConfig
 from faceedit.maskfacegan.graph import WARM_UP, GraphedIteration
 from faceedit.maskfacegan.masks import MissingRegionError
@@ -421,6 +424,19 @@ def test_captured_iterations_are_the_same() -> None:
         for graph in (False, True)
     )
     torch.testing.assert_close(plain.generated, graphed.generated, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_classifier_beside_the_parser_gives_what_it_gives_before_it(
+    precision: Literal["float32", "bfloat16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(SHORT, cuda_graph=True, precision=precision)
+    beside = one(on_cuda(small_stylegan2()), config=config, source=portrait().cuda())
+    monkeypatch.setattr(optimizer._Run, "_aside", lambda run, work: partial(lambda result: result, work()))
+    before = one(on_cuda(small_stylegan2()), config=config, source=portrait().cuda())
+    torch.testing.assert_close(beside.generated, before.generated, rtol=0, atol=1e-3)
 
 
 def on_cuda(networks: Networks) -> Networks:

@@ -35,6 +35,14 @@ def test_products_of_sides_that_share_other_divisors() -> None:
         )
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_products_compile_without_a_break_for_several_sizes(dynamic: bool | None) -> None:
+    compiled = torch.compile(resizing.resample_by_products, backend="eager", fullgraph=True, dynamic=dynamic)
+    for side in (48, 50, 52):
+        x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(compiled(x, 20, "area"), resizing.resample(x, 20, "area"))
+
+
 def test_what_shrinks_is_averaged_and_what_grows_is_interpolated() -> None:
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert resizing.resize(x, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]

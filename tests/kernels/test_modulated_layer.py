@@ -29,7 +29,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if x.is_cuda:
             return on_gpu(x, weight)
         small = x.dtype in modulated_layer_native.DTYPES and weight.shape[0] == weight.shape[1]
-        return small and weight.shape[0] in modulated_layer_native.SHARED_BYTES and weight.shape[2] == 3
+        return small and weight.shape[0] in modulated_layer_native.CHANNELS and weight.shape[2] == 3
 
     def spied(name: str) -> Any:
         real = getattr(modulated_layer_native, name)
@@ -80,11 +80,27 @@ def check(place: Place, tensors: list[Tensor | None], dtype: torch.dtype, **opti
             assert_close(f"gradient of {name}", actual, next(found), relative_l2=backward)
 
 
+def need(place: Place, channels: int) -> None:
+    if place.device == "cuda" and not modulated_layer_native.gpu_holds(0, channels):
+        pytest.skip(f"this GPU is too small for layers of {channels} channels")
+
+
+def operands(place: Place, dtype: torch.dtype = torch.bfloat16, **shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, channels_last, weight and styles."""
+    x, weight, styles, *_ = inputs(**{"i": 32, "o": 32} | shape)
+    assert x is not None
+    assert weight is not None
+    assert styles is not None
+    x = x.to(place.device, dtype).contiguous(memory_format=torch.channels_last)
+    return x, weight.to(place.device), styles.to(place.device)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [32, 64])
 @pytest.mark.parametrize("place", NATIVE)
 def test_matches_reference(place: Place, channels: int, dtype: torch.dtype, taken: list[str]) -> None:
     """Sides that squares of 16 pixels do not divide, and two samples of different styles."""
+    need(place, channels)
     tensors = away_from_kinks(inputs(n=2, i=channels, o=channels, h=19, w=34))
     check(place, tensors, dtype)
     assert taken == ["forward", "backward"]
@@ -97,14 +113,18 @@ def test_every_shape(place: Place, h: int, w: int, taken: list[str]) -> None:
     assert taken == ["forward", "backward"]
 
 
+@pytest.mark.parametrize(("n", "h", "w"), [(1, 470, 500), (8, 200, 210), (140, 40, 20)])
+@pytest.mark.parametrize("channels", [32, 64])
 @pytest.mark.parametrize("place", NATIVE)
-def test_more_squares_than_blocks_of_threads(place: Place, taken: list[str]) -> None:
-    """A block goes through several squares, in turns of two buffers."""
+def test_more_squares_than_blocks_of_threads(
+    place: Place, channels: int, n: int, h: int, w: int, taken: list[str]
+) -> None:
+    """A block goes through several squares, in turns of two buffers; more samples than blocks still have one each."""
     if place.device == "cpu":
         pytest.skip("the plain loops have no blocks")
-    for channels in (32, 64):
-        check(place, away_from_kinks(inputs(n=1, i=channels, o=channels, h=470, w=500)), torch.bfloat16)
-    assert taken == ["forward", "backward"] * 2
+    need(place, channels)
+    check(place, away_from_kinks(inputs(n=n, i=channels, o=channels, h=h, w=w)), torch.bfloat16)
+    assert taken == ["forward", "backward"]
 
 
 @pytest.mark.parametrize("present", range(16), ids=lambda bits: f"{bits:04b}")
@@ -131,11 +151,7 @@ def test_activations(place: Place, act: str, slope: float, gain: float, clamp: f
 
 @pytest.mark.parametrize("place", NATIVE)
 def test_a_trained_weight_has_its_gradient_from_a_convolution(place: Place, taken: list[str]) -> None:
-    x, weight, styles, *_ = (None if t is None else t.to(place.device) for t in inputs(i=32, o=32))
-    assert x is not None
-    assert weight is not None
-    assert styles is not None
-    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    x, weight, styles = operands(place)
     modulated_conv2d(x, weight.requires_grad_(), styles).sum().backward()
     assert weight.grad is not None
     assert taken == ["forward"]
@@ -143,16 +159,72 @@ def test_a_trained_weight_has_its_gradient_from_a_convolution(place: Place, take
 
 @pytest.mark.parametrize("place", NATIVE)
 def test_a_smooth_activation_keeps_its_input_and_so_its_convolution(place: Place, taken: list[str]) -> None:
-    x, weight, styles, *_ = (None if t is None else t.to(place.device) for t in inputs(i=32, o=32))
-    assert x is not None
-    assert weight is not None
-    assert styles is not None
-    x = x.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    modulated_conv2d(x, weight, styles, act="silu")
-    assert taken == []
+    """On the way forward; the data gradient is that of any activation."""
+    tensors = inputs(n=2, i=32, o=32)
+    check(place, tensors, torch.bfloat16, act="silu")
+    assert taken == ["backward"]
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_an_output_that_comes_back_in_another_format(place: Place, taken: list[str]) -> None:
+    """Hooks that move what is saved elsewhere need not keep its memory format."""
+    x, weight, styles = operands(place)
+    gradients = []
+    for restore in (lambda t: t, lambda t: t.contiguous() if t.grad_fn is None and t.dim() == 4 else t):
+        leaves = [x.clone(memory_format=torch.channels_last).requires_grad_(), styles.clone().requires_grad_()]
+        kept = {leaf.data_ptr() for leaf in leaves} | {weight.data_ptr()}
+
+        def unpack(t: Tensor, restore: Any = restore, kept: set[int] = kept) -> Tensor:
+            return t if t.data_ptr() in kept else restore(t.detach())
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = modulated_conv2d(leaves[0], weight, leaves[1])
+        gradients.append(torch.autograd.grad(y.float().square().sum(), leaves))
+    for once, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, once)
+    assert taken == ["forward", "backward"] * 2
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_a_weight_that_lies_at_an_odd_address(place: Place, taken: list[str]) -> None:
+    x, weight, styles = operands(place)
+    room = torch.empty(weight.numel() + 1, dtype=x.dtype, device=x.device)
+    odd = room[1:].view(32, 3, 3, 32).permute(0, 3, 1, 2)
+    odd.copy_(weight)
+    torch.testing.assert_close(
+        modulated_conv2d(x, odd, styles), modulated_conv2d(x, odd.clone(memory_format=torch.channels_last), styles)
+    )
+    assert taken == ["forward"] * 2
+
+
+@pytest.mark.parametrize("place", NATIVE)
+def test_an_image_that_lies_at_an_odd_address(place: Place, taken: list[str]) -> None:
+    """It keeps PyTorch's convolution where the kernels copy 16 bytes at a time."""
+    x, weight, styles = operands(place)
+    n, c, h, w = x.shape
+    odd = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+    odd.copy_(x)
+    wanted = modulated_conv2d(x, weight, styles)
+    del taken[:]
+    assert_close("y", modulated_conv2d(odd, weight, styles), wanted.double(), relative_l2=TOLERANCE[x.dtype][0])
+    assert taken == ([] if place.device == "cuda" else ["forward"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("act", ["linear", "lrelu", "relu"])
+@pytest.mark.parametrize("place", NATIVE)
+def test_what_is_not_finite_stays_where_it_is(place: Place, act: str, value: float, taken: list[str]) -> None:
+    x, weight, styles = operands(place, n=1, h=9, w=20)
+    x[0, 3, 4, 17] = value
+    y = modulated_conv2d(x, weight, styles, act=act)
+    expected = oracle(act=act)(*(t.double().cpu() for t in (x, weight, styles)))
+    assert torch.equal(y.isfinite().cpu(), expected.isfinite())
+    assert torch.equal(y.isnan().cpu(), expected.isnan())
+    assert taken == ["forward"]
 
 
 def test_shared_memory_is_what_the_kernels_take() -> None:
     """2 bytes a value of the weight and of two squares with their borders, and five float vectors."""
-    for channels, bytes_taken in modulated_layer_native.SHARED_BYTES.items():
-        assert bytes_taken == 2 * (9 * channels * channels + 2 * 18 * 18 * channels) + 5 * 4 * channels
+    for channels in modulated_layer_native.CHANNELS:
+        taken = native.module().modulated_layer_shared_bytes(channels)
+        assert taken == 2 * (9 * channels * channels + 2 * 18 * 18 * channels) + 5 * 4 * channels

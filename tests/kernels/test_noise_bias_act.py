@@ -60,6 +60,29 @@ def test_matches_reference(place: Place, act: str, dtype: torch.dtype, fmt: torc
     )
 
 
+@pytest.mark.parametrize("width", [8, 7], ids=["packs", "single"])
+@pytest.mark.parametrize("has_scale", [False, True], ids=["", "scale"])
+@pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", PLACES)
+def test_the_gradient_to_x_alone(
+    place: Place, dtype: torch.dtype, fmt: torch.memory_format, has_scale: bool, width: int
+) -> None:
+    """Frozen operands, as of a folded network: nothing is summed, and the output is all that is saved."""
+    x, scale, noise, strength, bias = inputs(2, 8 if width == 8 else 5, 6, width, dtype, fmt)
+    operands = [scale if has_scale else None, noise, strength, bias]
+    x = away_from_kinks(x, operands, 1.4, 2.5)
+    frozen = [None if t is None else t.to(place.device) for t in operands]
+    check_against_oracle(
+        place,
+        lambda x: noise_bias_act(x, *frozen, act="lrelu", gain=1.4, clamp=2.5),
+        lambda x: oracle("lrelu", gain=1.4, clamp=2.5)(x, *(None if t is None else t.double() for t in operands)),
+        [x],
+        NAMES[:1],
+        dtype,
+    )
+
+
 @pytest.mark.parametrize("present", range(16), ids=lambda bits: f"{bits:04b}")
 @pytest.mark.parametrize("place", PLACES)
 def test_every_subset_of_operands(place: Place, present: int) -> None:
