@@ -51,6 +51,25 @@ class PhotoRegion:
         whole[..., y0:y1, x0:x1] = self.values
         return whole
 
+    def on(self, box: Box) -> Array:
+        """The values (h,w) on another box of the photo, zero where this region has none."""
+        out = np.zeros((box[3] - box[1], box[2] - box[0]), self.values.dtype)
+        left, top = max(box[0], self.box[0]), max(box[1], self.box[1])
+        right, bottom = min(box[2], self.box[2]), min(box[3], self.box[3])
+        if left < right and top < bottom:
+            out[top - box[1] : bottom - box[1], left - box[0] : right - box[0]] = self.values[
+                top - self.box[1] : bottom - self.box[1], left - self.box[0] : right - self.box[0]
+            ]
+        return out
+
+    def joined(self, other: PhotoRegion) -> PhotoRegion:
+        """The sum of two regions (h,w) of a photo, on the smallest box that holds both."""
+        (x0, y0), (x1, y1) = np.minimum(self.box[:2], other.box[:2]), np.maximum(self.box[2:], other.box[2:])
+        box: Box = (int(x0), int(y0), int(x1), int(y1))
+        total = self.on(box)
+        total += other.on(box)
+        return PhotoRegion(total, box, self.photo_size)
+
     def slices(self) -> tuple[slice, slice]:
         """Row and column slices of the box, to index the photo."""
         x0, y0, x1, y1 = self.box
@@ -108,6 +127,20 @@ class Alignment:
         factor = size_px / self.size_px
         resize = np.array([[factor, 0, 0.5 * factor - 0.5], [0, factor, 0.5 * factor - 0.5], [0, 0, 1]])
         return Alignment((resize @ np.vstack([self.matrix, [0, 0, 1]]))[:2], size_px, self.photo_size)
+
+    def enlarged(self, times: float, down: float, size_px: int) -> Alignment:
+        """A square `times` as wide, moved down by a share of this one's side, and sampled with size_px pixels."""
+        side = self.size_px
+        step, middle = times * side / size_px, (side - 1) / 2
+        start = middle - step * (size_px - 1) / 2
+        larger = np.array([[step, 0, start], [0, step, start + down * side], [0, 0, 1]])
+        matrix = np.linalg.inv(larger) @ np.vstack([self.matrix, [0, 0, 1]])
+        return Alignment(matrix[:2], size_px, self.photo_size)
+
+    def within(self, other: Alignment) -> Alignment:
+        """This crop as one of another crop's raster, in place of the photo."""
+        to_photo = np.vstack([other.inverse, [0, 0, 1]])
+        return Alignment(self.matrix @ to_photo, self.size_px, (other.size_px, other.size_px))
 
     def photo_box(self) -> Box:
         """Smallest box of photo pixels that holds the whole crop, clipped to the photo; may be empty."""

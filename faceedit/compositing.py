@@ -46,7 +46,7 @@ def feather(mask: NDArray[Any], feather_px: float) -> NDArray[np.float32]:
     soft = np.clip(mask.astype(np.float32), 0.0, 1.0)
     if feather_px > 0:
         soft = np.asarray(cv2.GaussianBlur(soft, (0, 0), feather_px / 2, borderType=cv2.BORDER_REPLICATE))
-    return np.asarray(soft * np.outer(_border_ramp(mask.shape[0]), _border_ramp(mask.shape[1])), dtype=np.float32)
+    return soft * border_fade(mask.shape[0])
 
 
 def paste_back(
@@ -78,7 +78,7 @@ def paste_back(
     region = np.zeros((y1 - y0, x1 - x0), np.float32)
     if region.size == 0:
         return Composite(pixels, PhotoRegion(region, box, alignment.photo_size))
-    fade = np.outer(_border_ramp(alignment.size_px), _border_ramp(alignment.size_px)).astype(np.float32)
+    fade = border_fade(alignment.size_px)
     if detail is not None:
         residual = _spread(residual, mask)
     rows = max(_STRIP_PIXELS // (x1 - x0), 1)
@@ -87,7 +87,7 @@ def paste_back(
         if detail is None:
             weight = alignment.unwarp_soft(coarse, strip).values
         else:
-            weight = alignment.unwarp_soft(fade, strip).values * _on_box(detail, strip)
+            weight = alignment.unwarp_soft(fade, strip).values * detail.on(strip)
         np.minimum(weight, 1.0, out=weight)  # resampling's rounding may pass 1
         weight[weight < _LEAST_WEIGHT] = 0.0
         region[top - y0 : strip[3] - y0] = weight
@@ -146,11 +146,12 @@ def _levels(crop: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(crop, dtype=np.float32) * 127.5 + 127.5
 
 
-def _border_ramp(size: int) -> NDArray[np.float32]:
-    """0 on the first and last pixel, rising smoothly to 1 over the border's share of the side."""
-    distance = np.minimum(np.arange(size), np.arange(size)[::-1]) / max(size * _BORDER_SHARE, 1.0)
+def border_fade(size_px: int) -> NDArray[np.float32]:
+    """How far an edit of a square crop shows, (S,S): 0 on its outermost pixels, rising smoothly to 1."""
+    distance = np.minimum(np.arange(size_px), np.arange(size_px)[::-1]) / max(size_px * _BORDER_SHARE, 1.0)
     t = np.clip(distance, 0.0, 1.0)
-    return np.asarray(t * t * (3 - 2 * t), dtype=np.float32)
+    ramp = (t * t * (3 - 2 * t)).astype(np.float32)
+    return np.outer(ramp, ramp)
 
 
 def _spread(residual: NDArray[np.float32], mask: NDArray[Any]) -> NDArray[np.float32]:
@@ -166,15 +167,3 @@ def _spread(residual: NDArray[np.float32], mask: NDArray[Any]) -> NDArray[np.flo
     change = weighted / np.maximum(total, 1e-3)
     own = (alpha**4)[..., None]
     return np.asarray(residual * own + change * (1 - own), dtype=np.float32)
-
-
-def _on_box(region: PhotoRegion, box: Box) -> NDArray[np.float32]:
-    """The region's values on another box of the same photo, zero where it has none."""
-    out = np.zeros((box[3] - box[1], box[2] - box[0]), np.float32)
-    left, top = max(box[0], region.box[0]), max(box[1], region.box[1])
-    right, bottom = min(box[2], region.box[2]), min(box[3], region.box[3])
-    if left < right and top < bottom:
-        out[top - box[1] : bottom - box[1], left - box[0] : right - box[0]] = region.values[
-            top - region.box[1] : bottom - region.box[1], left - region.box[0] : right - region.box[0]
-        ]
-    return out

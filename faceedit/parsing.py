@@ -125,10 +125,11 @@ class FaceParser:
         self.device = next((p.device for p in network.parameters()), torch.device("cpu"))
 
     @torch.no_grad()
-    def parse_crop(self, crop: Tensor) -> Tensor:
-        """Soft mask N×19×S×S of crops N×3×S×S in [-1, 1], on the crop's device."""
+    def parse_crop(self, crop: Tensor, flip_average: bool | None = None) -> Tensor:
+        """Soft mask N×19×S×S of crops N×3×S×S in [-1, 1], on the crop's device; flip_average, unless None, in place of
+        the parser's own."""
         images = crop.to(self.device)
-        if not self.flip_average:
+        if not (self.flip_average if flip_average is None else flip_average):
             return self.network(images).float().softmax(1).to(crop.device)
         both = self.network(torch.cat([images, images.flip(-1)])).float().softmax(1)
         direct, mirrored = both.chunk(2)

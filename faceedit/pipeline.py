@@ -23,6 +23,7 @@ from torch import Tensor
 from faceedit.alignment import PhotoRegion
 from faceedit.classification import STARTER, attribute_probabilities, load_classifier
 from faceedit.compositing import Composite, paste_back
+from faceedit.dyeing import continue_dye
 from faceedit.editors.base import AttributeEdit, ComponentSize, EditedFace, Editor, EditRequest, load_editor
 from faceedit.errors import UsageError, WeightsError
 from faceedit.images import Photo, read_image, write_image
@@ -97,11 +98,12 @@ def apply(face: FaceRecord, editor: Editor, request: EditRequest, seed: int = 0)
     return editor.apply(face, request, seed)
 
 
-def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
+def composite(photo: Photo, face: FaceRecord, edited: EditedFace, parser: FaceParser | None = None) -> Composite:
     """Add what the edit changed to the photo, at the photo's resolution and inside the edit's region only.
 
     Hair ends in strands that a crop of 256 pixels cannot resolve, so a region with hair in it is first refined against
-    the photo itself, unless the hair goes; other regions keep the parse's own soft edge, feathered.
+    the photo itself, unless the hair goes; other regions keep the parse's own soft edge, feathered. With a parser, an
+    edit that dyes hair goes on outside its square (`faceedit.dyeing`).
     Raises: WeightsError for an edit with infinity or NaN in it, which no pixel can show.
     """
     _check_finite(edited)
@@ -116,7 +118,9 @@ def composite(photo: Photo, face: FaceRecord, edited: EditedFace) -> Composite:
         detail = PhotoRegion(refined, coarse.box, coarse.photo_size)
     before, after = _crop_array(edited.before), _crop_array(edited.after)
     opacity = None if edited.opacity is None else edited.opacity[0, 0].float().cpu().numpy()
-    return paste_back(photo.pixels, before, after, alignment, region, FEATHER_PX * side / CROP_PX, detail, opacity)
+    feather_px = FEATHER_PX * side / CROP_PX
+    done = paste_back(photo.pixels, before, after, alignment, region, feather_px, detail, opacity)
+    return continue_dye(done, photo.pixels, face, edited, parser) if edited.dyes and parser is not None else done
 
 
 def _check_finite(edited: EditedFace) -> None:
@@ -174,7 +178,7 @@ def edit(
     with _timed(seconds, "edit"):
         edited = apply(record, loaded, wanted, seed)
     with _timed(seconds, "composite"):
-        composited = composite(source, record, edited)
+        composited = composite(source, record, edited, parser)
         pixels, region = composited.pixels, composited.mask()
     with _timed(seconds, "measure"):
         edited_crop = image_tensor(record.alignment.warp_image(pixels))

@@ -44,7 +44,7 @@ def edits_of(
     tiles = [face.alignment.warp_image(source.pixels)]
     for name, value in edits.items():
         edited = pipeline.apply(face, editor, AttributeEdit({name: value}))
-        tiles.append(face.alignment.warp_image(pipeline.composite(source, face, edited).pixels))
+        tiles.append(face.alignment.warp_image(pipeline.composite(source, face, edited, parser).pixels))
     return tiles
 
 

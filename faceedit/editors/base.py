@@ -138,6 +138,8 @@ class EditedFace:
     opacity:        1×1×S×S in [0, 1]: how much of the photo's own detail `after` hides; None: all of it shows through.
     refine:         whether hair in `region` is refined against the photo; not where hair goes, since pixels in which it
                     mixes with what is beside it change whole.
+    dyes:           whether hair gets another colour, which goes on outside the square (`faceedit.dyeing`); the images
+                    are then in the face record's own alignment.
     """
 
     before: Tensor
@@ -149,6 +151,7 @@ class EditedFace:
     details: Mapping[str, Any] = field(default_factory=dict)
     opacity: Tensor | None = None
     refine: bool = True
+    dyes: bool = False
 
 
 @runtime_checkable

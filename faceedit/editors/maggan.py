@@ -28,6 +28,7 @@ from faceedit.relations import Relations, influence_mask, mask_guided_conditioni
 PRESET = "natural"
 # What a change takes away whole: the photo's own detail there must not come back with its pixels.
 _REMOVED = {"Bald": (1, "hair"), "Eyeglasses": (-1, "eye_g"), "Mouth_Slightly_Open": (-1, "mouth")}
+_DYES = ("Black_Hair", "Blond_Hair", "Brown_Hair")
 _OPEN_MOUTH = 0.3  # of the lips and what lies between them: the gap of a mouth that is open
 
 
@@ -161,6 +162,7 @@ class MagGANEditor:
             details={"already_there": list(shown)} if shown else {},
             opacity=torch.maximum(opacity, gone).cpu() if hides_detail else None,
             refine=change.get("Bald", 0.0) <= 0,
+            dyes=change.get("Bald", 0.0) <= 0 and any(name in change for name in _DYES if name in request.values),
         )
 
 

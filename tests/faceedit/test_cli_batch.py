@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +296,13 @@ def test_a_photo_left_as_it_is_claims_no_edit(
     import faceedit.pipeline
     from faceedit.provenance import read_provenance
 
-    real = faceedit.pipeline.paste_back
+    real = faceedit.pipeline.apply
 
-    def nothing(pixels: Any, before: Any, after: Any, *rest: Any) -> Any:
-        return real(pixels, before, before, *rest)
+    def nothing(*arguments: Any) -> Any:
+        edited = real(*arguments)
+        return replace(edited, after=edited.before, opacity=None)
 
-    monkeypatch.setattr(faceedit.pipeline, "paste_back", nothing)
+    monkeypatch.setattr(faceedit.pipeline, "apply", nothing)
     outcome = run("batch", folder, tmp_path / "out", *SET, "--json")
     summary = outcome.json()
     assert (outcome.code, summary["edited"], summary["unchanged"]) == (0, 0, 3)

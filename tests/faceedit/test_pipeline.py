@@ -94,7 +94,7 @@ def test_the_stages_compose_to_the_whole(
     photo = pipeline.read(drawn.pixels)
     record = pipeline.parse(photo, pipeline.find(photo, parser), parser)
     edited = pipeline.apply(record, editor, AttributeEdit({"Blond_Hair": 1.0}))
-    composited = pipeline.composite(photo, record, edited)
+    composited = pipeline.composite(photo, record, edited, parser)
     assert np.array_equal(composited.pixels, result.pixels)
     assert np.array_equal(composited.mask(), result.region)
 
