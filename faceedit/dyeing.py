@@ -23,7 +23,7 @@ from faceedit.editors.base import EditedFace
 from faceedit.labels import CELEBAMASK_HQ
 from faceedit.matting import refine_mask
 from faceedit.networks.resizing import resize
-from faceedit.parsing import FaceParser, FaceRecord, image_tensor, inside_photo
+from faceedit.parsing import FEATURES, FaceParser, FaceRecord, image_tensor, inside_photo
 
 SQUARES = ((1.5, 0.1), (1.9, 0.3))
 """The wider squares: side, and how far the centre lies below the editor's, in sides of the editor's square. Hair hangs
@@ -34,10 +34,13 @@ NEAR, LEAST_PX = 1 / 16, 8
 as near to the lower one: parses lose long hair on its way there."""
 
 _RASTER_PX = 320  # of the last square, in which hair outside is found and dyed
-_SIDE_PX = _RASTER_PX / SQUARES[-1][0]  # of the editor's square in that raster
 _LEAST_SAMPLES = 50  # pixels of hair, from which a map between colours can be learned
 _HAIR = CELEBAMASK_HQ.id("hair")
 _MISTAKEN = [CELEBAMASK_HQ.id(part) for part in ("background", "cloth", "neck", "neck_l")]  # what hair is taken for
+
+_NEVER = [CELEBAMASK_HQ.id(part) for part in (*FEATURES, "eye_g", "ear_r", "hat", "cloth")]
+_MISSED_PX, _BESIDE_PX = 8, 25  # of the crop: how far beside its hair a parse misses some, and what that is told from
+_SURE_BESIDE = 0.1  # a parse is believed no further there
 
 _SURE_PARSE, _PRIOR = 1e-2, -1.0  # a parse is believed no further; logit, since little outside is hair
 _BINS, _LOW, _RANGE = (12, 24, 24), (0, -60, -60), (100, 120, 120)  # of Lab
@@ -53,42 +56,60 @@ _REACH = 1 / 12  # of the editor's side, over which what the map misses at the b
 def continue_dye(
     done: Composite, pixels: NDArray[np.uint8], face: FaceRecord, edited: EditedFace, parser: FaceParser
 ) -> Composite:
-    """The composite `done` of a photo, uint8 (H,W,3), with the edit's new hair colour carried on beyond its square.
+    """The composite `done` of a photo, uint8 (H,W,3), with the edit's new hair colour carried on to what it left out.
 
-    The very same composite comes back unless hair lies beyond the square, or where the edit fades towards its border;
-    and nothing is parsed unless hair comes near that, inside the photo.
-    Where the editor changed hair in full, that stays; where its edit fades towards the border, the two mix. Hair that
-    the parse of the crop missed, and the wider ones show, is dyed too.
+    That is hair beyond the square, or where the edit fades towards its border; nothing is parsed unless hair comes near
+    that, inside the photo. And it is hair inside that the parse missed: beside the hair that it shows, where colours
+    tell, and where the wider parses show it. What the editor changed in full stays.
     Args: face, the record that was edited, and edited, with that record's own alignment.
     """
     square, hair = face.alignment, _plane(face.mask[:, _HAIR])
-    if not comes_near(hair, square):
-        return done
-    fade = border_fade(square.size_px)
-    before, after, weight = _samples(edited, hair * fade)
+    before, after, weight = _samples(edited, hair * border_fade(square.size_px))
     if (weight > 0.5).sum() < _LEAST_SAMPLES:
         return done
+    missed = _missed_beside(face)
+    found = _outside(face, pixels, missed, parser) if comes_near(hair, square) else None
+    raster, old, whole, own = found or (square, _pixels(face.crop), hair + missed, 1 - missed)
 
+    dye = Dye(before, after, weight)
+    new = dye(old) + _missed_by_map(after - dye(before), weight, square.resized(before.shape[0]).within(raster))
+    new = old + whole[..., None] * (np.clip(new, -1, 1) - old)
+    further = paste_back(done.pixels, old, new, raster, whole, detail=_share(done, pixels, raster, whole, own))
+    return Composite(further.pixels, done.region.joined(further.region))
+
+
+def _outside(
+    face: FaceRecord, pixels: NDArray[np.uint8], missed: NDArray[np.float32], parser: FaceParser
+) -> tuple[Alignment, NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]] | None:
+    """A raster that holds the head's hair outside the square, the photo on it (S,S,3), all the hair (S,S), and which
+    share of it the editor changed (S,S); None where there is none. missed: hair inside that the parse missed."""
+    square, hair = face.alignment, _plane(face.mask[:, _HAIR])
     wide = square.enlarged(*SQUARES[-1], _RASTER_PX)
-    within = square.within(wide)
-    crop, inside = wide.warp_image(pixels), inside_photo(wide)
+    within, inside = square.within(wide), inside_photo(wide)
     known = within.unwarp_soft(hair).full()
     seen = within.unwarp_soft(inside_photo(square)).full()
     parsed = _parsed(pixels, square, wide, parser)
+    crop = _pixels(image_tensor(wide.warp_image(pixels)))
     likely = inside * _likely_hair(crop, parsed, known * seen, inside * (1 - known * seen))
-    missed = likely * within.unwarp_soft(_plane(face.mask[:, _MISTAKEN].sum(1))).full()
-    own = within.unwarp_soft(fade).full()
-    whole = _hanging_together(likely + own * (known + missed - likely), known * own)
-    if ((whole > 0.5) & (own < 0.5)).sum() < LEAST_PX:
-        return done
+    further = likely * within.unwarp_soft(_plane(face.mask[:, _MISTAKEN].sum(1))).full()
+    further = np.maximum(further, within.unwarp_soft(missed).full())
+    own = within.unwarp_soft(border_fade(square.size_px)).full()
+    whole = _hanging_together(likely + own * (known + further - likely), known * own)
+    return (wide, crop, whole, own * (1 - further)) if ((whole > 0.5) & (own < 0.5)).sum() >= LEAST_PX else None
 
-    dye = Dye(before, after, weight)
-    old = crop.astype(np.float32) / 127.5 - 1
-    new = dye(old) + _missed_by_map(after - dye(before), weight, square.resized(before.shape[0]).within(wide))
-    new = old + whole[..., None] * (np.clip(new, -1, 1) - old)
-    detail = _share(done, pixels, wide, whole, own * (1 - missed))
-    further = paste_back(done.pixels, old, new, wide, whole, detail=detail)
-    return Composite(further.pixels, done.region.joined(further.region))
+
+def _missed_beside(face: FaceRecord) -> NDArray[np.float32]:
+    """Hair (S,S) in [0, 1] of the crop that its parse leaves out, close to the hair that it shows: fringes and rims in
+    colours that are common in hair, and not in what is beside it."""
+    hair = _plane(face.mask[:, _HAIR])
+    beside = cv2.dilate((hair > 0.5).astype(np.uint8), np.ones((_BESIDE_PX, _BESIDE_PX), np.uint8))
+    parsed = np.clip(hair, _SURE_BESIDE, 1 - _SURE_BESIDE)
+    logits = np.log(parsed / (1 - parsed)) - _PRIOR / 2  # beside hair, hair is not so rare
+    likely = _likely_hair(_pixels(face.crop), logits, hair, (1 - hair) * beside)
+    away = cv2.distanceTransform((hair <= 0.5).astype(np.uint8), cv2.DIST_L2, 5)
+    near = np.clip(2 - away / _MISSED_PX, 0, 1)
+    other = cv2.dilate(_plane(face.mask[:, _NEVER].sum(1)), np.ones((5, 5), np.uint8))
+    return np.asarray(np.clip(likely * near * (1 - other) - hair, 0, 1), dtype=np.float32)
 
 
 def comes_near(hair: NDArray[Any], square: Alignment) -> bool:
@@ -151,14 +172,14 @@ def _parsed(pixels: NDArray[np.uint8], square: Alignment, wide: Alignment, parse
 
 
 def _likely_hair(
-    crop: NDArray[np.uint8], parsed: NDArray[np.float32], hair: NDArray[np.float32], rest: NDArray[np.float32]
+    crop: NDArray[np.float32], parsed: NDArray[np.float32], hair: NDArray[np.float32], rest: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """How likely a pixel (S,S) is hair, in [0, 1], from its parse and its colour.
 
     hair and rest: how far a pixel belongs to what is known to be hair, and to all that is not. That holds the hair to
     be found, too, but more clothes and background; a colour rarer in it than in hair speaks for hair.
     """
-    bins = ((_lab(crop.astype(np.float32) / 127.5 - 1) - _LOW) / _RANGE * _BINS).astype(np.intp)
+    bins = ((_lab(crop) - _LOW) / _RANGE * _BINS).astype(np.intp)
     index = np.ravel_multi_index(tuple(np.moveaxis(np.clip(bins, 0, np.array(_BINS) - 1), -1, 0)), _BINS)
     ratio = (_frequency(index, np.square(hair)) + _RARE_HAIR) / (_frequency(index, np.square(rest)) + _RARE_REST)
     told = np.clip(np.log(ratio), -_MOST, _MOST).astype(np.float32)
@@ -189,17 +210,17 @@ def _samples(
     edited: EditedFace, weight: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """The editor's crops (S,S,3), and a weight of the face record's crop at their size (S,S)."""
-    before, after = (_plane(crop.movedim(1, -1)) for crop in (edited.before, edited.after))
+    before, after = (_pixels(crop) for crop in (edited.before, edited.after))
     return before, after, _plane(resize(torch.from_numpy(weight)[None, None], before.shape[0])[:, 0])
 
 
 def _missed_by_map(rest: NDArray[Any], weight: NDArray[Any], within: Alignment) -> NDArray[np.float32]:
-    """What the map leaves of the editor's colours (S,S,3), spread to where it is not known: at the border it would be a
-    seam. It fades with the distance from hair that was changed in full, which weight (S,S) tells."""
+    """What the map leaves of the editor's colours (S,S,3), spread over the raster to where that is not known: it would
+    be a seam. It fades with the distance from hair that was changed in full, which weight (S,S) tells."""
     sure = np.clip((weight - 0.75) / 0.2, 0, 1)
     planes = np.concatenate([rest * sure[..., None], sure[..., None]], -1)
-    raster = within.unwarp_image(planes, (0, 0, _RASTER_PX, _RASTER_PX)).values
-    spread = cv2.GaussianBlur(raster, (0, 0), _REACH * _SIDE_PX)
+    raster = within.unwarp_image(planes, (0, 0, *within.photo_size)).values
+    spread = cv2.GaussianBlur(raster, (0, 0), _REACH * within.size_px / within.scale)
     return np.asarray(spread[..., :3] / (spread[..., 3:] + 0.05), dtype=np.float32)
 
 
@@ -217,6 +238,11 @@ def _share(
 
 def _lab(crop: NDArray[Any]) -> NDArray[np.float32]:
     return np.asarray(cv2.cvtColor(np.clip(crop.astype(np.float32) / 2 + 0.5, 0, 1), cv2.COLOR_RGB2LAB))
+
+
+def _pixels(crop: Tensor) -> NDArray[np.float32]:
+    """1×3×S×S to S×S×3."""
+    return _plane(crop.movedim(1, -1))
 
 
 def _plane(tensor: Tensor) -> NDArray[np.float32]:

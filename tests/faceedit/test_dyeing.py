@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -107,22 +108,58 @@ def test_only_edits_of_a_hair_colour_dye(
     assert np.array_equal(carried.pixels, alone.pixels) != dyes
 
 
-def test_nothing_is_parsed_or_changed_where_hair_keeps_inside(
-    drawn: DrawnFace, parser: FaceParser, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def far_from_border(drawn: DrawnFace, parser: FaceParser) -> tuple[pipeline.Photo, FaceRecord]:
+    """A face in a square so large that no hair comes near its border."""
     photo = pipeline.read(drawn.pixels)
     record = pipeline.parse(photo, pipeline.find(photo, parser), parser)
-    wide = record.alignment.enlarged(1.5, 0.0, 256)  # in so large a square the head is far from the border
+    wide = record.alignment.enlarged(1.5, 0.0, 256)
     crop, mask = parser._parse_photo(photo.pixels, wide)
-    inner = replace(record, alignment=wide, crop=crop, mask=mask)
-    edited = dyed(inner, (0.2, -0.2, -0.6))
-    alone = pipeline.composite(photo, inner, edited)
+    return photo, replace(record, alignment=wide, crop=crop, mask=mask)
+
+
+@pytest.fixture
+def blind(drawn: DrawnFace, monkeypatch: pytest.MonkeyPatch) -> FaceParser:
+    """A parser that must not be asked."""
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("must not be parsed")
 
+    parser = palette_parser(drawn.box)
     monkeypatch.setattr(parser, "parse_crop", refuse)
-    assert np.array_equal(pipeline.composite(photo, inner, edited, parser).pixels, alone.pixels)
+    return parser
+
+
+def test_hair_that_keeps_inside_is_neither_parsed_nor_dyed_twice(
+    far_from_border: tuple[pipeline.Photo, FaceRecord], blind: FaceParser
+) -> None:
+    photo, record = far_from_border
+    edited = dyed(record, (0.2, -0.2, -0.6))
+    alone = pipeline.composite(photo, record, edited)
+    again = pipeline.composite(photo, record, edited, blind)
+    away = record.alignment.unwarp_soft(cv2.blur(record.mask[0, 13].numpy(), (7, 7))).full() < 1e-3
+    assert np.array_equal(again.pixels[away], alone.pixels[away])
+    full = alone.mask() == 1
+    assert np.array_equal(again.pixels[full], alone.pixels[full])
+
+
+def test_hair_beside_what_the_parse_shows_of_it_is_told_by_its_colour(
+    far_from_border: tuple[pipeline.Photo, FaceRecord], blind: FaceParser
+) -> None:
+    photo, record = far_from_border
+    hair = CELEBAMASK_HQ.id("hair")
+    top = int(np.nonzero((record.mask[0, hair] > 0.5).any(1).numpy())[0].min())
+    mask = record.mask.clone()
+    mask[0, 0, : top + 10] += mask[0, hair, : top + 10]  # its upper rim, taken for background
+    mask[0, hair, : top + 10] = 0
+    missing = replace(record, mask=mask)
+    rim = record.alignment.unwarp_soft((record.mask - mask)[0, hair].numpy()).full() > 0.99
+    edited = dyed(missing, (0.2, -0.2, -0.6))
+    alone = pipeline.composite(photo, missing, edited).pixels[rim]
+    again = pipeline.composite(photo, missing, edited, blind).pixels[rim]
+    wanted = np.array([0.2, -0.2, -0.6]) * 127.5 + 127.5
+    assert rim.sum() > 20
+    assert np.abs(again - wanted).mean() < 0.5 * np.abs(alone - wanted).mean()
 
 
 def test_hair_comes_near_at_the_border_inside_the_photo_only() -> None:
