@@ -48,15 +48,11 @@ def _key_sets() -> tuple[frozenset[int], frozenset[int]]:
 
 
 _quiet_scopes, _ordinary_keys = _key_sets()
+_VALUES = frozenset((type(None), str, float, int, bool))  # what most arguments are: nothing is asked of them
 
 
 def _is_quiet() -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and bool(_quiet_scopes)
-        and _scope_keys().raw_repr() in _quiet_scopes
-        and not _function_modes()
-    )
+    return bool(_quiet_scopes) and _scope_keys().raw_repr() in _quiet_scopes and not _function_modes()
 
 
 def _is_differentiated() -> bool:
@@ -91,13 +87,15 @@ def way(arguments: tuple[Any, ...]) -> str:
     """
     if torch.compiler.is_compiling():
         return "dispatched"
-    if has_tangent(arguments):
+    if getattr(forward_ad, "_current_level", 0) >= 0 and has_tangent(arguments):
         return "composed"
     if not _is_quiet() or _profiling():
         return "composed" if _is_differentiated() else "dispatched"
     watched = has_list = False
     for argument in arguments:
         kind = type(argument)
+        if kind in _VALUES:
+            continue
         if kind is Tensor or kind is Parameter:
             if _keys_of(argument).raw_repr() not in _ordinary_keys:
                 return "dispatched"
@@ -107,7 +105,7 @@ def way(arguments: tuple[Any, ...]) -> str:
                 has_list = True
                 if way(tuple(argument)) != "plain":
                     return "dispatched"
-        elif argument is not None and isinstance(argument, Tensor):
+        elif isinstance(argument, Tensor):
             return "dispatched"
     if not watched or not torch.is_grad_enabled():
         return "plain"
@@ -125,4 +123,6 @@ def holds_many(grad: Tensor) -> bool:
 
 def is_ordinary(tensor: Tensor) -> bool:
     """Return whether `tensor` is dense, of no subclass, and in the hands of no tracer, transform or mode."""
-    return _is_quiet() and type(tensor) in (Tensor, Parameter) and _keys_of(tensor).raw_repr() in _ordinary_keys
+    if torch.compiler.is_compiling() or not _is_quiet():
+        return False
+    return type(tensor) in (Tensor, Parameter) and _keys_of(tensor).raw_repr() in _ordinary_keys

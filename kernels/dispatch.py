@@ -53,6 +53,11 @@ def requested_backend() -> str:
     return "auto" if torch.compiler.is_compiling() else _requested.get()
 
 
+def backend_again(name: str) -> AbstractContextManager[Any]:
+    """Return the scope of a backward pass whose forward pass ran under `name`: none where that is asked for anyway."""
+    return nullcontext() if _requested.get() == name else backend(name)
+
+
 def last_backend(op: str) -> str:
     """Return the backend that last ran `op` in this process, e.g. last_backend("masked_mse_backward").
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from faceedit.kernels import native
 from faceedit.kernels.activations import ACTIVATIONS, check_activation
-from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
+from faceedit.kernels.dispatch import backend_again, dispatcher, requested_backend
 from faceedit.kernels.noise_bias_act import (
     PIECEWISE_LINEAR,
     backward_reference,
@@ -234,7 +234,7 @@ def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     others: list[Tensor | None] = [None] * 4
     if ctx.has_one_slope:
         grad = _arranged(grad, ctx.format)
-    with backend(ctx.backend):
+    with backend_again(ctx.backend):
         if ctx.has_one_slope and ctx.gain == 1.0 and operands[0] is None and not any(wanted[1:]):
             gz = grad
         else:

@@ -5,6 +5,7 @@ Steps, numbered alike in the reference, csrc/masked_mse.cpp, csrc/masked_mse.cu 
 1. m = mask or 1    2. m = relax(m, exclude)    3. m = relax(m, include)    4. loss = sum(m * (a - b)^2) / divisor
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -138,20 +139,15 @@ def _readable(*masks: Tensor | None) -> list[Tensor | None]:
     return [None if m is None else native.readable_mask(m) for m in masks]
 
 
-def _halved(a: Tensor, **masks: Tensor | None) -> dict[str, Any]:
-    """Return the fields that say which masks are of half the size."""
-    found = {f"{k}_halved": True for k, m in masks.items() if m is not None and m.shape[2:] != a.shape[2:]}
-    return found | {"width": a.shape[3]} if found else found
+def _is_halved(mask: Tensor | None, a: Tensor) -> bool:
+    return mask is not None and mask.shape[2] != a.shape[2]
 
 
-def _geometry(a: Tensor, fmt: torch.memory_format) -> dict[str, Any]:
-    return {
-        "batch": a.shape[0],
-        "channels": a.shape[1],
-        "pixels": a.shape[2] * a.shape[3],
-        "dtype": native.DTYPE_CODES[a.dtype],
-        "channels_last": fmt is torch.channels_last,
-    }
+@lru_cache(maxsize=1024)
+def _workspace_size(on_cpu: bool, shape: torch.Size) -> int:
+    """Return how many doubles the forward pass needs for its sums."""
+    n, c, h, w = shape
+    return native.module().masked_mse_fwd_workspace(native.place(on_cpu), batch=n, channels=c, pixels=h * w)
 
 
 def _native(
@@ -166,23 +162,31 @@ def _native(
     fmt = memory_format(a)
     a, b = a.contiguous(memory_format=fmt), b.contiguous(memory_format=fmt)
     mask, exclude, include = _readable(mask, exclude, include)
-    module, target = native.module(), native.target(a)
-    loss, inverse = empty_float(a, a.shape[0]), empty_float(a, a.shape[0])
-    call = {
-        "a": a.data_ptr(),
-        "b": b.data_ptr(),
-        "mask": native.mask_operand(mask, a.shape[0]),
-        "exclude": native.mask_operand(exclude, a.shape[0]),
-        "include": native.mask_operand(include, a.shape[0]),
-        "loss": loss.data_ptr(),
-        "inverse_weight": inverse.data_ptr(),
-        "relax": RELAX.index(relax),
-        "normalize_by_mask": normalize == "mask",
-        **_geometry(a, fmt),
-        **_halved(a, mask=mask, exclude=exclude, include=include),
-    }
-    workspace = empty_float(a, module.masked_mse_fwd_workspace(target, **call), dtype=torch.float64)
-    module.masked_mse_fwd(target, **call, workspace=workspace.data_ptr())
+    n, c, h, w = a.shape
+    loss, inverse = empty_float(a, n), empty_float(a, n)
+    workspace = empty_float(a, _workspace_size(a.is_cpu, a.shape), dtype=torch.float64)
+    native.module().masked_mse_fwd(
+        native.target(a),
+        a=a.data_ptr(),
+        b=b.data_ptr(),
+        mask=native.mask_operand(mask, n),
+        exclude=native.mask_operand(exclude, n),
+        include=native.mask_operand(include, n),
+        loss=loss.data_ptr(),
+        inverse_weight=inverse.data_ptr(),
+        workspace=workspace.data_ptr(),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        dtype=native.DTYPE_CODES[a.dtype],
+        relax=RELAX.index(relax),
+        channels_last=fmt is torch.channels_last,
+        normalize_by_mask=normalize == "mask",
+        width=w,
+        mask_halved=_is_halved(mask, a),
+        exclude_halved=_is_halved(exclude, a),
+        include_halved=_is_halved(include, a),
+    )
     return loss, inverse
 
 
@@ -244,29 +248,37 @@ def _backward_native(
     include: Tensor | None,
     relax: str,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     fmt = memory_format(a)
     a, b = a.contiguous(memory_format=fmt), b.contiguous(memory_format=fmt)
     mask, exclude, include = _readable(mask, exclude, include)
     grad = in_format(grad, torch.float32, torch.contiguous_format)
     ga = empty_like(a, fmt) if wanted[0] else None
     gb = empty_like(a, fmt) if wanted[1] else None
+    n, c, h, w = a.shape
     native.module().masked_mse_bwd(
         native.target(a),
-        grad=grad.data_ptr(),
         a=a.data_ptr(),
         b=b.data_ptr(),
-        mask=native.mask_operand(mask, a.shape[0]),
-        exclude=native.mask_operand(exclude, a.shape[0]),
-        include=native.mask_operand(include, a.shape[0]),
+        mask=native.mask_operand(mask, n),
+        exclude=native.mask_operand(exclude, n),
+        include=native.mask_operand(include, n),
         inverse_weight=inverse.data_ptr(),
+        grad=grad.data_ptr(),
         grad_a=native.address(ga),
         grad_b=native.address(gb),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        dtype=native.DTYPE_CODES[a.dtype],
         relax=RELAX.index(relax),
-        **_geometry(a, fmt),
-        **_halved(a, mask=mask, exclude=exclude, include=include),
+        channels_last=fmt is torch.channels_last,
+        width=w,
+        mask_halved=_is_halved(mask, a),
+        exclude_halved=_is_halved(exclude, a),
+        include_halved=_is_halved(include, a),
     )
-    return (a.new_empty(0) if ga is None else ga), (a.new_empty(0) if gb is None else gb)
+    return ga, gb
 
 
 def _backward_triton(a: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

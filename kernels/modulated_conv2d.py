@@ -351,7 +351,7 @@ def _backward_eager(x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, *ar
 
 def _backward_native(
     x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, weight: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     from faceedit.kernels import modulated_conv2d_native, modulated_layer_native
 
     layer_backward = modulated_layer_native.backward if modulated_layer_native.fits(x, weight) else None
@@ -360,7 +360,7 @@ def _backward_native(
     )
 
 
-def _backward_triton(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward_triton(x: Tensor, *arguments: Any) -> tuple[Tensor | None, ...]:
     from faceedit.kernels import modulated_conv2d_triton
 
     # The FIR runs on what is fastest for it.

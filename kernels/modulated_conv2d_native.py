@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The passes around modulated_conv2d's convolution, in C++ and CUDA."""
 
-from typing import Any
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,23 +12,23 @@ from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import empty, empty_float, empty_like, memory_format
 
 
-def _geometry(x: Tensor, noise: Tensor | None = None) -> dict[str, Any]:
-    n, c, h, w = x.shape
-    shape = {
-        "batch": n,
-        "channels": c,
-        "pixels": h * w,
-        "dtype": native.DTYPE_CODES[x.dtype],
-        "channels_last": memory_format(x) is torch.channels_last,
-    }
-    return shape if noise is None else shape | {"noise_stride": h * w if noise.shape[0] == n else 0}
-
-
 def scale(x: Tensor, style: Tensor) -> Tensor:
     """Return x * style, x contiguous in its format."""
-    y = empty_like(x, memory_format(x))
+    fmt = memory_format(x)
+    y = empty_like(x, fmt)
+    n, c, h, w = x.shape
     native.module().noise_bias_act_fwd(
-        native.target(x), x=x.data_ptr(), y=y.data_ptr(), scale=style.data_ptr(), gain=1.0, clamp=-1.0, **_geometry(x)
+        native.target(x),
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        scale=style.data_ptr(),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        dtype=native.DTYPE_CODES[x.dtype],
+        channels_last=fmt is torch.channels_last,
+        gain=1.0,
+        clamp=-1.0,
     )
     return y
 
@@ -44,43 +44,88 @@ def epilogue(
     scale, noise, strength, bias = vectors
     act, slope, gain, clamp = settings
     n, c, h, w = core.shape
-    module, target = native.module(), native.target(core)
-    call = {
-        "x": core.data_ptr(),
-        "y": y.data_ptr(),
-        "noise": native.address(noise),
-        "strength": native.address(strength),
-        "act": ACTIVATIONS.index(act),
-        "slope": slope,
-        "gain": gain,
-        "clamp": clamp,
-        **_geometry(core, noise),
-    }
+    noise_stride = h * w if noise is not None and noise.shape[0] == n else 0
     if factors is None:
-        module.noise_bias_act_fwd(target, **call, scale=native.address(scale), bias=native.address(bias))
+        native.module().noise_bias_act_fwd(
+            native.target(core),
+            x=core.data_ptr(),
+            y=y.data_ptr(),
+            scale=native.address(scale),
+            noise=native.address(noise),
+            strength=native.address(strength),
+            bias=native.address(bias),
+            batch=n,
+            channels=c,
+            pixels=h * w,
+            noise_stride=noise_stride,
+            dtype=native.DTYPE_CODES[core.dtype],
+            act=ACTIVATIONS.index(act),
+            channels_last=memory_format(core) is torch.channels_last,
+            slope=slope,
+            gain=gain,
+            clamp=clamp,
+        )
         return None
     scale = core.new_ones(n, c, dtype=torch.float32) if scale is None else scale
     bias = core.new_zeros(c, dtype=torch.float32) if bias is None else bias
     rgb = empty_float(core, n, 3, h, w)
-    module.modulated_epilogue_fwd(
-        target,
-        **call,
+    native.module().modulated_epilogue_fwd(
+        native.target(core),
+        x=core.data_ptr(),
+        y=y.data_ptr(),
         scale=scale.data_ptr(),
+        noise=native.address(noise),
+        strength=native.address(strength),
         bias=bias.data_ptr(),
         rgb_factors=factors.data_ptr(),
         rgb=rgb.data_ptr(),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        noise_stride=noise_stride,
+        dtype=native.DTYPE_CODES[core.dtype],
+        act=ACTIVATIONS.index(act),
+        channels_last=memory_format(core) is torch.channels_last,
+        slope=slope,
+        gain=gain,
+        clamp=clamp,
     )
     return rgb
 
 
 def dots(x: Tensor, factors: Tensor) -> Tensor:
     """Return sum_c factors[n,k,c] * x[n,c,h,w], (N,3,H,W), float32 and planar."""
-    n, _, h, w = x.shape
+    n, c, h, w = x.shape
     rgb = empty_float(x, n, 3, h, w)
     native.module().modulated_epilogue_fwd(
-        native.target(x), x=x.data_ptr(), rgb_factors=factors.data_ptr(), rgb=rgb.data_ptr(), **_geometry(x)
+        native.target(x),
+        x=x.data_ptr(),
+        rgb_factors=factors.data_ptr(),
+        rgb=rgb.data_ptr(),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        dtype=native.DTYPE_CODES[x.dtype],
+        channels_last=memory_format(x) is torch.channels_last,
     )
     return rgb
+
+
+@lru_cache(maxsize=1024)
+def _epilogue_size(on_cpu: bool, shape: torch.Size, is_channels_last: bool, wanted: tuple[bool, ...]) -> int:
+    """Return how many floats epilogue_backward needs for its sums; wanted: as there."""
+    n, c, h, w = shape
+    return native.module().modulated_epilogue_bwd_workspace(
+        native.place(on_cpu),
+        grad_scale=wanted[0],
+        grad_strength=wanted[2],
+        grad_bias=wanted[3],
+        grad_factors=wanted[4],
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        channels_last=is_channels_last,
+    )
 
 
 def epilogue_backward(
@@ -96,51 +141,74 @@ def epilogue_backward(
     scale, noise, strength, bias = vectors
     act, slope, gain, clamp = settings
     n, c, h, w = saved.shape
-    core_grad = empty_like(saved, memory_format(saved))
+    fmt = memory_format(saved)
+    core_grad = empty_like(saved, fmt)
     shapes: tuple[tuple[int, ...], ...] = ((n, c), (n, 1, h, w), (), (c,), (n, 3, c))
     found = tuple(empty_float(saved, *shape) if want else None for want, shape in zip(wanted, shapes, strict=True))
-    module, target = native.module(), native.target(saved)
-    call = {
-        "grad": native.address(grad),
-        "saved": saved.data_ptr(),
-        "grad_x": core_grad.data_ptr(),
-        "scale": native.address(scale),
-        "noise": native.address(noise),
-        "strength": native.address(strength),
-        "bias": native.address(bias),
-        "rgb_factors": native.address(factors),
-        "grad_rgb": native.address(grad_rgb),
-        "grad_scale": native.address(found[0]),
-        "grad_noise": native.address(found[1]),
-        "grad_strength": native.address(found[2]),
-        "grad_bias": native.address(found[3]),
-        "grad_factors": native.address(found[4]),
-        "act": ACTIVATIONS.index(act),
-        "slope": slope,
-        "gain": gain,
-        "clamp": clamp,
-        **_geometry(saved, noise),
-    }
-    workspace = empty_float(saved, module.modulated_epilogue_bwd_workspace(target, **call))
-    module.modulated_epilogue_bwd(target, **call, workspace=workspace.data_ptr())
+    size = _epilogue_size(saved.is_cpu, saved.shape, fmt is torch.channels_last, wanted)
+    workspace = empty_float(saved, size) if size else None
+    native.module().modulated_epilogue_bwd(
+        native.target(saved),
+        grad=native.address(grad),
+        saved=saved.data_ptr(),
+        grad_x=core_grad.data_ptr(),
+        scale=native.address(scale),
+        noise=native.address(noise),
+        strength=native.address(strength),
+        bias=native.address(bias),
+        rgb_factors=native.address(factors),
+        grad_rgb=native.address(grad_rgb),
+        grad_scale=native.address(found[0]),
+        grad_noise=native.address(found[1]),
+        grad_strength=native.address(found[2]),
+        grad_bias=native.address(found[3]),
+        grad_factors=native.address(found[4]),
+        workspace=native.address(workspace),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        noise_stride=h * w if noise is not None and noise.shape[0] == n else 0,
+        dtype=native.DTYPE_CODES[saved.dtype],
+        act=ACTIVATIONS.index(act),
+        channels_last=fmt is torch.channels_last,
+        slope=slope,
+        gain=gain,
+        clamp=clamp,
+    )
     return core_grad, found
+
+
+@lru_cache(maxsize=1024)
+def _style_size(on_cpu: bool, shape: torch.Size, is_channels_last: bool) -> int:
+    """Return how many floats style_backward needs for its sum."""
+    n, c, h, w = shape
+    return native.module().modulated_style_bwd_workspace(
+        native.place(on_cpu), grad_style=1, batch=n, channels=c, pixels=h * w, channels_last=is_channels_last
+    )
 
 
 def style_backward(x: Tensor, grad: Tensor, style: Tensor, wanted: bool) -> Tensor | None:
     """Multiply `grad` by style, in place; return the sum over pixels of grad * x, (N,C), where wanted."""
-    n, c = style.shape
-    grad_style = empty_float(x, n, c) if wanted else None
-    module, target = native.module(), native.target(x)
-    call = {
-        "x": x.data_ptr(),
-        "grad": grad.data_ptr(),
-        "grad_x": grad.data_ptr(),
-        "style": style.data_ptr(),
-        "grad_style": native.address(grad_style),
-        **_geometry(x),
-    }
-    workspace = empty_float(x, module.modulated_style_bwd_workspace(target, **call))
-    module.modulated_style_bwd(target, **call, workspace=workspace.data_ptr())
+    n, c, h, w = x.shape
+    is_channels_last = memory_format(x) is torch.channels_last
+    grad_style = workspace = None
+    if wanted:
+        grad_style = empty_float(x, n, c)
+        workspace = empty_float(x, _style_size(x.is_cpu, x.shape, is_channels_last))
+    native.module().modulated_style_bwd(
+        native.target(x),
+        x=x.data_ptr(),
+        grad=grad.data_ptr(),
+        grad_x=grad.data_ptr(),
+        style=style.data_ptr(),
+        grad_style=native.address(grad_style),
+        workspace=native.address(workspace),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        dtype=native.DTYPE_CODES[x.dtype],
+        channels_last=is_channels_last,
+    )
     return grad_style
 
 

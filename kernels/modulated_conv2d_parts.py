@@ -8,12 +8,14 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from faceedit.kernels.direct import is_ordinary
 from faceedit.kernels.tensors import in_format
 from faceedit.kernels.upfirdn2d import filtered
 
@@ -72,16 +74,24 @@ class Geometry:
         stride = 2 if self.up == 2 or self.down == 2 else 1
         if self.up == 2 and not wanted[1]:
             return F.conv2d(grad, weight, stride=2), grad.new_empty(0)
-        gx, gweight, _ = torch.ops.aten.convolution_backward(
+        gx, gweight, _ = torch.ops.aten.convolution_backward.default(
             grad, x, weight, None, [stride] * 2, [self.padding] * 2, [1, 1], self.up == 2, [0, 0], 1, [*wanted, False]
         )
         return gx, gweight
+
+
+@cache
+def _usual_taps() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor([0.125, 0.375, 0.375, 0.125], dtype=torch.float32, device="cpu")
 
 
 def fir_taps(fir: Tensor | None, x: Tensor) -> Tensor:
     """Return the four taps; without any given, [1, 3, 3, 1] / 8."""
     if fir is not None:
         return fir.detach()
+    if is_ordinary(x) and x.is_cpu and x.dtype != torch.float64:
+        return _usual_taps()
     # Not new_tensor: tracers do not write a constant tensor down.
     pieces = (x.new_full((count,), tap, dtype=compute_dtype(x)) for count, tap in ((1, 0.125), (2, 0.375), (1, 0.125)))
     return torch.cat(list(pieces))

@@ -205,8 +205,8 @@ def backward(
     wanted: list[bool],
     *,
     layer_backward: LayerBackward | None = None,
-) -> tuple[Tensor, ...]:
-    """Return the gradients to x, weight, styles, noise, strength, bias, rgb_weight and rgb_styles; see `wanted`.
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients to x, weight, styles, noise, strength, bias, rgb_weight and rgb_styles; None: not wanted.
 
     layer_backward: what runs the convolution's part of a layer that it fits, where the weight needs no gradient.
     """
@@ -281,7 +281,7 @@ def backward(
     gradients = (gx, grad_weight, grad_styles, grad_noise, grad_strength, grad_bias, grad_rgb_weight, grad_rgb_styles)
     likes = (x, weight, styles, noise, strength, bias, rgb_weight, rgb_styles)
     return tuple(
-        in_dtype(g, like.dtype) if want and g is not None and like is not None else x.new_empty(0)
+        in_dtype(g, like.dtype) if want and g is not None and like is not None else None
         for want, g, like in zip(wanted, gradients, likes, strict=True)
     )
 

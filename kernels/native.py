@@ -145,6 +145,14 @@ def target(x: torch.Tensor, elements: int = 65536) -> tuple[int, int, int]:
     return x.device.index, 1, torch.cuda.current_stream(x.device).cuda_stream
 
 
+def place(on_cpu: bool) -> tuple[int, int, int]:
+    """Return a target for asking how large a workspace is, which depends on shapes and on the kind of device alone.
+
+    Callers remember the answers (`functools.lru_cache`): asking takes as long as a small layer's kernel.
+    """
+    return (-1, 1, 0) if on_cpu else (0, 1, 0)
+
+
 def address(tensor: torch.Tensor | None) -> int:
     """Return the data pointer, 0 for an absent operand."""
     return 0 if tensor is None else tensor.data_ptr()

@@ -5,6 +5,7 @@ Steps, numbered alike in the reference, csrc/noise_bias_act.cpp, csrc/noise_bias
 1. z = x * scale    2. z += noise * strength    3. z += bias    4. y = act(z) * gain    5. y = clamp(y, -clamp, clamp)
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -133,6 +134,7 @@ def _native(
     x = x.contiguous(memory_format=fmt)
     scale, noise, strength, bias = as_float(scale), as_float(noise), as_float(strength), as_float(bias)
     y = empty_like(x, fmt)
+    n, c, h, w = x.shape
     native.module().noise_bias_act_fwd(
         native.target(x),
         x=x.data_ptr(),
@@ -141,25 +143,34 @@ def _native(
         noise=native.address(noise),
         strength=native.address(strength),
         bias=native.address(bias),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        noise_stride=h * w if noise is not None and noise.shape[0] == n else 0,
+        dtype=native.DTYPE_CODES[x.dtype],
         act=ACTIVATIONS.index(act),
+        channels_last=fmt is torch.channels_last,
         slope=slope,
         gain=gain,
         clamp=clamp,
-        **_geometry(x, noise, fmt),
     )
     return y
 
 
-def _geometry(x: Tensor, noise: Tensor | None, fmt: torch.memory_format) -> dict[str, Any]:
-    n, c, h, w = x.shape
-    return {
-        "batch": n,
-        "channels": c,
-        "pixels": h * w,
-        "noise_stride": h * w if noise is not None and noise.shape[0] == n else 0,
-        "dtype": native.DTYPE_CODES[x.dtype],
-        "channels_last": fmt is torch.channels_last,
-    }
+@lru_cache(maxsize=1024)
+def _workspace_size(on_cpu: bool, shape: torch.Size, is_channels_last: bool, wanted: tuple[bool, bool, bool]) -> int:
+    """Return how many floats a backward pass needs for its sums; wanted: of scale, strength and bias."""
+    n, c, h, w = shape
+    return native.module().noise_bias_act_bwd_workspace(
+        native.place(on_cpu),
+        grad_scale=wanted[0],
+        grad_strength=wanted[1],
+        grad_bias=wanted[2],
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        channels_last=is_channels_last,
+    )
 
 
 def _triton(x: Tensor, *arguments: Any) -> Tensor:
@@ -263,11 +274,10 @@ def _backward_native(
     gain: float,
     clamp: float,
     wanted: list[bool],
-) -> Gradients:
+) -> tuple[Tensor | None, ...]:
     fmt = memory_format(saved)
     saved = saved.contiguous(memory_format=fmt)
     grad = in_format(grad, saved.dtype, fmt)
-    operands = (scale, noise, strength, bias)
     scale_f, noise_f, strength_f, bias_f = as_float(scale), as_float(noise), as_float(strength), as_float(bias)
     n, c, h, w = saved.shape
     gx = empty_like(saved, fmt)
@@ -275,33 +285,44 @@ def _backward_native(
     gnoise = empty_float(saved, n, 1, h, w) if wanted[2] else None
     gstrength = empty_float(saved) if wanted[3] else None
     gbias = empty_float(saved, c) if wanted[4] else None
-    module, target = native.module(), native.target(saved)
-    call = {
-        "grad": grad.data_ptr(),
-        "saved": saved.data_ptr(),
-        "saved_is_input": saved_is_input,
-        "scale": native.address(scale_f),
-        "noise": native.address(noise_f),
-        "strength": native.address(strength_f),
-        "bias": native.address(bias_f),
-        "grad_x": gx.data_ptr(),
-        "grad_scale": native.address(gscale),
-        "grad_noise": native.address(gnoise),
-        "grad_strength": native.address(gstrength),
-        "grad_bias": native.address(gbias),
-        "act": ACTIVATIONS.index(act),
-        "slope": slope,
-        "gain": gain,
-        "clamp": clamp,
-        **_geometry(saved, noise_f, fmt),
-    }
-    workspace = empty_float(saved, module.noise_bias_act_bwd_workspace(target, **call))
-    module.noise_bias_act_bwd(target, **call, workspace=workspace.data_ptr())
+    workspace = None
+    if gscale is not None or gstrength is not None or gbias is not None:
+        sums = (gscale is not None, gstrength is not None, gbias is not None)
+        size = _workspace_size(saved.is_cpu, saved.shape, fmt is torch.channels_last, sums)
+        workspace = empty_float(saved, size)
+    native.module().noise_bias_act_bwd(
+        native.target(saved),
+        grad=grad.data_ptr(),
+        saved=saved.data_ptr(),
+        grad_x=gx.data_ptr(),
+        scale=native.address(scale_f),
+        noise=native.address(noise_f),
+        strength=native.address(strength_f),
+        bias=native.address(bias_f),
+        grad_scale=native.address(gscale),
+        grad_noise=native.address(gnoise),
+        grad_strength=native.address(gstrength),
+        grad_bias=native.address(gbias),
+        workspace=native.address(workspace),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        noise_stride=h * w if noise_f is not None and noise_f.shape[0] == n else 0,
+        dtype=native.DTYPE_CODES[saved.dtype],
+        act=ACTIVATIONS.index(act),
+        channels_last=fmt is torch.channels_last,
+        saved_is_input=saved_is_input,
+        slope=slope,
+        gain=gain,
+        clamp=clamp,
+    )
     if gnoise is not None and noise is not None and noise.shape[0] != n:
         gnoise = gnoise.sum(0, keepdim=True)
-    found = zip((gscale, gnoise, gstrength, gbias), operands, strict=True)
-    cast = [grad.new_empty(0) if g is None or o is None else in_dtype(g, o.dtype) for g, o in found]
-    return gx, cast[0], cast[1], cast[2], cast[3]
+    return gx, _cast(gscale, scale), _cast(gnoise, noise), _cast(gstrength, strength), _cast(gbias, bias)
+
+
+def _cast(gradient: Tensor | None, operand: Tensor | None) -> Tensor | None:
+    return None if gradient is None or operand is None else in_dtype(gradient, operand.dtype)
 
 
 def _backward_triton(grad: Tensor, *arguments: Any) -> Gradients:

@@ -5,6 +5,7 @@ Steps of the reference, of csrc/norm_modulate_*.cpp and *.cu, and of the Triton 
 1. mean and rstd of every plane    2. u = (x - mean) * rstd    3. z = u * gamma + beta    4. y = act(z)
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from faceedit.kernels import native
 from faceedit.kernels.activations import ACTIVATIONS, check_activation
 from faceedit.kernels.dispatch import dispatcher, requested_backend
 from faceedit.kernels.norm_modulate_reference import (
+    PER_CHANNEL,
     PER_ELEMENT,
     PER_PIXEL,
     Gradients,
@@ -109,7 +111,29 @@ def _row_stride(operand: Tensor | None) -> int:
     return operand.shape[1] if operand is not None and operand.dim() == 2 else 0
 
 
-def _call(
+@lru_cache(maxsize=1024)
+def _forward_size(on_cpu: bool, shape: torch.Size, is_channels_last: bool) -> int:
+    """Return how many doubles an instance norm's statistics need on their way."""
+    n, c, h, w = shape
+    return native.module().norm_modulate_fwd_workspace(
+        native.place(on_cpu), batch=n, channels=c, pixels=h * w, norm=0, channels_last=is_channels_last
+    )
+
+
+@lru_cache(maxsize=1024)
+def _backward_size(on_cpu: bool, shape: torch.Size, is_channels_last: bool) -> int:
+    """Return how many doubles a backward pass needs that sums over planes."""
+    n, c, h, w = shape
+    return native.module().norm_modulate_bwd_workspace(
+        native.place(on_cpu), grad_x=1, batch=n, channels=c, pixels=h * w, norm=0, channels_last=is_channels_last
+    )
+
+
+def _workspace(x: Tensor, size: int) -> Tensor | None:
+    return empty_float(x, size, dtype=torch.float64) if size else None
+
+
+def _native(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
@@ -120,52 +144,46 @@ def _call(
     eps: float,
     act: str,
     slope: float,
-) -> dict[str, Any]:
-    """Return the fields that both native entry points share; x, gamma, ... as `_operand` and `as_float` made them."""
-    n, c, h, w = x.shape
-    return {
-        "x": x.data_ptr(),
-        "gamma": native.address(gamma),
-        "beta": native.address(beta),
-        "mean": native.address(mean),
-        "rstd": native.address(rstd),
-        "batch": n,
-        "channels": c,
-        "pixels": h * w,
-        "gamma_stride": _row_stride(gamma),
-        "beta_stride": _row_stride(beta),
-        "mean_stride": _row_stride(mean),
-        "rstd_stride": _row_stride(rstd),
-        "gamma_kind": kind_of(gamma, x),
-        "beta_kind": kind_of(beta, x),
-        "dtype": native.DTYPE_CODES[x.dtype],
-        "norm": NORMS.index(norm),
-        "act": ACTIVATIONS.index(act),
-        "channels_last": memory_format(x) is torch.channels_last,
-        "one_plus": one_plus,
-        "eps": eps,
-        "slope": slope,
-    }
-
-
-def _workspace(x: Tensor, size: int) -> Tensor | None:
-    return empty_float(x, size, dtype=torch.float64) if size else None
-
-
-def _native(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, mean: Tensor | None, rstd: Tensor | None, *settings: Any
 ) -> tuple[Tensor, Tensor]:
     fmt = memory_format(x)
     x = x.contiguous(memory_format=fmt)
+    n, c, h, w = x.shape
     # Held by name until the call returns: the parameters carry addresses only.
     gamma, beta, mean, rstd = _operand(gamma, x, fmt), _operand(beta, x, fmt), as_float(mean), as_float(rstd)
-    module, target = native.module(), native.target(x)
     y = empty_like(x, fmt)
-    statistics = empty_float(x, *((3, *x.shape[:2]) if settings[0] == "instance" else (0,)))
-    call = _call(x, gamma, beta, mean, rstd, *settings)
-    call |= {"y": y.data_ptr(), "statistics": statistics.data_ptr()}
-    workspace = _workspace(x, module.norm_modulate_fwd_workspace(target, **call))
-    module.norm_modulate_fwd(target, **call, workspace=native.address(workspace))
+    is_channels_last, workspace = fmt is torch.channels_last, None
+    if norm == "instance":
+        statistics = empty_float(x, 3, n, c)
+        workspace = _workspace(x, _forward_size(x.is_cpu, x.shape, is_channels_last))
+    else:
+        statistics = empty_float(x, 0)
+    native.module().norm_modulate_fwd(
+        native.target(x),
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        statistics=statistics.data_ptr(),
+        gamma=native.address(gamma),
+        beta=native.address(beta),
+        mean=native.address(mean),
+        rstd=native.address(rstd),
+        workspace=native.address(workspace),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        gamma_stride=_row_stride(gamma),
+        beta_stride=_row_stride(beta),
+        mean_stride=_row_stride(mean),
+        rstd_stride=_row_stride(rstd),
+        gamma_kind=kind_of(gamma, x),
+        beta_kind=kind_of(beta, x),
+        dtype=native.DTYPE_CODES[x.dtype],
+        norm=NORMS.index(norm),
+        act=ACTIVATIONS.index(act),
+        channels_last=is_channels_last,
+        one_plus=one_plus,
+        eps=eps,
+        slope=slope,
+    )
     return y, statistics
 
 
@@ -223,41 +241,76 @@ def _backward_native(
     beta: Tensor | None,
     mean: Tensor | None,
     rstd: Tensor | None,
-    *arguments: Any,
-) -> Gradients:
-    *settings, wanted = arguments
+    norm: str,
+    one_plus: bool,
+    eps: float,
+    act: str,
+    slope: float,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
     fmt = memory_format(x)
     operands = (gamma, beta, mean, rstd)
     x, grad = x.contiguous(memory_format=fmt), in_format(grad, x.dtype, fmt)
+    n, c, h, w = x.shape
     gamma_k, beta_k, mean_k, rstd_k = _operand(gamma, x, fmt), _operand(beta, x, fmt), as_float(mean), as_float(rstd)
-    found = [empty_like(x, fmt) if wanted[0] else None]
-    found += [
-        None if not want or o is None else empty_float(x, *x.shape[:2]) if o.dim() < 4 else empty_like(x, fmt)
+    gx = empty_like(x, fmt) if wanted[0] else None
+    ggamma, gbeta, gmean, grstd = found = [
+        None if not want or o is None else empty_float(x, n, c) if o.dim() < 4 else empty_like(x, fmt)
         for want, o in zip(wanted[1:], operands, strict=True)
     ]
-    module, target = native.module(), native.target(x)
-    call = _call(x, gamma_k, beta_k, mean_k, rstd_k, *settings)
-    call |= {"grad": grad.data_ptr(), "statistics": statistics.data_ptr()}
-    names = ("grad_x", "grad_gamma", "grad_beta", "grad_mean", "grad_rstd")
-    call |= {name: native.address(g) for name, g in zip(names, found, strict=True)}
-    workspace = _workspace(x, module.norm_modulate_bwd_workspace(target, **call))
-    module.norm_modulate_bwd(target, **call, workspace=native.address(workspace))
-    return _as_operands(x, found, operands)
+    gamma_kind, beta_kind, is_channels_last = kind_of(gamma_k, x), kind_of(beta_k, x), fmt is torch.channels_last
+    workspace = None
+    sums_gamma, sums_beta = gamma_kind == PER_CHANNEL and wanted[1], beta_kind == PER_CHANNEL and wanted[2]
+    if (norm == "instance" and wanted[0]) or sums_gamma or sums_beta or gmean is not None or grstd is not None:
+        workspace = _workspace(x, _backward_size(x.is_cpu, x.shape, is_channels_last))
+    native.module().norm_modulate_bwd(
+        native.target(x),
+        x=x.data_ptr(),
+        grad=grad.data_ptr(),
+        grad_x=native.address(gx),
+        statistics=statistics.data_ptr(),
+        gamma=native.address(gamma_k),
+        beta=native.address(beta_k),
+        mean=native.address(mean_k),
+        rstd=native.address(rstd_k),
+        grad_gamma=native.address(ggamma),
+        grad_beta=native.address(gbeta),
+        grad_mean=native.address(gmean),
+        grad_rstd=native.address(grstd),
+        workspace=native.address(workspace),
+        batch=n,
+        channels=c,
+        pixels=h * w,
+        gamma_stride=_row_stride(gamma_k),
+        beta_stride=_row_stride(beta_k),
+        mean_stride=_row_stride(mean_k),
+        rstd_stride=_row_stride(rstd_k),
+        gamma_kind=gamma_kind,
+        beta_kind=beta_kind,
+        dtype=native.DTYPE_CODES[x.dtype],
+        norm=NORMS.index(norm),
+        act=ACTIVATIONS.index(act),
+        channels_last=is_channels_last,
+        one_plus=one_plus,
+        eps=eps,
+        slope=slope,
+    )
+    return gx, *_as_operands(x, found, operands)
 
 
-def _as_operands(x: Tensor, found: list[Tensor | None], operands: tuple[Tensor | None, ...]) -> Gradients:
+def _as_operands(x: Tensor, found: list[Tensor | None], operands: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """Bring what kernels write, (N,C) or x's shape, to the operands' shapes and dtypes."""
-    result = [x.new_empty(0) if found[0] is None else found[0]]
-    for g, operand in zip(found[1:], operands, strict=True):
+    result: list[Tensor | None] = []
+    for g, operand in zip(found, operands, strict=True):
         if g is None or operand is None:
-            result.append(x.new_empty(0))
+            result.append(None)
             continue
         if operand.dim() == 1:
             g = g.sum(0)
-        elif kind_of(operand, x) == PER_PIXEL:
+        elif operand.dim() == 4 and kind_of(operand, x) == PER_PIXEL:
             g = g.sum(1, keepdim=True).contiguous()
         result.append(in_dtype(g, operand.dtype))
-    return result[0], result[1], result[2], result[3], result[4]
+    return result
 
 
 def _backward_triton(
@@ -269,7 +322,7 @@ def _backward_triton(
     mean: Tensor | None,
     rstd: Tensor | None,
     *arguments: Any,
-) -> Gradients:
+) -> tuple[Tensor | None, ...]:
     from faceedit.kernels import norm_modulate_triton
 
     norm, one_plus, _, act, slope, wanted = arguments
@@ -278,7 +331,7 @@ def _backward_triton(
     maps, kinds = (_operand(gamma, x, fmt), _operand(beta, x, fmt)), (kind_of(gamma, x), kind_of(beta, x))
     rows, settings = (as_float(mean), as_float(rstd)), (NORMS.index(norm), one_plus, act, slope, wanted)
     found = norm_modulate_triton.backward(x, grad, statistics, *maps, *rows, kinds, *settings)
-    return _as_operands(x, found, (gamma, beta, mean, rstd))
+    return found[0], *_as_operands(x, found[1:], (gamma, beta, mean, rstd))
 
 
 _backward = dispatcher(

@@ -7,7 +7,6 @@ looks for aliases in the tests, and no schema here has a default.
 """
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ class Operator:
         self._library = torch.library.Library("faceedit", "FRAGMENT")
         self._library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         # Dynamo does not look into the body, also where a frame that it gave up on calls the op.
-        self._library.impl(self.name, _opaque(body), "CompositeExplicitAutograd")
+        self._library.impl(self.name, _opaque(_filled(body)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"faceedit::{self.name}", fake, lib=self._library)
         self.overload = getattr(torch.ops.faceedit, self.name).default
         self.fake = fake
@@ -71,9 +70,13 @@ class Operator:
         """
 
         def in_own_dtypes(ctx: Any, *grads: Any) -> Any:
-            given = next((grad for grad in grads if isinstance(grad, Tensor)), None)
-            with nullcontext() if given is None else without_autocast(given):
-                return backward(ctx, *grads)
+            for grad in grads:
+                if isinstance(grad, Tensor):
+                    if torch.is_autocast_enabled(grad.device.type):
+                        with without_autocast(grad):
+                            return backward(ctx, *grads)
+                    break
+            return backward(ctx, *grads)
 
         self._backward, self._setup_context = in_own_dtypes, setup_context
         if not self._own_autograd:
@@ -144,13 +147,28 @@ class Operator:
         return kernel
 
 
+def _filled(body: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a body for PyTorch, whose schemas know no absent results: empty tensors of the first argument's kind.
+
+    Our own gradients call `body`, which need not make tensors that nobody reads.
+    """
+
+    def filled(*arguments: Any) -> Any:
+        found = body(*arguments)
+        if type(found) is not tuple or all(result is not None for result in found):
+            return found
+        return tuple(arguments[0].new_empty(0) if result is None else result for result in found)
+
+    return filled
+
+
 def define_op(schema: str, implementations: Dispatcher, fake: Callable[..., Any]) -> Operator:
     """Register `faceedit::<name>` with PyTorch.
 
     Args: schema as `name(Tensor x, float slope) -> Tensor`, without defaults. implementations takes the schema's
           arguments by position, but for a last `str backend`: a backward op is told there which backend its forward
-          pass ran under, since it may run on another thread. fake returns empty tensors of the right shapes, dtypes
-          and strides.
+          pass ran under, since it may run on another thread. They may return None in place of an empty tensor, as
+          gradients that are not wanted are. fake returns empty tensors of the right shapes, dtypes and strides.
     """
 
     def body(*arguments: Any) -> Any:

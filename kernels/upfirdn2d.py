@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faceedit.kernels import native
-from faceedit.kernels.dispatch import backend, dispatcher, requested_backend
+from faceedit.kernels.dispatch import backend_again, dispatcher, requested_backend
 from faceedit.kernels.operator import define_op, mapped_slices, register_onnx_decomposition
 from faceedit.kernels.tensors import (
     as_integer,
@@ -234,7 +234,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    with backend(ctx.backend):
+    with backend_again(ctx.backend):
         gx = transposed(grad.contiguous(memory_format=ctx.format), *ctx.saved_tensors, *ctx.settings, *ctx.size)
     return gx, None, None, None, None, None, None
 
