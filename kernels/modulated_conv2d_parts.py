@@ -161,13 +161,18 @@ _made: dict[int, _Made] = {}
 _making = threading.RLock()  # so that threads that meet at a weight make one of each, and a graph's is not let go
 
 
-def _from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
+def is_remembered(weight: Tensor) -> bool:
+    """Return whether what is made from this weight is kept: nothing trains it, and writes to it are counted."""
+    return not weight.requires_grad and not weight.is_inference()
+
+
+def from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
     """Return make(weight), remembered for a weight that nothing trains.
 
     A write that autograd's version counter sees, and a new storage, make it anew. Inference tensors have no counter.
     What is made while a CUDA graph is captured has no values until the graph is replayed, and is not remembered.
     """
-    if weight.requires_grad or weight.is_inference():
+    if not is_remembered(weight):
         return make(weight.detach())
     with _making:
         return _remembered(weight, key, make)
@@ -197,7 +202,7 @@ def _remembered(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> T
 
 def squares(weight: Tensor) -> Tensor:
     """Return sum_k weight^2, (O,I), in the computing dtype."""
-    return _from_weight(weight, "squares", lambda w: w.to(compute_dtype(w)).square().sum((2, 3)))
+    return from_weight(weight, "squares", lambda w: w.to(compute_dtype(w)).square().sum((2, 3)))
 
 
 def lengths_of(squares: Tensor) -> Tensor:
@@ -222,7 +227,7 @@ def ready(
         w = over_lengths(w, lengths)
         return (w.transpose(0, 1) if transposed else w).to(dtype).contiguous(memory_format=fmt)
 
-    return _from_weight(weight, (dtype, fmt, transposed, lengths is not None), make)
+    return from_weight(weight, (dtype, fmt, transposed, lengths is not None), make)
 
 
 def turned(weight: Tensor, dtype: torch.dtype, fmt: torch.memory_format, lengths: Tensor | None) -> Tensor:
@@ -232,7 +237,7 @@ def turned(weight: Tensor, dtype: torch.dtype, fmt: torch.memory_format, lengths
         w = over_lengths(w, lengths)
         return w.transpose(0, 1).flip(2, 3).to(dtype).contiguous(memory_format=fmt)
 
-    return _from_weight(weight, (dtype, fmt, "turned", lengths is not None), make)
+    return from_weight(weight, (dtype, fmt, "turned", lengths is not None), make)
 
 
 @dataclass(slots=True)
@@ -308,7 +313,7 @@ def vectors(
     if demodulate is not None and (half or d is None):
         sums = squares(weight)
         d = demodulate(s, sums.to(s.dtype)) if d is None else d
-        lengths = _from_weight(weight, "lengths", lambda _: lengths_of(sums).to(s.dtype)) if half else None
+        lengths = from_weight(weight, "lengths", lambda _: lengths_of(sums).to(s.dtype)) if half else None
     factor = fp16_factor(s, demodulate is not None) if half else None
     return Vectors(s, d, weight.shape[0], factor, lengths)
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from faceedit.kernels import modulated_conv2d_packed
 from faceedit.kernels.fir_epilogue import fir_epilogue_op
 from faceedit.kernels.modulated_conv2d_parts import (
     Geometry,
@@ -168,6 +169,9 @@ def _convolve(
 ) -> Tensor:
     """Return the convolution's result, for up = 2 without the FIR."""
     style = v.inner
+    if modulated_conv2d_packed.pays(x, weight, geometry, fmt) and not folds_style(x, geometry):
+        y = modulated_conv2d_packed.convolve(passes.scale(x, style), weight, geometry)
+        return y.contiguous(memory_format=fmt)
     if folds_style(x, geometry):
         transposed = geometry.up == 2
         w = passes.modulate(ready(weight, style.dtype, fmt, transposed, v.lengths), style, x.dtype, transposed)
@@ -356,13 +360,16 @@ def _convolve_backward(
             grad_styles = grad_styles * (divisor / v.factor)
         return gx, grad_styles, None
     transposed = geometry.up == 2
+    if transposed:
+        core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
     folds = divisor is None and not want_styles and not want_weight and folds_style(x, geometry)
+    if not folds and not want_weight and modulated_conv2d_packed.pays(x, weight, geometry, fmt):
+        gx = modulated_conv2d_packed.convolve_backward(core_grad, weight, geometry).contiguous(memory_format=fmt)
+        return gx, passes.style_backward(x, gx, style, want_styles), None
     if folds:  # no sum over the data's gradient is wanted, and so no pass over it
         w = passes.modulate(ready(weight, style.dtype, fmt, transposed, v.lengths), style, x.dtype, transposed)
     else:
         w = ready(weight, x.dtype, fmt, transposed, v.lengths)
-    if geometry.up == 2:
-        core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
     # Of the convolution's input only the shape counts, unless the weight's gradient is wanted.
     source = passes.scale(x, own) if want_weight else x
     if geometry.down == 2 and want_weight:

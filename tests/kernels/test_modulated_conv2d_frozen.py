@@ -130,7 +130,7 @@ def test_threads_that_meet_at_a_frozen_weight_make_one_of_each() -> None:
 
     def work() -> None:
         both.wait()
-        found.append(parts._from_weight(weight, "doubled", make))
+        found.append(parts.from_weight(weight, "doubled", make))
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -170,7 +170,7 @@ def test_captures_of_the_same_weight_hold_it_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     for capturing[0] in (False, True, True, True):
-        assert parts._from_weight(weight, "made", lambda _: made) is made  # type: ignore[arg-type, return-value]
+        assert parts.from_weight(weight, "made", lambda _: made) is made  # type: ignore[arg-type, return-value]
     assert len(parts._made[id(weight)].captured) == 1
 
 
