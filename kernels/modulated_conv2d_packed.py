@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from faceedit.kernels import modulated_conv2d_phases
 from faceedit.kernels.modulated_conv2d_parts import Geometry, from_weight, is_remembered
 
 LEAST_WEIGHTS = 1 << 19  # of fewer, the reorder costs no more than these operators' longer way
@@ -64,6 +65,18 @@ def convolve(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         return transposed(x, w, None, [0, 0], [0, 0], [2, 2], [1, 1], 1, "none", [], "")
     padding = [geometry.padding] * 2
     return plain(x, _packed(x, weight, geometry, "plain"), None, padding, [1, 1], [1, 1], 1, "none", [], "")
+
+
+def convolve_phase(x: Tensor, weight: Tensor, row: int, column: int) -> Tensor:
+    """Return a phase of the upsampling convolution; see modulated_conv2d_phases."""
+    padding = modulated_conv2d_phases.padding(row, column)
+
+    def pack(w: Tensor) -> Tensor:
+        w = modulated_conv2d_phases.part(w, row, column).to(x.dtype).contiguous(memory_format=torch.channels_last)
+        return _operators()[0](w, padding, [1, 1], [1, 1], 1, list(x.shape))
+
+    w = from_weight(weight, ("phase", row, column, x.dtype, "packed"), pack)
+    return _operators()[1](x, w, None, padding, [1, 1], [1, 1], 1, "none", [], "")
 
 
 def convolve_backward(grad: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -12,14 +12,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from faceedit.kernels import modulated_conv2d_packed
+from faceedit.kernels import modulated_conv2d_packed, modulated_conv2d_phases
 from faceedit.kernels.fir_epilogue import fir_epilogue_op
 from faceedit.kernels.modulated_conv2d_parts import (
     Geometry,
     Vectors,
     fir_taps,
     folds_style,
+    from_weight,
     gradient_divisor,
     is_rgb,
     largest,
@@ -169,7 +171,10 @@ def _convolve(
 ) -> Tensor:
     """Return the convolution's result, for up = 2 without the FIR."""
     style = v.inner
-    if modulated_conv2d_packed.pays(x, weight, geometry, fmt) and not folds_style(x, geometry):
+    packs = modulated_conv2d_packed.pays(x, weight, geometry, fmt) and not folds_style(x, geometry)
+    if modulated_conv2d_phases.pays(x, weight, geometry, fmt):
+        return _convolve_phases(passes, x, weight, style, geometry, packs)
+    if packs:
         y = modulated_conv2d_packed.convolve(passes.scale(x, style), weight, geometry)
         return y.contiguous(memory_format=fmt)
     if folds_style(x, geometry):
@@ -181,6 +186,27 @@ def _convolve(
     if geometry.down == 2:
         x = _filter(x, fir, geometry.fir_pad, 1.0)
     return geometry.convolve(x, w).contiguous(memory_format=fmt)
+
+
+def _convolve_phases(
+    passes: Passes, x: Tensor, weight: Tensor, style: Tensor, geometry: Geometry, packs: bool
+) -> Tensor:
+    """Return an upsampling convolution's result of its phases. packs: from packed weights."""
+    folds = folds_style(x, geometry)
+    source, dtype = (x, style.dtype) if folds else (passes.scale(x, style), x.dtype)
+
+    def convolve(row: int, column: int) -> Tensor:
+        if packs:
+            return modulated_conv2d_packed.convolve_phase(source, weight, row, column)
+
+        def cut(w: Tensor) -> Tensor:
+            return modulated_conv2d_phases.part(w, row, column).to(dtype).contiguous(memory_format=torch.channels_last)
+
+        w = from_weight(weight, ("phase", row, column, dtype), cut)
+        w = passes.modulate(w, style, x.dtype, False) if folds else w
+        return F.conv2d(source, w, padding=modulated_conv2d_phases.padding(row, column))
+
+    return modulated_conv2d_phases.upsample(x, weight.shape[0], convolve)
 
 
 def backward(
