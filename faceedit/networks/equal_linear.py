@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from faceedit.kernels.direct import is_ordinary
 
 SLOPE = 0.2
+MOST_JOINED = 1 << 16  # values of weights that a CPU copies for one product
 GAIN = math.sqrt(2)  # keeps the variance of a leaky ReLU's output
 
 
@@ -41,13 +42,13 @@ def styles_of(
 
     With frozen layers it is one matrix product, every layer of every row, from which theirs are gathered: a few
     launches instead of several a layer, where a launch takes longer than the arithmetic not needed. A traced call, a
-    layer with a hook or of another class: each layer is called.
+    layer with a hook or of another class, heavy weights on a CPU: each layer is called.
 
     Args:    affines, layers of one input width, rate 1 and no activation; rows, of ws, one a layer; ws (N,L,W);
              scales, what a layer's output is multiplied by (default: 1).
     Returns: styles (N, width of the layer), contiguous.
     """
-    if not is_ordinary(ws) or not all(_is_frozen(affine) for affine in affines):
+    if not is_ordinary(ws) or not all(_is_frozen(affine) for affine in affines) or _is_too_much(affines, ws):
         alone = [affine(ws[:, row]) for affine, row in zip(affines, rows, strict=True)]
         return alone if scales is None else [y if c == 1.0 else y * c for y, c in zip(alone, scales, strict=True)]
     weight = torch.cat([affine.weight for affine in affines])
@@ -59,6 +60,11 @@ def styles_of(
     if scales is not None:
         styles = styles * _spread(tuple(scales), tuple(sizes), styles.dtype, ws.device)
     return [part.view(ws.shape[0], width) for part, width in zip(styles.split(sizes), widths, strict=True)]
+
+
+def _is_too_much(affines: Sequence[EqualLinear], ws: Tensor) -> bool:
+    """Whether copying the weights side by side takes a CPU longer than calling each layer."""
+    return ws.is_cpu and sum(affine.weight.numel() for affine in affines) > MOST_JOINED
 
 
 def _is_frozen(affine: nn.Module) -> bool:

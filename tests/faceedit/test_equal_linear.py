@@ -85,3 +85,19 @@ def test_a_frozen_generator_draws_what_a_trained_one_draws(architecture: str) ->
     network.requires_grad_(False)
     for a, b in zip(one, drawn(), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 * float(a.detach().abs().max()))
+
+
+def test_heavy_layers_on_a_cpu_are_called_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their weights side by side would be copied at every call."""
+    layers, rows = _layers()
+    layers.requires_grad_(False)
+    joined = []
+    real = torch.cat
+    monkeypatch.setattr(torch, "cat", lambda *arguments, **names: joined.append(arguments) or real(*arguments, **names))
+    light = styles_of(list(layers), rows, torch.ones(2, 4, 6))
+    assert joined
+    joined.clear()
+    monkeypatch.setattr("faceedit.networks.equal_linear.MOST_JOINED", 6 * 17 - 1)
+    for one, other in zip(light, styles_of(list(layers), rows, torch.ones(2, 4, 6)), strict=True):
+        torch.testing.assert_close(other, one)
+    assert not joined
