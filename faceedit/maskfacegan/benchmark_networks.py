@@ -108,11 +108,11 @@ class PublicGenerator:
 
 def _plain(part: StyledConv | ToRGB) -> stylegan2.Layer:
     """A layer's weights with the scale of the affine layer multiplied in."""
-    affine = (part.affine.weight * part.affine.gain).detach()
+    affine, offset = (part.affine.weight * part.affine.gain).detach(), part.affine.bias.detach()
     weight, bias = part.weight.detach(), part.bias.detach()
     if isinstance(part, ToRGB):
-        return stylegan2.Layer(0, weight[:, :, None, None], affine, bias, bias.new_zeros(()), rgb=True)
-    return stylegan2.Layer(part.noise.shape[-1], weight, affine, bias, part.strength.detach(), part.up)
+        return stylegan2.Layer(0, weight[:, :, None, None], affine, offset, bias, bias.new_zeros(()), rgb=True)
+    return stylegan2.Layer(part.noise.shape[-1], weight, affine, offset, bias, part.strength.detach(), part.up)
 
 
 class _LaidOut(nn.Module):

@@ -41,14 +41,15 @@ class Layer:
 
     side: int  # of its output
     weight: Tensor
-    affine: Tensor  # (I, width): style from w; its bias is 1
+    affine: Tensor  # (I, width): style from w
+    offset: Tensor  # (I), the affine's bias
     bias: Tensor
     strength: Tensor
     up: int = 1
     rgb: bool = False
 
     def style(self, w: Tensor) -> Tensor:
-        return F.linear(w, self.affine) + 1.0
+        return torch.addmm(self.offset, w, self.affine.t())
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Network:
                 layer,
                 weight=layer.weight.to(device, dtype),
                 affine=layer.affine.to(device),
+                offset=layer.offset.to(device),
                 bias=layer.bias.to(device),
                 strength=layer.strength.to(device),
             )
@@ -95,7 +97,7 @@ def build(side: int, base: int, width: int) -> Network:
         weight = draw(outputs, inputs, taps, taps, seed=seed)
         affine = draw(inputs, width, seed=seed + 1) / math.sqrt(width)
         bias, strength = 0.1 * draw(outputs, seed=seed + 2), torch.tensor(0.1)
-        layers.append(Layer(resolution, weight, affine, bias, strength, **kind))  # type: ignore[arg-type]
+        layers.append(Layer(resolution, weight, affine, torch.ones(inputs), bias, strength, **kind))  # type: ignore[arg-type]
 
     for power in range(2, side.bit_length()):
         resolution = 1 << power
