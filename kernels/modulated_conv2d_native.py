@@ -143,8 +143,11 @@ def epilogue_backward(
     n, c, h, w = saved.shape
     fmt = memory_format(saved)
     core_grad = empty_like(saved, fmt)
-    shapes: tuple[tuple[int, ...], ...] = ((n, c), (n, 1, h, w), (), (c,), (n, 3, c))
-    found = tuple(empty_float(saved, *shape) if want else None for want, shape in zip(wanted, shapes, strict=True))
+    grad_scale = empty_float(saved, n, c) if wanted[0] else None
+    grad_noise = empty_float(saved, n, 1, h, w) if wanted[1] else None
+    grad_strength = empty_float(saved) if wanted[2] else None
+    grad_bias = empty_float(saved, c) if wanted[3] else None
+    grad_factors = empty_float(saved, n, 3, c) if wanted[4] else None
     size = _epilogue_size(saved.is_cpu, saved.shape, fmt is torch.channels_last, wanted)
     workspace = empty_float(saved, size) if size else None
     native.module().modulated_epilogue_bwd(
@@ -158,11 +161,11 @@ def epilogue_backward(
         bias=native.address(bias),
         rgb_factors=native.address(factors),
         grad_rgb=native.address(grad_rgb),
-        grad_scale=native.address(found[0]),
-        grad_noise=native.address(found[1]),
-        grad_strength=native.address(found[2]),
-        grad_bias=native.address(found[3]),
-        grad_factors=native.address(found[4]),
+        grad_scale=native.address(grad_scale),
+        grad_noise=native.address(grad_noise),
+        grad_strength=native.address(grad_strength),
+        grad_bias=native.address(grad_bias),
+        grad_factors=native.address(grad_factors),
         workspace=native.address(workspace),
         batch=n,
         channels=c,
@@ -175,7 +178,7 @@ def epilogue_backward(
         gain=gain,
         clamp=clamp,
     )
-    return core_grad, found
+    return core_grad, (grad_scale, grad_noise, grad_strength, grad_bias, grad_factors)
 
 
 @lru_cache(maxsize=1024)

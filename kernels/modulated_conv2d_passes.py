@@ -88,7 +88,7 @@ def rgb_factors(rgb_weight: Tensor | None, rgb_styles: Tensor | None) -> Tensor 
     """Return ToRGB's weight of each sample, (N,3,O)."""
     if rgb_weight is None or rgb_styles is None:
         return None
-    return (rgb_weight.detach().float() * rgb_styles.detach().float()[:, None]).contiguous()
+    return (in_dtype(rgb_weight, torch.float32) * in_dtype(rgb_styles, torch.float32).unsqueeze(1)).contiguous()
 
 
 def _rgb_factors_of(weight: Tensor, v: Vectors) -> Tensor:

@@ -150,16 +150,17 @@ def native_geometry(
     x: Tensor, fir: Tensor, up: int, down: int, pad: list[int], gain: float, flip: bool, y: Tensor
 ) -> dict[str, Any]:
     """Return the fields of the native kernel that describe the filter. x and fir are as the kernel reads them."""
+    (n, c, h, w), (_, _, out_h, out_w) = x.shape, y.shape
     return {
         "x": x.data_ptr(),
         "y": y.data_ptr(),
         "fir": fir.data_ptr(),
-        "batch": x.shape[0],
-        "channels": x.shape[1],
-        "in_height": x.shape[2],
-        "in_width": x.shape[3],
-        "out_height": y.shape[2],
-        "out_width": y.shape[3],
+        "batch": n,
+        "channels": c,
+        "in_height": h,
+        "in_width": w,
+        "out_height": out_h,
+        "out_width": out_w,
         "pad_x": pad[0],
         "pad_y": pad[2],
         "fir_height": fir.shape[0],
