@@ -72,8 +72,11 @@ class Geometry:
         Differentiable itself. What is not wanted is None.
         """
         stride = 2 if self.up == 2 or self.down == 2 else 1
-        if self.up == 2 and not wanted[1]:
-            return F.conv2d(grad, weight, stride=2), grad.new_empty(0)
+        if not wanted[1] and self.down == 1:
+            if self.up == 2:
+                return F.conv2d(grad, weight, stride=2), grad.new_empty(0)
+            # The same product by a shorter way than convolution_backward's.
+            return F.conv_transpose2d(grad, weight, padding=self.padding), grad.new_empty(0)
         gx, gweight, _ = torch.ops.aten.convolution_backward.default(
             grad, x, weight, None, [stride] * 2, [self.padding] * 2, [1, 1], self.up == 2, [0, 0], 1, [*wanted, False]
         )
