@@ -79,9 +79,16 @@ def norm_modulate(
     check_number("norm_modulate", "eps", eps)
     if not eps > 0:
         raise ValueError(f"norm_modulate: eps must be positive, got {eps}; a constant plane has variance 0")
-    for name, operand in (("gamma", gamma), ("beta", beta)):
-        if operand is not None:
-            check_shape("norm_modulate", name, operand, x, (c,), (n, c), (n, 1, h, w), (n, c, h, w))
+    if gamma is not None:
+        check_shape("norm_modulate", "gamma", gamma, x, (c,), (n, c), (n, 1, h, w), (n, c, h, w))
+    if beta is not None:
+        check_shape("norm_modulate", "beta", beta, x, (c,), (n, c), (n, 1, h, w), (n, c, h, w))
+    if norm == "given" or mean is not None or rstd is not None:
+        _check_statistics(x, mean, rstd, norm)
+    return _op(x, gamma, beta, mean, rstd, norm, one_plus, as_number(eps), act, as_number(slope))[0]
+
+
+def _check_statistics(x: Tensor, mean: Tensor | None, rstd: Tensor | None, norm: str) -> None:
     for name, operand in (("mean", mean), ("rstd", rstd)):
         if (operand is None) == (norm == "given"):
             state = "absent" if operand is None else "present"
@@ -90,8 +97,7 @@ def norm_modulate(
                 f"{state}; pass both or neither"
             )
         if operand is not None:
-            check_shape("norm_modulate", name, operand, x, (c,), (n, c))
-    return _op(x, gamma, beta, mean, rstd, norm, one_plus, as_number(eps), act, as_number(slope))[0]
+            check_shape("norm_modulate", name, operand, x, x.shape[1:2], x.shape[:2])
 
 
 def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:

@@ -171,16 +171,13 @@ def define_op(schema: str, implementations: Dispatcher, fake: Callable[..., Any]
           gradients that are not wanted are. fake returns empty tensors of the right shapes, dtypes and strides.
     """
 
-    def body(*arguments: Any) -> Any:
-        return implementations(*arguments)
-
     def told_body(*arguments: Any) -> Any:
         return implementations(*arguments[:-1], asked=arguments[-1])
 
     def composed(*arguments: Any) -> Any:
         return implementations(*arguments, asked="eager")
 
-    return Operator(schema, told_body if "str backend)" in schema else body, fake, composed)
+    return Operator(schema, told_body if "str backend)" in schema else implementations, fake, composed)
 
 
 def define_in_place_op(schema: str, implementations: Dispatcher, mutates: Iterable[str]) -> Any:
