@@ -164,18 +164,13 @@ _made: dict[int, _Made] = {}
 _making = threading.RLock()  # so that threads that meet at a weight make one of each, and a graph's is not let go
 
 
-def is_remembered(weight: Tensor) -> bool:
-    """Return whether what is made from this weight is kept: nothing trains it, and writes to it are counted."""
-    return not weight.requires_grad and not weight.is_inference()
-
-
 def from_weight(weight: Tensor, key: Any, make: Callable[[Tensor], Tensor]) -> Tensor:
     """Return make(weight), remembered for a weight that nothing trains.
 
     A write that autograd's version counter sees, and a new storage, make it anew. Inference tensors have no counter.
     What is made while a CUDA graph is captured has no values until the graph is replayed, and is not remembered.
     """
-    if not is_remembered(weight):
+    if weight.requires_grad or weight.is_inference():
         return make(weight.detach())
     with _making:
         return _remembered(weight, key, make)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faceedit.kernels import modulated_conv2d_packed, modulated_conv2d_phases
+from faceedit.kernels import modulated_conv2d_phases
 from faceedit.kernels.fir_epilogue import fir_epilogue_op
 from faceedit.kernels.modulated_conv2d_parts import (
     Geometry,
@@ -171,12 +171,8 @@ def _convolve(
 ) -> Tensor:
     """Return the convolution's result, for up = 2 without the FIR."""
     style = v.inner
-    packs = modulated_conv2d_packed.pays(x, weight, geometry, fmt) and not folds_style(x, geometry)
     if modulated_conv2d_phases.pays(x, weight, geometry, fmt):
-        return _convolve_phases(passes, x, weight, style, geometry, packs)
-    if packs:
-        y = modulated_conv2d_packed.convolve(passes.scale(x, style), weight, geometry)
-        return y.contiguous(memory_format=fmt)
+        return _convolve_phases(passes, x, weight, style, geometry)
     if folds_style(x, geometry):
         transposed = geometry.up == 2
         w = passes.modulate(ready(weight, style.dtype, fmt, transposed, v.lengths), style, x.dtype, transposed)
@@ -188,17 +184,12 @@ def _convolve(
     return geometry.convolve(x, w).contiguous(memory_format=fmt)
 
 
-def _convolve_phases(
-    passes: Passes, x: Tensor, weight: Tensor, style: Tensor, geometry: Geometry, packs: bool
-) -> Tensor:
-    """Return an upsampling convolution's result of its phases. packs: from packed weights."""
+def _convolve_phases(passes: Passes, x: Tensor, weight: Tensor, style: Tensor, geometry: Geometry) -> Tensor:
+    """Return an upsampling convolution's result of its phases."""
     folds = folds_style(x, geometry)
     source, dtype = (x, style.dtype) if folds else (passes.scale(x, style), x.dtype)
 
     def convolve(row: int, column: int) -> Tensor:
-        if packs:
-            return modulated_conv2d_packed.convolve_phase(source, weight, row, column)
-
         def cut(w: Tensor) -> Tensor:
             return modulated_conv2d_phases.part(w, row, column).to(dtype).contiguous(memory_format=torch.channels_last)
 
@@ -389,9 +380,6 @@ def _convolve_backward(
     if transposed:
         core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
     folds = divisor is None and not want_styles and not want_weight and folds_style(x, geometry)
-    if not folds and not want_weight and modulated_conv2d_packed.pays(x, weight, geometry, fmt):
-        gx = modulated_conv2d_packed.convolve_backward(core_grad, weight, geometry).contiguous(memory_format=fmt)
-        return gx, passes.style_backward(x, gx, style, want_styles), None
     if folds:  # no sum over the data's gradient is wanted, and so no pass over it
         w = passes.modulate(ready(weight, style.dtype, fmt, transposed, v.lengths), style, x.dtype, transposed)
     else:

@@ -8,7 +8,6 @@ from support.modulated_conv2d_cases import TOLERANCE, needs_cpp
 from torch import Tensor
 from torch.nn import functional as F
 
-from faceedit.kernels import modulated_conv2d_packed as packed
 from faceedit.kernels import modulated_conv2d_parts as parts
 from faceedit.kernels import modulated_conv2d_phases as phases
 from faceedit.kernels.modulated_conv2d import modulated_conv2d
@@ -37,11 +36,9 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("is_trained", [False, True])
-@pytest.mark.parametrize("kind", ["style on x", "packed", "style on the weight"])
+@pytest.mark.parametrize("kind", ["style on x", "style on the weight"])
 def test_layers_match_the_reference(kind: str, is_trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     _everywhere(monkeypatch)
-    if kind == "packed":
-        monkeypatch.setattr(packed, "LEAST_WEIGHTS", 1)
     batch, side = (1, 33) if kind == "style on the weight" else (2, 3)
     torch.manual_seed(1)
     x = torch.randn(batch, 24, side, side).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
