@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A layer of modulated_conv2d with few channels in one CUDA kernel each way: csrc/modulated_layer.cu."""
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -39,11 +39,6 @@ def gpu_holds(index: int, channels: int) -> bool:
     return gpu.major >= 8 and enough
 
 
-def _geometry(x: Tensor) -> dict[str, Any]:
-    n, c, h, w = x.shape
-    return {"batch": n, "channels": c, "height": h, "width": w, "dtype": native.DTYPE_CODES[x.dtype]}
-
-
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -58,7 +53,7 @@ def forward(
     """
     scale, noise, strength, bias = vectors
     act, slope, gain, clamp = settings
-    n, _, h, w = x.shape
+    n, c, h, w = x.shape
     if weight.data_ptr() % 16:  # a view of the caller's
         weight = weight.clone(memory_format=torch.channels_last)
     y = empty_like(x, torch.channels_last)
@@ -75,14 +70,27 @@ def forward(
         bias=native.address(bias),
         rgb_factors=native.address(factors),
         rgb=native.address(rgb),
+        batch=n,
+        channels=c,
+        height=h,
+        width=w,
         noise_stride=h * w if noise is not None and noise.shape[0] == n else 0,
+        dtype=native.DTYPE_CODES[x.dtype],
         act=ACTIVATIONS.index(act),
         slope=slope,
         gain=gain,
         clamp=clamp,
-        **_geometry(x),
     )
     return y, rgb
+
+
+@lru_cache(maxsize=1024)
+def _sums_size(on_cpu: bool, shape: torch.Size, wanted: bool) -> int:
+    """Return how many floats `backward` needs for the sums of a gradient to style."""
+    n, c, h, w = shape
+    return native.module().modulated_layer_bwd_workspace(
+        native.place(on_cpu), grad_style=wanted, batch=n, channels=c, height=h, width=w
+    )
 
 
 def backward(grad: Tensor, weight: Tensor, x: Tensor, style: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -92,16 +100,22 @@ def backward(grad: Tensor, weight: Tensor, x: Tensor, style: Tensor, wanted: boo
     """
     grad_x = empty_like(x, torch.channels_last)
     grad_style = empty_float(x, *style.shape) if wanted else None
-    module, target = native.module(), native.target(x)
-    call = {
-        "grad": grad.data_ptr(),
-        "weight": weight.data_ptr(),
-        "x": x.data_ptr(),
-        "style": style.data_ptr(),
-        "grad_x": grad_x.data_ptr(),
-        "grad_style": native.address(grad_style),
-        **_geometry(x),
-    }
-    workspace = empty_float(x, module.modulated_layer_bwd_workspace(target, **call))
-    module.modulated_layer_bwd(target, **call, workspace=workspace.data_ptr())
+    n, c, h, w = x.shape
+    size = _sums_size(x.is_cpu, x.shape, wanted)
+    workspace = empty_float(x, size) if size else None
+    native.module().modulated_layer_bwd(
+        native.target(x),
+        grad=grad.data_ptr(),
+        weight=weight.data_ptr(),
+        x=x.data_ptr(),
+        style=style.data_ptr(),
+        grad_x=grad_x.data_ptr(),
+        grad_style=native.address(grad_style),
+        workspace=native.address(workspace),
+        batch=n,
+        channels=c,
+        height=h,
+        width=w,
+        dtype=native.DTYPE_CODES[x.dtype],
+    )
     return grad_x, grad_style

@@ -228,3 +228,15 @@ def test_shared_memory_is_what_the_kernels_take() -> None:
     for channels in modulated_layer_native.CHANNELS:
         taken = native.module().modulated_layer_shared_bytes(channels)
         assert taken == 2 * (9 * channels * channels + 2 * 18 * 18 * channels) + 5 * 4 * channels
+
+
+def test_a_workspace_depends_on_the_shape_alone() -> None:
+    """A row of sums for each block of threads that runs at once on the largest GPU; the plain loops need none."""
+    size = modulated_layer_native._sums_size
+    for channels, blocks in ((32, 396), (64, 132)):
+        for n in (1, 3, 8, 1000):
+            rows = n * max(1, min(blocks // n, 64 * 64))
+            assert size(False, torch.Size((n, channels, 1024, 1024)), True) == rows * channels
+        assert size(False, torch.Size((2, channels, 17, 16)), True) == 2 * 2 * channels
+        assert size(False, torch.Size((2, channels, 16, 16)), False) == 0
+        assert size(True, torch.Size((2, channels, 16, 16)), True) == 0
