@@ -12,9 +12,8 @@ from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import empty_float, empty_like
 
 DTYPES = (torch.bfloat16, torch.float16)
-CHANNELS = {32: 1, 64: 132}
-"""Inputs, and as many outputs, and how many multiprocessors the kernels need to be worth it: for 64 channels all those
-that their backward pass spreads over."""
+LEAST_MULTIPROCESSORS = {32: 1, 64: 132}
+"""By channels. With 64 a multiprocessor has one block of threads, and the backward pass always 132 of them."""
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
@@ -23,7 +22,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     They are where a half type's layer has so few channels that the passes around a convolution take as long as it does.
     """
     outputs, inputs, size, _ = weight.shape
-    if not x.is_cuda or x.dtype not in DTYPES or inputs != outputs or size != 3 or inputs not in CHANNELS:
+    if not x.is_cuda or x.dtype not in DTYPES or inputs != outputs or size != 3 or inputs not in LEAST_MULTIPROCESSORS:
         return False
     # Positions inside a sample are 32 bits wide, and copies 16 bytes.
     small = x.shape[2] * x.shape[3] * inputs < 2**31 and x.data_ptr() % 16 == 0
@@ -35,7 +34,9 @@ def gpu_holds(index: int, channels: int) -> bool:
     """Return whether a GPU has the tensor cores, shared memory and multiprocessors for layers of so many channels."""
     gpu: Any = torch.cuda.get_device_properties(index)
     memory = native.module().modulated_layer_shared_bytes(channels)
-    enough = gpu.multi_processor_count >= CHANNELS[channels] and gpu.shared_memory_per_block_optin >= memory
+    enough = (
+        gpu.multi_processor_count >= LEAST_MULTIPROCESSORS[channels] and gpu.shared_memory_per_block_optin >= memory
+    )
     return gpu.major >= 8 and enough
 
 

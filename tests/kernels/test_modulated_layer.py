@@ -29,7 +29,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if x.is_cuda:
             return on_gpu(x, weight)
         small = x.dtype in modulated_layer_native.DTYPES and weight.shape[0] == weight.shape[1]
-        return small and weight.shape[0] in modulated_layer_native.CHANNELS and weight.shape[2] == 3
+        return small and weight.shape[0] in modulated_layer_native.LEAST_MULTIPROCESSORS and weight.shape[2] == 3
 
     def spied(name: str) -> Any:
         real = getattr(modulated_layer_native, name)
@@ -225,7 +225,7 @@ def test_what_is_not_finite_stays_where_it_is(place: Place, act: str, value: flo
 
 def test_shared_memory_is_what_the_kernels_take() -> None:
     """2 bytes a value of the weight and of two squares with their borders, and five float vectors."""
-    for channels in modulated_layer_native.CHANNELS:
+    for channels in modulated_layer_native.LEAST_MULTIPROCESSORS:
         taken = native.module().modulated_layer_shared_bytes(channels)
         assert taken == 2 * (9 * channels * channels + 2 * 18 * 18 * channels) + 5 * 4 * channels
 
