@@ -221,15 +221,24 @@ fe::Error without_cuda(const Params&, int, void*) {
 #define FE_CUDA(FUNCTION, PARAMS) fe::FUNCTION##_cuda
 #endif
 
-#define FE_CALL(FUNCTION, PARAMS)                                                                                   \
-  PyObject* call_##FUNCTION(PyObject*, PyObject* const* arguments, Py_ssize_t positional, PyObject* names) {        \
-    return entry(arguments, positional, [&](const Target& target, PyObject* const* values) -> PyObject* {           \
-      const auto params = read_params<fe::PARAMS>(#FUNCTION, values, names);                                        \
-      launch(#FUNCTION, params, target, fe::check_##FUNCTION(params), cpu().FUNCTION, FE_CUDA(FUNCTION, PARAMS));   \
-      Py_RETURN_NONE;                                                                                               \
-    });                                                                                                             \
+template <class Params>
+fe::Error cpu_only(const Params&, int, void*) {
+  return "it runs on a CPU only";
+}
+#define FE_NO_CUDA(FUNCTION, PARAMS) cpu_only<fe::PARAMS>
+
+#define FE_CALL_WITH(FUNCTION, PARAMS, ON_CUDA)                                                              \
+  PyObject* call_##FUNCTION(PyObject*, PyObject* const* arguments, Py_ssize_t positional, PyObject* names) { \
+    return entry(arguments, positional, [&](const Target& target, PyObject* const* values) -> PyObject* {    \
+      const auto params = read_params<fe::PARAMS>(#FUNCTION, values, names);                                 \
+      launch(#FUNCTION, params, target, fe::check_##FUNCTION(params), cpu().FUNCTION, ON_CUDA);              \
+      Py_RETURN_NONE;                                                                                        \
+    });                                                                                                      \
   }
+#define FE_CALL(FUNCTION, PARAMS) FE_CALL_WITH(FUNCTION, PARAMS, FE_CUDA(FUNCTION, PARAMS))
+#define FE_CALL_ON_CPU(FUNCTION, PARAMS) FE_CALL_WITH(FUNCTION, PARAMS, FE_NO_CUDA(FUNCTION, PARAMS))
 FE_ENTRY_POINTS(FE_CALL)
+FE_CPU_ENTRY_POINTS(FE_CALL_ON_CPU)
 
 #define FE_CALL_WORKSPACE(FUNCTION, PARAMS)                                                                  \
   PyObject* call_##FUNCTION(PyObject*, PyObject* const* arguments, Py_ssize_t positional, PyObject* names) { \
@@ -243,7 +252,7 @@ FE_WORKSPACES(FE_CALL_WORKSPACE)
 #define FE_METHOD(FUNCTION, PARAMS)                                                                        \
   {#FUNCTION, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_##FUNCTION)), METH_FASTCALL | METH_KEYWORDS, \
    nullptr},
-PyMethodDef methods[] = {FE_ENTRY_POINTS(FE_METHOD) FE_WORKSPACES(FE_METHOD){nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {FE_ENTRY_POINTS(FE_METHOD) FE_CPU_ENTRY_POINTS(FE_METHOD) FE_WORKSPACES(FE_METHOD){nullptr, nullptr, 0, nullptr}};
 
 }  // namespace
 

@@ -16,6 +16,7 @@
 #include "norm_modulate.h"
 #include "place_components.h"
 #include "upfirdn2d.h"
+#include "winograd.h"
 
 // ENTRY(function, Params): `function` exists as fe::<isa>::function(const Params&, int threads) and, in a CUDA build, as
 // fe::function_cuda(const Params&, int device, void* stream). fe::check_function(const Params&) runs before either.
@@ -52,6 +53,11 @@
   ENTRY(attribute_maps_fwd, AttributeMapsParams)           \
   ENTRY(attribute_maps_bwd, AttributeMapsParams)
 
+// The same of what runs on a CPU only.
+#define FE_CPU_ENTRY_POINTS(ENTRY) \
+  ENTRY(winograd, WinogradParams)  \
+  ENTRY(winograd_weight, WinogradWeightParams)
+
 // WORKSPACE(function, Params): int64_t fe::function(const Params&, bool cuda), elements of workspace that a call with
 // these parameters needs. Pointers only say which results are wanted.
 #define FE_WORKSPACES(WORKSPACE)                                         \
@@ -67,7 +73,8 @@
   WORKSPACE(noise_regularizer_fwd_coarse, NoiseRegularizerParams)        \
   WORKSPACE(noise_regularizer_bwd_coarse, NoiseRegularizerParams)        \
   WORKSPACE(normalize_noise_workspace, NormalizeNoiseParams)             \
-  WORKSPACE(attribute_maps_bwd_workspace, AttributeMapsParams)
+  WORKSPACE(attribute_maps_bwd_workspace, AttributeMapsParams)           \
+  WORKSPACE(winograd_workspace, WinogradParams)
 
 namespace fe {
 

@@ -5,10 +5,11 @@ namespace fe {
 
 #define FE_DECLARE(FUNCTION, PARAMS) void FUNCTION(const PARAMS& params, int threads);
 #define FE_ADDRESS(FUNCTION, PARAMS) FUNCTION,
-#define FE_TABLE(ISA, NAME)                                                \
-  namespace ISA {                                                          \
-  FE_ENTRY_POINTS(FE_DECLARE)                                              \
-  static CpuKernels table() { return {FE_ENTRY_POINTS(FE_ADDRESS) NAME}; } \
+#define FE_TABLE(ISA, NAME)                                                                                \
+  namespace ISA {                                                                                          \
+  FE_ENTRY_POINTS(FE_DECLARE)                                                                              \
+  FE_CPU_ENTRY_POINTS(FE_DECLARE)                                                                          \
+  static CpuKernels table() { return {FE_ENTRY_POINTS(FE_ADDRESS) FE_CPU_ENTRY_POINTS(FE_ADDRESS) NAME}; } \
   }
 
 FE_TABLE(baseline, "baseline")

@@ -9,6 +9,7 @@ namespace fe {
 struct CpuKernels {
 #define FE_MEMBER(FUNCTION, PARAMS) void (*FUNCTION)(const PARAMS& params, int threads);
   FE_ENTRY_POINTS(FE_MEMBER)
+  FE_CPU_ENTRY_POINTS(FE_MEMBER)
 #undef FE_MEMBER
   const char* isa;
 };

@@ -2,6 +2,7 @@
 #include "modulated_conv2d.h"
 
 #include "elementwise.h"
+#include "sums.h"
 
 namespace fe {
 namespace FE_ISA {
@@ -251,20 +252,6 @@ void backward_block(const ModulatedEpilogueParams& p, const BlockPlan& plan, con
     float sum = 0.0f;
     for (int32_t q = 0; q < block.pixels; ++q) sum += total[q] * noise[q];
     p.workspace[offsets.strength + block.index] = sum;
-  }
-}
-
-// out[j] = the sum over i of partial[i * width + j], in index order, in double.
-void combine(const float* partial, int64_t count, int64_t width, float* out) {
-  for (int64_t first = 0; first < width; first += kLanes) {
-    const int64_t lanes = width - first < kLanes ? width - first : kLanes;
-    double sum[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const float* row = partial + i * width + first;
-#pragma omp simd
-      for (int64_t j = 0; j < lanes; ++j) sum[j] += static_cast<double>(row[j]);
-    }
-    for (int64_t j = 0; j < lanes; ++j) out[first + j] = static_cast<float>(sum[j]);
   }
 }
 

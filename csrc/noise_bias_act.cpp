@@ -2,6 +2,7 @@
 #include "noise_bias_act.h"
 
 #include "elementwise.h"
+#include "sums.h"
 
 namespace fe {
 namespace FE_ISA {
@@ -219,15 +220,6 @@ void backward_block(const NoiseBiasActParams& p, const BlockPlan& plan, const Bl
   if (p.grad_noise) {
     float* grad_noise = p.grad_noise + block.sample * p.pixels + block.first_pixel;
     for (int32_t q = 0; q < block.pixels; ++q) grad_noise[q] = rows[q] * strength;
-  }
-}
-
-// out[j] = the sum over i of partial[i * width + j], in index order, in double.
-void combine(const float* partial, int64_t count, int64_t width, float* out) {
-  for (int64_t j = 0; j < width; ++j) {
-    double sum = 0.0;
-    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(partial[i * width + j]);
-    out[j] = static_cast<float>(sum);
   }
 }
 

@@ -5,6 +5,7 @@ z = d * conv(weight, styles * x) + noise * strength + bias, d[n,o] = (sum_ik (st
 y = clamp(act(z) * gain),                                   rgb[n,k] = sum_o rgb_weight[k,o] * rgb_styles[n,o] * y[n,o]
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from faceedit.kernels.modulated_conv2d_parts import (
     compute_dtype,
     fp16_factor,
     gradient_divisor,
+    is_rgb,
     largest,
     lengths_of,
     over_lengths,
@@ -198,18 +200,31 @@ def _eager(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return y, rgb.contiguous(), demodulation.contiguous(), core
 
 
-def _native(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from faceedit.kernels import modulated_conv2d_native, modulated_layer_native
+def _native(
+    x: Tensor, weight: Tensor, styles: Tensor, noise: Any, strength: Any, bias: Any, fir: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from faceedit.kernels import modulated_conv2d_native, modulated_layer_native, winograd_native
 
-    layer = modulated_layer_native.forward if modulated_layer_native.fits(x, weight) else None
-    return modulated_conv2d_passes.forward(modulated_conv2d_native, x, weight, *arguments, layer=layer)
+    up, down = others[2:4]
+    layer: modulated_conv2d_passes.Layer | None = None
+    if memory_format(x) is torch.channels_last and down == 1:
+        if up == 1 and modulated_layer_native.fits(x, weight):
+            layer = modulated_layer_native.forward
+        elif winograd_native.fits(x, weight, up, backward=False):
+            layer = partial(winograd_native.forward, up=up, fir=fir)
+    return modulated_conv2d_passes.forward(
+        modulated_conv2d_native, x, weight, styles, noise, strength, bias, fir, *others, layer=layer
+    )
 
 
 def _triton(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from faceedit.kernels import modulated_conv2d_gemm_triton, modulated_conv2d_triton
 
     # "auto" keeps PyTorch's convolution: on an H100 it and a pass take 0.5 to 0.8 times as long as Triton's kernel.
-    asked = requested_backend() == "triton" and modulated_conv2d_gemm_triton.fits(x, arguments[0])
+    weight, (up, down) = arguments[0], arguments[8:10]
+    plain = up == down == 1 and not is_rgb(weight, Geometry(weight.shape[2], up, down))
+    asked = requested_backend() == "triton" and plain and memory_format(x) is torch.channels_last
+    asked = asked and modulated_conv2d_gemm_triton.fits(x, weight)
     layer = modulated_conv2d_gemm_triton.layer if asked else None
     # The FIR runs on what is fastest for it.
     with backend("auto"):
@@ -350,13 +365,19 @@ def _backward_eager(x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, *ar
 
 
 def _backward_native(
-    x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, weight: Tensor, *arguments: Any
+    x: Tensor, grad: Tensor | None, grad_rgb: Tensor | None, weight: Tensor, *others: Any
 ) -> tuple[Tensor | None, ...]:
-    from faceedit.kernels import modulated_conv2d_native, modulated_layer_native
+    from faceedit.kernels import modulated_conv2d_native, modulated_layer_native, winograd_native
 
-    layer_backward = modulated_layer_native.backward if modulated_layer_native.fits(x, weight) else None
+    fir, (up, down), want_weight = others[7], others[10:12], others[-1][1]
+    layer_backward: modulated_conv2d_passes.LayerBackward | None = None
+    if memory_format(x) is torch.channels_last and down == 1:
+        if up == 1 and not want_weight and modulated_layer_native.fits(x, weight):
+            layer_backward = modulated_layer_native.backward
+        elif winograd_native.fits(x, weight, up, backward=True):
+            layer_backward = partial(winograd_native.backward, up=up, fir=fir)
     return modulated_conv2d_passes.backward(
-        modulated_conv2d_native, x, grad, grad_rgb, weight, *arguments, layer_backward=layer_backward
+        modulated_conv2d_native, x, grad, grad_rgb, weight, *others, layer_backward=layer_backward
     )
 
 

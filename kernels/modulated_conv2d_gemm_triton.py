@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from faceedit.kernels.modulated_conv2d_parts import Vectors, ready
 from faceedit.kernels.modulated_conv2d_triton import dots
 from faceedit.kernels.noise_bias_act_triton import ACT_CODES, _activate
 from faceedit.kernels.tensors import empty, empty_float
@@ -98,15 +99,16 @@ def tile(outputs: int, dtype: torch.dtype) -> tuple[int, int, int]:
 def layer(
     x: Tensor,
     weight: Tensor,
-    style: Tensor,
+    v: Vectors,
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     factors: Tensor | None,
     settings: tuple[str, float, float, float],
 ) -> tuple[Tensor, Tensor | None]:
     """Return y = epilogue(conv(x * style)) and ToRGB's sums.
 
-    x and weight are channels_last and of one dtype; vectors, factors and settings are those of the epilogue.
+    x is channels_last; vectors, factors and settings are those of the epilogue.
     """
+    weight, style = ready(weight, x.dtype, torch.channels_last, False, v.lengths), v.inner
     scale, noise, strength, bias = vectors
     act, slope, gain, clamp = settings
     n, inputs, h, w = x.shape

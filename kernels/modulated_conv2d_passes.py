@@ -29,7 +29,6 @@ from faceedit.kernels.modulated_conv2d_parts import (
     ready,
     squares,
     sum_divisor,
-    turned,
     vectors,
 )
 from faceedit.kernels.noise_bias_act import PIECEWISE_LINEAR, noise_bias_act_backward_op
@@ -39,11 +38,11 @@ from faceedit.kernels.upfirdn2d import upfirdn2d_op
 Optional4 = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
 Settings = tuple[str, float, float, float]  # act, slope, gain, clamp
 
-# One kernel for style, convolution, epilogue and ToRGB: (x, weight, style, vectors, factors, settings) -> y, rgb.
-Layer = Callable[[Tensor, Tensor, Tensor, Optional4, Tensor | None, Settings], tuple[Tensor, Tensor | None]]
+# Style, convolution, epilogue and ToRGB in one call: (x, weight, v, operands, factors, settings) -> y, rgb.
+Layer = Callable[[Tensor, Tensor, Vectors, Optional4, Tensor | None, Settings], tuple[Tensor, Tensor | None]]
 
-# Its convolution's data gradient, times the style, and the style's gradient: (grad, turned weight, x, style, wanted).
-LayerBackward = Callable[[Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+# Its convolution's data gradient, times the style, and the style's gradient: (grad, weight, v, x, style, wanted).
+LayerBackward = Callable[[Tensor, Tensor, Vectors, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 class Passes(Protocol):
@@ -128,9 +127,8 @@ def forward(
     noise, strength, bias = map(as_float, (noise, strength, bias))
     operands = (v.outer, noise, strength, bias)
     keeps_core = not output_tells_input(act, slope, gain)
-    if layer is not None and not keeps_core and _is_plain(weight, geometry, fmt):
-        w = ready(weight, x.dtype, fmt, False, v.lengths)
-        y, rgb = layer(x, w, v.inner, operands, factors, settings)
+    if layer is not None and not keeps_core:
+        y, rgb = layer(x, weight, v, operands, factors, settings)
         found = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, None)]
         return y, found[0], found[1], found[2]
     if is_rgb(weight, geometry):
@@ -150,10 +148,6 @@ def forward(
     kept = in_format(core, x.dtype, fmt) if keeps_core else None
     rest = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, kept)]
     return y, rest[0], rest[1], rest[2]
-
-
-def _is_plain(weight: Tensor, geometry: Geometry, fmt: torch.memory_format) -> bool:
-    return fmt is torch.channels_last and geometry.up == geometry.down == 1 and not is_rgb(weight, geometry)
 
 
 def _filter(x: Tensor, fir: Tensor | None, pad: int, gain: float, flip: bool = False) -> Tensor:
@@ -229,7 +223,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients to x, weight, styles, noise, strength, bias, rgb_weight and rgb_styles; None: not wanted.
 
-    layer_backward: what runs the convolution's part of a layer that it fits, where the weight needs no gradient.
+    layer_backward: what runs the convolution's part of a layer that it fits, but for the weight's gradient.
     """
     geometry, settings = Geometry(weight.shape[2], up, down), (act, slope, gain, clamp)
     fmt = memory_format(x)
@@ -274,8 +268,6 @@ def backward(
             grad_styles = grad_styles if v.factor is None else grad_styles / v.factor
             grad_weight = over_lengths((sums[4] * v.inner[:, None]).sum(0)[:, :, None, None], v.lengths)
     elif want_x or want_styles or want_weight:
-        if want_weight or not _is_plain(weight, geometry, fmt):
-            layer_backward = None
         gx, grad_styles, grad_weight = _convolve_backward(
             passes, core_grad, x, weight, v, divisor, fir, geometry, fmt, (want_x, want_styles, want_weight),
             layer_backward,
@@ -368,14 +360,15 @@ def _convolve_backward(
         total = sum_divisor(divisor, x)
         own = style * (divisor / total)
     back = style if divisor is None else style * divisor
-    gx: Tensor | None
-    grad_styles: Tensor | None
-    if layer_backward is not None:
+    gx: Tensor | None = None
+    grad_styles: Tensor | None = None
+    want_data = want_x or want_styles
+    if layer_backward is not None and want_data:
         core_grad = in_format(core_grad, x.dtype, fmt)  # hooks may have given the output back in another format
-        gx, grad_styles = layer_backward(core_grad, turned(weight, x.dtype, fmt, v.lengths), x, back, want_styles)
-        if grad_styles is not None and divisor is not None and v.factor is not None:
-            grad_styles = grad_styles * (divisor / v.factor)
-        return gx, grad_styles, None
+        gx, grad_styles = layer_backward(core_grad, weight, v, x, back, want_styles)
+        if not want_weight:
+            return gx, _undivided(grad_styles, divisor, v), None
+        want_data = False
     transposed = geometry.up == 2
     if transposed:
         core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)
@@ -391,17 +384,22 @@ def _convolve_backward(
     elif geometry.down == 2:
         n, c, rows, columns = x.shape
         source = x.new_empty(1).expand(n, c, *(side + 2 * geometry.fir_pad - 3 for side in (rows, columns)))
-    data, grad_weight = geometry.convolve_backward(core_grad, source, w, (want_x or want_styles, want_weight))
-    gx = grad_styles = None
-    if want_x or want_styles:
+    data, grad_weight = geometry.convolve_backward(core_grad, source, w, (want_data, want_weight))
+    if want_data:
         if geometry.down == 2:
             data = _filter(data.contiguous(memory_format=fmt), fir, geometry.fir_pad_back, 1.0, flip=True)
         gx = data.contiguous(memory_format=fmt)
         if not folds:
             grad_styles = passes.style_backward(x, gx, back, want_styles)
-        if grad_styles is not None and divisor is not None and v.factor is not None:
-            grad_styles = grad_styles * (divisor / v.factor)
+    grad_styles = _undivided(grad_styles, divisor, v)
     if not want_weight:
         return gx, grad_styles, None
     grad_weight = (grad_weight.transpose(0, 1) if geometry.up == 2 else grad_weight).to(style.dtype)
     return gx, grad_styles, grad_weight if total is None else over_lengths(grad_weight * total, v.lengths)
+
+
+def _undivided(grad_styles: Tensor | None, divisor: Tensor | None, v: Vectors) -> Tensor | None:
+    """Return the styles' gradient times what the activations and their gradient were divided by."""
+    if grad_styles is None or divisor is None or v.factor is None:
+        return grad_styles
+    return grad_styles * (divisor / v.factor)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from faceedit.kernels import native
+from faceedit.kernels.modulated_conv2d_parts import Vectors, ready, turned
 from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import empty_float, empty_like
 
@@ -43,15 +44,16 @@ def gpu_holds(index: int, channels: int) -> bool:
 def forward(
     x: Tensor,
     weight: Tensor,
-    style: Tensor,
+    v: Vectors,
     vectors: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     factors: Tensor | None,
     settings: tuple[str, float, float, float],
 ) -> tuple[Tensor, Tensor | None]:
     """Return y = epilogue(conv(x * style)) and ToRGB's sums, in one kernel; see `fits`.
 
-    x and weight are channels_last and of one dtype; vectors, factors and settings are those of the epilogue.
+    x is channels_last; vectors, factors and settings are those of the epilogue.
     """
+    weight, style = ready(weight, x.dtype, torch.channels_last, False, v.lengths), v.inner
     scale, noise, strength, bias = vectors
     act, slope, gain, clamp = settings
     n, c, h, w = x.shape
@@ -94,11 +96,14 @@ def _sums_size(on_cpu: bool, shape: torch.Size, wanted: bool) -> int:
     )
 
 
-def backward(grad: Tensor, weight: Tensor, x: Tensor, style: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data = conv(grad).
+def backward(
+    grad: Tensor, weight: Tensor, v: Vectors, x: Tensor, style: Tensor, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data is the convolution's.
 
-    weight: (I,O,3,3), channels_last, its taps turned by 180 degrees. grad and x are channels_last; see `fits`.
+    grad and x are channels_last; see `fits`.
     """
+    weight = turned(weight, x.dtype, torch.channels_last, v.lengths)
     grad_x = empty_like(x, torch.channels_last)
     grad_style = empty_float(x, *style.shape) if wanted else None
     n, c, h, w = x.shape

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory formats, argument checks and output allocation shared by every op."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -236,6 +237,28 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype, fmt: torch.m
     if _allocate is None:
         return torch.empty(shape, device=like.device, dtype=dtype, memory_format=fmt)
     return _allocate(shape, like, dtype, fmt)
+
+
+class _Scratch(threading.local):
+    buffer: Tensor | None = None
+
+
+_scratch = _Scratch()
+MOST_SCRATCH = 2**23  # floats that a thread keeps at most
+
+
+def scratch(like: Tensor, size: int) -> Tensor:
+    """Return float32 values on the CPU, uninitialised, for use within the calling kernel alone.
+
+    The thread's own, kept from call to call: the system hands out fresh memory page by page, which takes as long as a
+    small layer's kernel. Of at least `size`.
+    """
+    if _allocate is not None or size > MOST_SCRATCH:
+        return empty_float(like, size)
+    kept = _scratch.buffer
+    if kept is None or kept.numel() < size:
+        kept = _scratch.buffer = torch.empty(size, dtype=torch.float32, device="cpu")
+    return kept
 
 
 def empty_like(x: Tensor, fmt: torch.memory_format) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from support.compare import assert_close
-from support.kernel_cases import PLACES, Place, draw, run
-from support.modulated_conv2d_cases import TOLERANCE, away_from_kinks, inputs, oracle
+from support.kernel_cases import PLACES, Place
+from support.modulated_conv2d_cases import TOLERANCE, away_from_kinks, check_frozen, inputs, oracle
 from torch import Tensor
 
 from faceedit.kernels import modulated_layer_native, native
@@ -46,40 +46,6 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def check(place: Place, tensors: list[Tensor | None], dtype: torch.dtype, **options: Any) -> None:
-    """Compare y, rgb and every gradient but the frozen weight's with float64's."""
-    names = ("x", "styles", "noise", "strength", "bias", "rgb_weight", "rgb_styles")
-    x, weight, *rest = tensors
-    assert x is not None
-    assert weight is not None
-    given = [x.to(dtype).contiguous(memory_format=torch.channels_last), *rest]
-    frozen = {str(torch.device(place.device)): weight.to(place.device)}
-
-    def with_weight(function: Any, w: Tensor) -> Any:
-        def together(x: Tensor, *others: Tensor | None) -> Tensor:
-            found = function(x, w, *others)
-            return found if isinstance(found, Tensor) else torch.cat([f.flatten().float() for f in found])
-
-        return together
-
-    def layer(x: Tensor, w: Tensor, *others: Tensor | None) -> Any:
-        operands = dict(zip(names[1:], others, strict=True))
-        return modulated_conv2d(x, w, **operands, **options)  # type: ignore[arg-type]
-
-    wide = [None if t is None else t.double().requires_grad_() for t in given]
-    expected = with_weight(oracle(**options), weight.double())(*wide)
-    seeds = draw(*expected.shape, seed=99, low=0.5)
-    leaves = [t for t in wide if t is not None]
-    found = iter(torch.autograd.grad(expected, leaves, seeds.double(), materialize_grads=True))
-    y, gradients = run(place, with_weight(layer, frozen[str(torch.device(place.device))]), given, seeds)
-    forward, backward = TOLERANCE[dtype]
-    assert_close("output", y, expected, relative_l2=forward)
-    for name, leaf, actual in zip(names, wide, gradients, strict=True):
-        if leaf is not None:
-            assert actual is not None
-            assert_close(f"gradient of {name}", actual, next(found), relative_l2=backward)
-
-
 def need(place: Place, channels: int) -> None:
     if place.device == "cuda" and not modulated_layer_native.gpu_holds(0, channels):
         pytest.skip(f"this GPU is too small for layers of {channels} channels")
@@ -102,14 +68,14 @@ def test_matches_reference(place: Place, channels: int, dtype: torch.dtype, take
     """Sides that squares of 16 pixels do not divide, and two samples of different styles."""
     need(place, channels)
     tensors = away_from_kinks(inputs(n=2, i=channels, o=channels, h=19, w=34))
-    check(place, tensors, dtype)
+    check_frozen(place, tensors, dtype)
     assert taken == ["forward", "backward"]
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 2), (1, 40), (33, 2), (16, 16)])
 @pytest.mark.parametrize("place", NATIVE)
 def test_every_shape(place: Place, h: int, w: int, taken: list[str]) -> None:
-    check(place, away_from_kinks(inputs(n=1, i=32, o=32, h=h, w=w)), torch.bfloat16)
+    check_frozen(place, away_from_kinks(inputs(n=1, i=32, o=32, h=h, w=w)), torch.bfloat16)
     assert taken == ["forward", "backward"]
 
 
@@ -123,7 +89,7 @@ def test_more_squares_than_blocks_of_threads(
     if place.device == "cpu":
         pytest.skip("the plain loops have no blocks")
     need(place, channels)
-    check(place, away_from_kinks(inputs(n=n, i=channels, o=channels, h=h, w=w)), torch.bfloat16)
+    check_frozen(place, away_from_kinks(inputs(n=n, i=channels, o=channels, h=h, w=w)), torch.bfloat16)
     assert taken == ["forward", "backward"]
 
 
@@ -137,7 +103,7 @@ def test_every_subset_of_operands(place: Place, present: int, taken: list[str]) 
     keep = [True, True, True, has_noise, has_noise and has_strength, has_bias, True, True]
     chosen = [t if kept else None for t, kept in zip(tensors, keep, strict=True)]
     # Linear, since without noise there is nothing to move away from a kink with.
-    check(place, chosen, torch.float16, act="linear", gain=1.4, demodulate=bool(present % 5))
+    check_frozen(place, chosen, torch.float16, act="linear", gain=1.4, demodulate=bool(present % 5))
     assert taken == ["forward", "backward"]
 
 
@@ -145,7 +111,7 @@ def test_every_subset_of_operands(place: Place, present: int, taken: list[str]) 
 @pytest.mark.parametrize("place", NATIVE)
 def test_activations(place: Place, act: str, slope: float, gain: float, clamp: float, taken: list[str]) -> None:
     tensors = away_from_kinks(inputs(n=2, i=32, o=32, h=9, w=6), clamp=clamp)
-    check(place, tensors, torch.bfloat16, act=act, slope=slope, gain=gain, clamp=clamp)
+    check_frozen(place, tensors, torch.bfloat16, act=act, slope=slope, gain=gain, clamp=clamp)
     assert taken == ["forward", "backward"]
 
 
@@ -161,7 +127,7 @@ def test_a_trained_weight_has_its_gradient_from_a_convolution(place: Place, take
 def test_a_smooth_activation_keeps_its_input_and_so_its_convolution(place: Place, taken: list[str]) -> None:
     """On the way forward; the data gradient is that of any activation."""
     tensors = inputs(n=2, i=32, o=32)
-    check(place, tensors, torch.bfloat16, act="silu")
+    check_frozen(place, tensors, torch.bfloat16, act="silu")
     assert taken == ["backward"]
 
 

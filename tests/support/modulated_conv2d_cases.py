@@ -60,7 +60,7 @@ def oracle(**options: Any) -> Callable[..., Tensor]:
     def together(*tensors: Tensor | None) -> Tensor:
         t = dict(zip(NAMES, tensors, strict=False))
         y, rgb, _, _ = reference(
-            t["x"], t["weight"], t["styles"], t.get("noise"), t.get("strength"), t.get("bias"), None,
+            t["x"], t["weight"], t["styles"], t.get("noise"), t.get("strength"), t.get("bias"), options.get("fir"),
             t.get("rgb_weight"), t.get("rgb_styles"),
             o["up"], o["down"], o["demodulate"], o["act"], o["slope"], o["gain"], o["clamp"],
         )  # fmt: skip
@@ -104,6 +104,40 @@ def check(
     forward, backward = TOLERANCE[dtype]
     assert_close("output", y, expected, relative_l2=forward)
     for name, leaf, actual in zip(NAMES, wide, gradients, strict=True):
+        if leaf is not None:
+            assert actual is not None
+            assert_close(f"gradient of {name}", actual, next(found), relative_l2=backward)
+
+
+def check_frozen(place: Place, tensors: list[Tensor | None], dtype: torch.dtype, **options: Any) -> None:
+    """Compare y, rgb and every gradient but the weight's, which is frozen, with float64's; x is channels_last."""
+    names = [name for name in NAMES if name != "weight"]
+    x, weight, *rest = tensors
+    assert x is not None
+    assert weight is not None
+    given = [x.to(dtype).contiguous(memory_format=torch.channels_last), *rest]
+    frozen = weight.to(place.device)
+
+    def with_weight(function: Any, w: Tensor) -> Any:
+        def together(x: Tensor, *others: Tensor | None) -> Tensor:
+            found = function(x, w, *others)
+            return found if isinstance(found, Tensor) else torch.cat([f.flatten().float() for f in found])
+
+        return together
+
+    def layer(x: Tensor, w: Tensor, *others: Tensor | None) -> Any:
+        operands = dict(zip(names[1:], others, strict=True))
+        return modulated_conv2d(x, w, **operands, **options)  # type: ignore[arg-type]
+
+    wide = [None if t is None else t.double().requires_grad_() for t in given]
+    expected = with_weight(oracle(**options), weight.double())(*wide)
+    seeds = draw(*expected.shape, seed=99, low=0.5)
+    leaves = [t for t in wide if t is not None]
+    found = iter(torch.autograd.grad(expected, leaves, seeds.double(), materialize_grads=True))
+    y, gradients = run(place, with_weight(layer, frozen), given, seeds)
+    forward, backward = TOLERANCE[dtype]
+    assert_close("output", y, expected, relative_l2=forward)
+    for name, leaf, actual in zip(names, wide, gradients, strict=True):
         if leaf is not None:
             assert actual is not None
             assert_close(f"gradient of {name}", actual, next(found), relative_l2=backward)

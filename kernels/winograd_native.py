@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A float32 layer of modulated_conv2d on a CPU in one call, with a quarter of the multiplications: csrc/winograd.cpp.
+
+Upsampling: convolution and FIR together are four 3x3 convolutions of the input, one for each pixel of a 2x2 square.
+Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", F(4x4, 3x3), at other points.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from faceedit.kernels import modulated_conv2d_native, native
+from faceedit.kernels.fir_epilogue import fir_epilogue_op
+from faceedit.kernels.modulated_conv2d_parts import Geometry, Vectors, fir_taps, from_weight, ready, resampled_backward
+from faceedit.kernels.noise_bias_act import ACTIVATIONS
+from faceedit.kernels.tensors import empty, empty_float, scratch
+
+Operands = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
+
+LEAST_TILES = 16  # of 4 x 4 pixels: with fewer, reading the transformed weight takes as long as is won
+LEAST_TILES_TRAINED = 256  # where the weight changes between calls, and is transformed at each
+UP_LEAST_TILES, UP_INPUTS, UP_INPUTS_BACK = 256, 128, 64  # more channels: PyTorch's convolution and the FIR are faster
+SLOW = "baseline"  # the instruction set whose vectors are too short to win anything
+
+
+def fits(x: Tensor, weight: Tensor, up: int, *, backward: bool) -> bool:
+    """Return whether `forward` or `backward` is what is fastest for a convolution of x, channels_last, without down."""
+    outputs, inputs, size, _ = weight.shape
+    if not x.is_cpu or x.dtype is not torch.float32 or size != 3 or inputs % 32 or outputs % 32:
+        return False
+    n, _, h, w = x.shape
+    tiles = n * ((h + 3) // 4) * ((w + 3) // 4)
+    trained = weight.requires_grad or weight.is_inference()
+    if up == 2:
+        fewer = outputs <= inputs <= (UP_INPUTS_BACK if backward else UP_INPUTS)
+        pays = fewer and tiles >= UP_LEAST_TILES and not trained
+    else:
+        pays = tiles >= (LEAST_TILES_TRAINED if trained else LEAST_TILES)
+    # Tiles that an edge cuts are computed whole.
+    return pays and n * h * w >= 12 * tiles and native.module().isa() != SLOW
+
+
+def _transformed(weight: Tensor) -> Tensor:
+    """Return a weight (O,I,3,3) as the kernel reads it: four times as large."""
+    weight = weight.float().contiguous()
+    outputs, inputs = weight.shape[:2]
+    transformed = empty_float(weight, 36 * outputs * inputs)
+    native.module().winograd_weight(
+        native.target(weight),
+        weight=weight.data_ptr(),
+        transformed=transformed.data_ptr(),
+        outputs=outputs,
+        inputs=inputs,
+    )
+    return transformed
+
+
+def _with_fir(weight: Tensor, taps: tuple[float, ...]) -> Tensor:
+    """Return the weights (4O,I,3,3) of the four convolutions, rows of the 2x2 square first, of a weight (O,I,3,3)."""
+    outputs, inputs = weight.shape[:2]
+    row = weight.new_tensor(taps) * 2.0  # what upsampling loses
+    # y[2q + p] = sum_j x[q + j] c[p - 2j], c[d] = sum_k fir[k] weight[d - 1 + k] for d = -2 .. 3.
+    pairs = F.conv2d(weight.reshape(-1, 1, 3, 3), (row[:, None] * row).flip(0, 1)[None, None], padding=3)
+    pairs = pairs.reshape(outputs, inputs, 6, 6).flip(2, 3)
+    return torch.cat([pairs[:, :, 1 - p :: 2, 1 - q :: 2] for p in (0, 1) for q in (0, 1)])
+
+
+def _weight(weight: Tensor, up: int, fir: Tensor | None, x: Tensor, turned: bool) -> Tensor:
+    """Return the kernel's weight, remembered; turned: of the data gradient."""
+    taps = tuple(fir_taps(fir, x).tolist()) if up == 2 else None
+
+    def make(w: Tensor) -> Tensor:
+        w = w if taps is None else _with_fir(w.float(), taps)
+        return _transformed(w.transpose(0, 1).flip(2, 3) if turned else w)
+
+    return from_weight(weight, ("winograd", turned, taps), make)
+
+
+@lru_cache(maxsize=1024)
+def _workspace(shape: torch.Size, inputs: int, outputs: int, sums: bool, threads: int) -> int:
+    """Return how many floats the kernel needs for its transformed values and sums; shape: the convolution's grid."""
+    n, _, h, w = shape
+    return native.module().winograd_workspace(
+        native.place(True), grad_style=sums, batch=n, inputs=inputs, outputs=outputs, height=h, width=w, buffers=threads
+    )
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    v: Vectors,
+    operands: Operands,
+    factors: Tensor | None,
+    settings: tuple[str, float, float, float],
+    *,
+    up: int,
+    fir: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return y = epilogue(conv(x * style)) and ToRGB's sums; see `fits`.
+
+    x is channels_last; operands, factors and settings are those of the epilogue.
+    """
+    scale, noise, strength, bias = operands
+    act, slope, gain, clamp = settings
+    n, inputs, h, w = x.shape
+    outputs, pixels = weight.shape[0], up * up * h * w
+    transformed = _weight(weight, up, fir, x, False)
+    y = empty((n, outputs, up * h, up * w), x, x.dtype, torch.channels_last)
+    rgb = None if factors is None else empty_float(x, n, 3, up * h, up * w)
+    unbounded = empty_float(x)
+    device, threads, stream = native.target(x)
+    workspace = scratch(x, _workspace(x.shape, inputs, outputs * up * up, False, threads))
+    native.module().winograd(
+        (device, threads, stream),
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        transformed=transformed.data_ptr(),
+        style=v.inner.data_ptr(),
+        scale=native.address(scale),
+        noise=native.address(noise),
+        strength=native.address(strength),
+        bias=native.address(bias),
+        rgb_factors=native.address(factors),
+        rgb=native.address(rgb),
+        unbounded=unbounded.data_ptr(),
+        workspace=workspace.data_ptr(),
+        batch=n,
+        inputs=inputs,
+        outputs=outputs * up * up,
+        height=h,
+        width=w,
+        down=1,
+        up=up,
+        noise_stride=pixels if noise is not None and noise.shape[0] == n else 0,
+        buffers=threads,
+        act=ACTIVATIONS.index(act),
+        slope=slope,
+        gain=gain,
+        clamp=clamp,
+    )
+    if unbounded.item() == 0.0:
+        return y, rgb
+    return _direct(x, weight, v, operands, factors, settings, up, fir)
+
+
+def _direct(
+    x: Tensor,
+    weight: Tensor,
+    v: Vectors,
+    operands: Operands,
+    factors: Tensor | None,
+    settings: tuple[str, float, float, float],
+    up: int,
+    fir: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return what `forward` does by PyTorch's convolution, which keeps a NaN or an infinity where it reaches."""
+    geometry = Geometry(3, up, 1)
+    w = ready(weight, x.dtype, torch.channels_last, up == 2, None)
+    core = geometry.convolve(modulated_conv2d_native.scale(x, v.inner), w)
+    core = core.contiguous(memory_format=torch.channels_last)
+    if up == 1:
+        return core, modulated_conv2d_native.epilogue(core, core, operands, factors, settings)
+    pad = [geometry.fir_pad] * 4
+    y = fir_epilogue_op(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
+    y = y.contiguous(memory_format=torch.channels_last)
+    return y, None if factors is None else modulated_conv2d_native.dots(y, factors)
+
+
+def backward(
+    grad: Tensor, weight: Tensor, v: Vectors, x: Tensor, style: Tensor, wanted: bool, *, up: int, fir: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data is the convolution's.
+
+    grad and x are channels_last; see `fits`.
+    """
+    n, inputs, h, w = x.shape
+    outputs = weight.shape[0] * up * up
+    transformed = _weight(weight, up, fir, x, True)
+    data = empty(tuple(x.shape), x, x.dtype, torch.channels_last)
+    grad_style = empty_float(x, n, inputs) if wanted else None
+    unbounded = empty_float(x)
+    device, threads, stream = native.target(x)
+    workspace = scratch(x, _workspace(x.shape, outputs, inputs, wanted, threads))
+    native.module().winograd(
+        (device, threads, stream),
+        x=grad.data_ptr(),
+        y=data.data_ptr(),
+        transformed=transformed.data_ptr(),
+        scale=style.data_ptr(),
+        other=x.data_ptr(),
+        grad_style=native.address(grad_style),
+        unbounded=unbounded.data_ptr(),
+        workspace=workspace.data_ptr(),
+        batch=n,
+        inputs=outputs,
+        outputs=inputs,
+        height=h,
+        width=w,
+        down=up,
+        up=1,
+        buffers=threads,
+        act=ACTIVATIONS.index("linear"),
+        gain=1.0,
+        clamp=-1.0,
+    )
+    if unbounded.item() == 0.0:
+        return data, grad_style
+    found, _ = resampled_backward(
+        grad, x, ready(weight, x.dtype, torch.channels_last, False, None), fir, Geometry(3, up, 1), (True, False)
+    )
+    data = found.contiguous(memory_format=torch.channels_last)
+    return data, modulated_conv2d_native.style_backward(x, data, style, wanted)

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""modulated_conv2d's float32 layers by Winograd's minimal filtering, on a CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.kernel_cases import Place
+from support.modulated_conv2d_cases import away_from_kinks, check_frozen, inputs, needs_cpp, oracle
+from torch import Tensor
+
+from faceedit import kernels
+from faceedit.kernels import native, tensors, winograd_native
+from faceedit.kernels.modulated_conv2d import modulated_conv2d
+
+pytestmark = needs_cpp
+ISAS = native.build_report()["isas"]
+TAPS = torch.tensor([0.1, 0.6, 0.2, 0.3])  # nothing about them is symmetric
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The layer wherever it can run, however small; the list has a name for every call of it."""
+    calls: list[str] = []
+
+    def spied(name: str) -> Any:
+        real = getattr(winograd_native, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(winograd_native, name, spied(name))
+    monkeypatch.setattr(winograd_native, "fits", can_run)
+    return calls
+
+
+def can_run(x: Tensor, weight: Tensor, up: int, *, backward: bool) -> bool:
+    return x.dtype is torch.float32 and weight.shape[2] == 3 and weight.shape[0] % 32 == weight.shape[1] % 32 == 0
+
+
+def operands(**shape: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, channels_last, weight and styles."""
+    x, weight, styles, *_ = inputs(**{"n": 1, "i": 32, "o": 32, "h": 9, "w": 14} | shape)
+    assert x is not None
+    assert weight is not None
+    assert styles is not None
+    return x.contiguous(memory_format=torch.channels_last), weight, styles
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("up", [1, 2])
+def test_matches_reference(isa: str, up: int, taken: list[str]) -> None:
+    """Sides that tiles of 4 pixels do not divide, two samples of different styles, outputs that are not the inputs."""
+    options = {"up": up, "clamp": 2.0}
+    shaped = away_from_kinks(inputs(n=2, i=32, o=64, h=9, w=14, up=up), **options)
+    check_frozen(Place("cpu", isa=isa), shaped, torch.float32, **options)
+    assert taken == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_weights_larger_than_a_cache_are_all_threads_work(isa: str, taken: list[str]) -> None:
+    check_frozen(Place("cpu", isa=isa), inputs(n=2, i=192, o=192, h=32, w=37), torch.float32, act="linear", gain=1.4)
+    assert taken == ["forward", "backward"]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 3), st.sampled_from([32, 64, 96]), st.sampled_from([32, 64, 96]), st.integers(1, 13),
+    st.integers(1, 13), st.sampled_from([1, 2]), st.booleans(),
+)  # fmt: skip
+def test_every_shape(n: int, i: int, o: int, h: int, w: int, up: int, demodulate: bool) -> None:
+    if h * w * i == i:
+        w = 2  # one pixel is planar and channels_last alike
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(winograd_native, "fits", can_run)
+        options = {"act": "linear", "gain": 1.4, "up": up, "demodulate": demodulate}
+        check_frozen(Place("cpu"), inputs(n=n, i=i, o=o, h=h, w=w, up=up), torch.float32, **options)
+
+
+@pytest.mark.parametrize("present", range(16), ids=lambda bits: f"{bits:04b}")
+@pytest.mark.parametrize("up", [1, 2])
+def test_every_subset_of_operands(present: int, up: int, taken: list[str]) -> None:
+    has_noise, has_strength, has_bias, has_rgb = (bool(present >> bit & 1) for bit in range(4))
+    all_of_them = inputs(n=3, i=32, o=32, h=5, w=7, up=up, rgb=has_rgb)
+    keep = [True, True, True, has_noise, has_noise and has_strength, has_bias, True, True]
+    chosen = [t if kept else None for t, kept in zip(all_of_them, keep, strict=True)]
+    check_frozen(Place("cpu"), chosen, torch.float32, act="linear", gain=1.4, up=up, demodulate=bool(present % 5))
+    assert taken == ["forward", "backward"]
+
+
+@pytest.mark.parametrize(("act", "slope", "gain", "clamp"), [("relu", 0.2, 1.4, -1.0), ("lrelu", 0.1, 1.4, 2.0)])
+def test_activations(act: str, slope: float, gain: float, clamp: float, taken: list[str]) -> None:
+    shaped = away_from_kinks(inputs(n=2, i=32, o=32, h=9, w=6), clamp=clamp)
+    check_frozen(Place("cpu"), shaped, torch.float32, act=act, slope=slope, gain=gain, clamp=clamp)
+    assert taken == ["forward", "backward"]
+
+
+def test_a_smooth_activation_keeps_its_input_and_so_its_convolution(taken: list[str]) -> None:
+    """On the way forward; the data gradient is that of any activation."""
+    check_frozen(Place("cpu"), inputs(n=2, i=32, o=32), torch.float32, act="silu")
+    assert taken == ["backward"]
+
+
+def test_a_filter_of_the_callers(taken: list[str]) -> None:
+    """It is part of the transformed weight: others get one of their own."""
+    x, weight, styles = operands(n=2)
+    for taps in (TAPS, TAPS.flip(0), None):
+        y = modulated_conv2d(x, weight, styles, up=2, fir=taps, act="linear", gain=1.0)
+        wide = None if taps is None else taps.double()
+        expected = oracle(up=2, fir=wide, act="linear", gain=1.0)(x.double(), weight.double(), styles.double())
+        torch.testing.assert_close(y.double(), expected, rtol=0.0, atol=1e-5 * float(expected.abs().max()))
+    assert taken == ["forward"] * 3
+
+
+def test_a_filters_gradient_is_turned(taken: list[str]) -> None:
+    x, weight, styles = operands(n=2)
+    for taps in (TAPS, None):
+        leaf, wide = x.clone().requires_grad_(), x.double().requires_grad_()
+        modulated_conv2d(leaf, weight, styles, up=2, fir=taps, act="linear").square().sum().backward()
+        options = {"up": 2, "fir": None if taps is None else taps.double(), "act": "linear"}
+        oracle(**options)(wide, weight.double(), styles.double()).square().sum().backward()
+        assert leaf.grad is not None
+        assert wide.grad is not None
+        largest = float(wide.grad.abs().max())
+        torch.testing.assert_close(leaf.grad.double(), wide.grad, rtol=0.0, atol=1e-5 * largest)
+    assert taken == ["forward", "backward"] * 2
+
+
+@pytest.mark.parametrize("size", [(32, 32), (192, 192)], ids=["a core's", "all threads'"])
+def test_a_result_depends_neither_on_threads_nor_on_the_batch(size: tuple[int, int], taken: list[str]) -> None:
+    x, weight, styles = operands(n=3, i=size[0], o=size[1], h=30, w=41)
+    leaves = [x.requires_grad_(), styles.requires_grad_()]
+
+    def results(first: int, last: int) -> list[Tensor]:
+        y = modulated_conv2d(leaves[0][first:last], weight, leaves[1][first:last])
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        return [y.detach(), *(g[first:last] for g in gradients)]
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = results(0, 3)
+        torch.set_num_threads(1)
+        alone = results(0, 3)
+    finally:
+        torch.set_num_threads(threads)
+    for one, two in zip(alone, together, strict=True):
+        assert torch.equal(one, two)
+    for one, all_three in zip(results(1, 2), together, strict=True):
+        assert torch.equal(one, all_three[1:2])
+    assert taken == ["forward", "backward"] * 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("act", ["linear", "lrelu", "relu"])
+@pytest.mark.parametrize("up", [1, 2])
+def test_what_is_not_finite_stays_where_it_is(up: int, act: str, value: float, taken: list[str]) -> None:
+    """A tile would spread it."""
+    x, weight, styles = operands(n=2)
+    x[0, 3, 4, 11] = value
+    with kernels.backend("eager"):
+        expected = modulated_conv2d(x, weight, styles, act=act, up=up)
+    leaves = [x.clone(memory_format=torch.preserve_format).requires_grad_(), styles.clone().requires_grad_()]
+    y = modulated_conv2d(leaves[0], weight, leaves[1], act=act, up=up)
+    assert torch.equal(y.isfinite(), expected.isfinite())
+    assert torch.equal(y.isnan(), expected.isnan())
+    seed = torch.ones_like(y)
+    seed[1, 2, 3, 4] = value
+    with kernels.backend("eager"):
+        wide = [leaf.detach().clone(memory_format=torch.preserve_format).requires_grad_() for leaf in leaves]
+        wanted = torch.autograd.grad(modulated_conv2d(wide[0], weight, wide[1], act=act, up=up), wide, seed)
+    found = torch.autograd.grad(y, leaves, seed)
+    assert torch.equal(found[0].isfinite(), wanted[0].isfinite())
+    assert taken == ["forward", "backward"]
+
+
+def test_what_only_a_tile_takes_out_of_range(taken: list[str]) -> None:
+    x, weight, styles = operands()
+    x[0, 3, 4, 11] = 3e38
+    y = modulated_conv2d(x, weight / 100, styles, demodulate=False, act="linear")
+    with kernels.backend("eager"):
+        expected = modulated_conv2d(x, weight / 100, styles, demodulate=False, act="linear")
+    assert expected.isfinite().all()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert taken == ["forward"]
+
+
+def test_a_direct_sum_is_used_instead_with_torgb_and_a_frozen_style(taken: list[str]) -> None:
+    x, weight, styles = operands(n=2)
+    x[1, 0, 0, 0] = float("inf")
+    factors, rgb_styles = torch.ones(3, 32), torch.ones(2, 32)
+    for up in (1, 2):
+        y, rgb = modulated_conv2d(x, weight, styles, up=up, rgb_weight=factors, rgb_styles=rgb_styles)
+        with kernels.backend("eager"):
+            wanted, colours = modulated_conv2d(x, weight, styles, up=up, rgb_weight=factors, rgb_styles=rgb_styles)
+        torch.testing.assert_close(y[0], wanted[0])
+        torch.testing.assert_close(rgb[0], colours[0], rtol=1e-4, atol=1e-4)
+        assert torch.equal(rgb.isfinite(), colours.isfinite())
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert taken == ["forward"] * 2
+
+
+def test_a_weight_that_was_written_to_is_transformed_again(taken: list[str]) -> None:
+    x, weight, styles = operands()
+    before = modulated_conv2d(x, weight, styles, demodulate=False, act="linear")
+    weight.mul_(2.0)
+    torch.testing.assert_close(modulated_conv2d(x, weight, styles, demodulate=False, act="linear"), 2.0 * before)
+    assert taken == ["forward"] * 2
+
+
+def test_a_trained_weight_has_its_gradient_too(taken: list[str]) -> None:
+    x, weight, styles = operands(n=2)
+    leaves = [t.requires_grad_() for t in (x, weight, styles)]
+    found = torch.autograd.grad(modulated_conv2d(*leaves, act="linear").square().sum(), leaves)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = torch.autograd.grad(oracle(act="linear")(*wide).square().sum(), wide)
+    for name, one, other in zip(("x", "weight", "styles"), found, expected, strict=True):
+        error = (one.double() - other).norm() / other.norm()
+        assert error < 1e-4, name
+    assert taken == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_a_style_without_gradient_is_not_summed_for(with_gradient: bool, taken: list[str]) -> None:
+    x, weight, styles = operands()
+    y = modulated_conv2d(x.requires_grad_(), weight, styles.requires_grad_(with_gradient))
+    (found,) = torch.autograd.grad(y, [x], torch.ones_like(y), retain_graph=True)
+    with kernels.backend("eager"):
+        y = modulated_conv2d(x, weight, styles)
+        (wanted,) = torch.autograd.grad(y, [x], torch.ones_like(y))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert taken == ["forward", "backward"]
+
+
+def test_where_it_is_what_is_fastest() -> None:
+    def fits(n: int, channels: int, side: int, up: int = 1, *, backward: bool = False, **kind: Any) -> bool:
+        x = torch.empty(n, channels, side, side, dtype=kind.get("dtype"), device=kind.get("device"))
+        weight = torch.empty(kind.get("outputs", channels), channels, 3, 3, requires_grad=kind.get("trained", False))
+        return winograd_native.fits(x, weight, up, backward=backward)
+
+    if len(ISAS) > 1:
+        assert fits(1, 512, 16)
+        assert fits(4, 512, 8)  # as many tiles
+        assert fits(1, 64, 64, trained=True)
+        assert fits(1, 128, 64, up=2, outputs=64)
+        assert fits(1, 64, 64, up=2, outputs=32, backward=True)
+        with native.isa("baseline"):
+            assert not fits(1, 512, 16)
+    for refused in (
+        fits(1, 512, 8), fits(1, 64, 32, trained=True), fits(1, 24, 64), fits(1, 64, 64, outputs=40),
+        fits(1, 64, 64, dtype=torch.bfloat16), fits(1, 64, 64, dtype=torch.float64), fits(1, 64, 64, device="meta"),
+        fits(64, 64, 5), fits(1, 256, 64, up=2, outputs=128), fits(1, 128, 64, up=2, outputs=64, backward=True),
+        fits(1, 64, 64, up=2, outputs=32, trained=True),
+    ):  # fmt: skip
+        assert not refused
+
+
+def test_scratch_is_kept_from_call_to_call_and_fresh_where_outputs_are_poisoned() -> None:
+    like = torch.zeros(1)
+    first = tensors.scratch(like, 1000)
+    assert tensors.scratch(like, 10).data_ptr() == first.data_ptr()
+    assert tensors.scratch(like, first.numel() + 1).numel() == first.numel() + 1
+    with tensors.poison():
+        assert tensors.scratch(like, 10).isnan().all()
+    assert tensors.scratch(like, tensors.MOST_SCRATCH + 1).numel() == tensors.MOST_SCRATCH + 1
+    assert tensors.scratch(like, 10).numel() <= tensors.MOST_SCRATCH
+
+
+def test_core_names_the_argument() -> None:
+    module, target = native.module(), (-1, 1, 0)
+    good = {"batch": 1, "inputs": 32, "outputs": 32, "height": 4, "width": 4, "down": 1, "up": 1, "buffers": 1}
+    for change, message in (
+        ({}, "x, y, transformed, unbounded and workspace must not be null"),
+        ({"width": 0}, "x must not be empty"),
+        ({"up": 3}, "down and up must be 1 or 2"),
+        ({"inputs": 24}, "the channels of x must be a multiple of 16"),
+        ({"inputs": 32, "down": 2}, "the channels of x must be a multiple of 16"),
+        ({"outputs": 48}, "outputs must be a multiple of 32, the channels of y of 16"),
+        ({"outputs": 32, "up": 2}, "outputs must be a multiple of 32, the channels of y of 16"),
+        ({"act": 4}, "act must be piecewise linear"),
+        ({"noise_stride": 5}, "noise must have the pixels of y"),
+        ({"rgb": 64}, "rgb needs rgb_factors"),
+        ({"grad_style": 64}, "grad_style needs other"),
+        ({"buffers": 0}, "buffers must be positive"),
+    ):
+        with pytest.raises(RuntimeError, match=f"winograd: {message}"):
+            module.winograd(target, **(good | change))
+    with pytest.raises(RuntimeError, match="winograd_weight: outputs must be a multiple of 32"):
+        module.winograd_weight(target, outputs=24, inputs=32)
