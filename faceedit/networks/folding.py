@@ -11,7 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
-from faceedit.kernels import noise_bias_act
+from faceedit.kernels import frozen_conv, noise_bias_act
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -23,7 +23,7 @@ def for_inference(network: Network) -> Network:
     - In an nn.Sequential a convolution's bias and the ReLU after it are one pass, and a BatchNorm2d that is left, as
       one behind the ReLU, is another; so are the bias and the ReLU at the end of torchvision's residual blocks, where
       all their normalisations were folded. On a CPU, where the convolution adds the bias itself, what can be done in
-      place is.
+      place is, and 3x3 convolutions of enough pixels are the kernel library's.
     - The pooled branch of torchvision's ASPP keeps the layout of what it pools, its gradient too.
 
     Anything else stays as it is. Values differ by rounding.
@@ -51,6 +51,12 @@ def adds_bias(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
+def is_quick(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether `frozen_conv.conv3x3` is what convolves x fastest."""
+    plain = conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
+    return plain and conv.padding_mode == "zeros" and frozen_conv.pays(x, conv.weight)
+
+
 class ConvBiasReLU(nn.Conv2d):
     """A convolution with bias, then ReLU: conv and one pass. Its parameters are those of a convolution."""
 
@@ -62,6 +68,8 @@ class ConvBiasReLU(nn.Conv2d):
         return cast(ConvBiasReLU, joined)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_quick(self, x):
+            return frozen_conv.conv3x3(x, self.weight, self.bias, "relu")
         if adds_bias(x):
             return F.relu(self._conv_forward(x, self.weight, self.bias), inplace=True)
         return noise_bias_act(self._conv_forward(x, self.weight, None), bias=self.bias, act="relu")
@@ -106,6 +114,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         last, inner = self.last, self.inner(x)
+        if is_quick(last, inner):  # whose backward pass reads its output: no sum in place
+            return F.relu(
+                frozen_conv.conv3x3(inner, last.weight, self.bias, "linear") + self.way_round(x), inplace=True
+            )
         if adds_bias(x):
             return F.relu(last._conv_forward(inner, last.weight, self.bias).add_(self.way_round(x)), inplace=True)
         return noise_bias_act(last(inner).add_(self.way_round(x)), bias=self.bias, act="relu")

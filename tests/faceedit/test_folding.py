@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+from faceedit.kernels import native
 from faceedit.maskfacegan.networks import AttributeJudge, RegionParser, _halved, _halves
 from faceedit.networks import folding
 from faceedit.networks.attribute_cnn import AttributeCNN, AttributeCNNConfig
@@ -94,6 +95,30 @@ def test_values_and_gradients_stay(name: str) -> None:
     expected, gradient = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (wanted, found))
     assert expected.abs().max() > 0
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vgg", "basic"])
+def test_convolutions_of_enough_pixels_are_the_kernel_librarys(name: str) -> None:
+    """On a CPU, in float32: values and the gradient that reaches the image stay, and no other network's are touched."""
+    if native.build_report()["isa"] in ("", "baseline"):
+        pytest.skip("no C++ kernels, or a processor whose vectors are too short")
+    torch.manual_seed(0)
+    vgg = [layer for _ in range(2) for layer in (nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.BatchNorm2d(32))]
+    network = lived_in(nn.Sequential(*vgg) if name == "vgg" else nn.Sequential(BasicBlock(32, 32)))
+    folded = for_inference(network)
+    x = torch.randn(2, 32, 20, 24).contiguous(memory_format=torch.channels_last).requires_grad_()
+    found = calls(lambda: folded(x))
+    assert found["modulated_conv2d"] == 2
+    assert not found["convolution"]
+    wanted = network.double()(x.double())
+    y = folded(x)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
+    seed = torch.randn_like(wanted)
+    expected, gradient = (torch.autograd.grad((o * s).sum(), x)[0] for o, s in ((wanted, seed), (y, seed.float())))
+    # A few signs next to 0 are a matter of rounding.
+    assert (gradient - expected).norm() < 2e-3 * expected.norm()
+    folded[0].weight.requires_grad_() if name == "vgg" else folded[0].inner[0].weight.requires_grad_()
+    assert calls(lambda: folded(x))["modulated_conv2d"] == 1
 
 
 def test_the_original_stays_as_it_is() -> None:

@@ -6,7 +6,7 @@ regulariser, gradient to every map. The baseline is the public implementations' 
 too: grouped modulated convolution, the FIR filter by itself, NCHW, one pass a term, the noise pyramid map by map.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from faceedit.kernels.benchmarking import stylegan2
 from faceedit.kernels.benchmarking.case import PASSES, Benchmark, Case, draw
 from faceedit.kernels.benchmarking.cases.noise_regularizer import _pyramid
+from faceedit.kernels.frozen_conv import conv3x3, pays
 from faceedit.kernels.kl import bernoulli_kl
 from faceedit.kernels.masked_mse import masked_mse
 from faceedit.kernels.noise_regularizer import noise_regularizer
@@ -26,6 +27,17 @@ BRANCH = "ccMccMcc" + "cMcccMc" + "c" + "cM"
 TARGET_PROBABILITY = 0.05
 # Of losses and gradients against the baseline's fp32; see the generator's case.
 TOLERANCE = {torch.float32: (1e-4, 1e-2), torch.bfloat16: (5e-2, 0.4)}
+
+
+Layer = Callable[[Tensor, Tensor], Tensor]
+
+
+def _layer(x: Tensor, weight: Tensor) -> Tensor:
+    return F.relu(F.conv2d(x, weight, padding=1))
+
+
+def _our_layer(x: Tensor, weight: Tensor) -> Tensor:
+    return conv3x3(x, weight, None, "relu") if pays(x, weight) else _layer(x, weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +53,8 @@ class Branch:
         weights = (weight.to(device, dtype).contiguous(memory_format=memory_format) for weight in self.weights)
         return Branch(self.side_px, tuple(weights), self.head.to(device))
 
-    def logits(self, image: Tensor) -> Tensor:
-        """Return (N,1) fp32 of images (N,3,S,S)."""
+    def logits(self, image: Tensor, layer: Layer) -> Tensor:
+        """Return (N,1) fp32 of images (N,3,S,S). layer: a convolution and its ReLU."""
         x = F.interpolate(image, (self.side_px, self.side_px), mode="area")
         weights = iter(self.weights)
         fmt = torch.channels_last if self.weights[0].is_contiguous(memory_format=torch.channels_last) else None
@@ -50,7 +62,7 @@ class Branch:
         x = x if fmt is None else x.contiguous(memory_format=fmt)
         for kind in BRANCH:
             # Batch normalisation is a scale and a shift after the ReLU; with unit statistics it is left out in both.
-            x = F.max_pool2d(x, 2) if kind == "M" else F.relu(F.conv2d(x, next(weights), padding=1))
+            x = F.max_pool2d(x, 2) if kind == "M" else layer(x, next(weights))
         return F.linear(x.float().flatten(1), self.head)
 
 
@@ -104,7 +116,7 @@ def _build(side: int, base: int, width: int, branch_px: int, branch_width: int, 
         appearance = masked_mse(image, source, mask)
         if stage == "noise":
             return appearance, noise_regularizer(noises)
-        logits = c.logits(image)
+        logits = c.logits(image, _our_layer)
         return appearance, bernoulli_kl(logits, torch.full_like(logits, TARGET_PROBABILITY))
 
     def public(ws: Tensor, source: Tensor, mask: Tensor, *noises: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +125,7 @@ def _build(side: int, base: int, width: int, branch_px: int, branch_width: int, 
         appearance = _public_terms(image, source, mask)
         if stage == "noise":
             return appearance, _pyramid(*noises)
-        return appearance, _public_kl(c.logits(image))
+        return appearance, _public_kl(c.logits(image, _layer))
 
     ws, *maps = stylegan2.inputs(generator, 1)
     source, mask = draw(1, 3, side, side, seed=4), draw(1, 1, side, side, seed=5).sigmoid()
