@@ -90,7 +90,7 @@ struct WinogradPlan {
 };
 
 inline WinogradPlan plan_winograd(const WinogradParams& p) {
-  constexpr int64_t kNear = 1600000, kWeights = 5000000, kShared = 128;  // bytes, bytes, tiles
+  constexpr int64_t kNear = 1600000, kWeights = 5000000, kShared = 128, kBlocks = 16;  // bytes, bytes, tiles, blocks
   WinogradPlan w{};
   w.down = (p.height + kWinogradTile - 1) / kWinogradTile;
   w.across = (p.width + kWinogradTile - 1) / kWinogradTile;
@@ -98,7 +98,9 @@ inline WinogradPlan plan_winograd(const WinogradParams& p) {
   w.tiles = p.batch * w.each;
   w.shared = 4 * kWinogradValues * p.inputs * p.outputs > kWeights;
   const int64_t fit = kNear / (4 * kWinogradValues * (p.inputs + p.outputs)) / kWinogradRows * kWinogradRows;
-  const int64_t most = w.shared ? kShared : (fit < kWinogradRows ? kWinogradRows : fit);
+  const int64_t spread = (w.tiles / kBlocks + kWinogradRows - 1) / kWinogradRows * kWinogradRows;  // for many threads
+  const int64_t close = fit < spread ? fit : spread;
+  const int64_t most = w.shared ? kShared : (close < kWinogradRows ? kWinogradRows : close);
   w.block_tiles = most < w.tiles ? most : w.tiles;
   w.blocks = (w.tiles + w.block_tiles - 1) / w.block_tiles;
   w.rows = (w.block_tiles + kWinogradRows - 1) / kWinogradRows * kWinogradRows;

@@ -26,10 +26,10 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         return False
     from faceedit.kernels import winograd_native
 
-    return memory_format(x) is torch.channels_last and winograd_native.fits(x, weight, 1, backward=False)
+    return memory_format(x) is torch.channels_last and winograd_native.fits(x, weight, 1, None)
 
 
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    """Return act(conv(x) + bias), (N,O,H,W), padding 1; x (N,I,H,W), weight (O,I,3,3), bias (O), act "relu"|"linear"."""
+    """Return act(conv(x) + bias), (N,O,H,W), padding 1; x (N,I,H,W), weight (O,I,3,3), bias (O), act relu or linear."""
     ones = x.new_ones(x.shape[:2])
     return modulated_conv2d(x, weight, ones, bias=bias, demodulate=False, act=act, gain=1.0)  # type: ignore[return-value]

@@ -78,9 +78,10 @@ def modulated_conv2d(
               planar.
     Grad:     every tensor but fir (ValueError when it requires grad), to second order. Kinks as in noise_bias_act.
               The output is saved; for a smooth act or gain <= 0 the convolution's result too.
-    Backends: eager (any device), cpu, cuda, triton. The convolution is PyTorch's, but that `backend("triton")` runs
-              a channels_last layer without resampling as one kernel. Against fp64, relative L2 of y and of gradients:
-              fp32 (TF32 off) 1e-5, 1e-4; fp16 5e-3, 2e-2; bf16 1e-2, 5e-2.
+    Backends: eager (any device), cpu, cuda, triton. The convolution is PyTorch's, but in channels_last for fp32 layers
+              on a CPU, half layers of few channels on a GPU, and `backend("triton")` without resampling. Against fp64,
+              relative L2 of y and of gradients: fp32 (TF32 off) 1e-5, 1e-4; fp16 5e-3, 2e-2; bf16 1e-2, 5e-2. fp32 on
+              a CPU: of a tile of 4x4 pixels to its largest value, which an outlier 1e4 times the rest spoils.
     Raises:   TypeError on a dtype; ValueError on shape, device, up, down or act.
     Note:     sums over a weight that does not require grad are kept between calls. They follow every write that PyTorch
               counts; after a write through `weight.data` make a new tensor.
@@ -210,8 +211,8 @@ def _native(
     if memory_format(x) is torch.channels_last and down == 1:
         if up == 1 and modulated_layer_native.fits(x, weight):
             layer = modulated_layer_native.forward
-        elif winograd_native.fits(x, weight, up, backward=False):
-            layer = partial(winograd_native.forward, up=up, fir=fir)
+        elif winograd_native.fits(x, weight, up, fir):
+            layer = partial(winograd_native.forward, up=up)
     return modulated_conv2d_passes.forward(
         modulated_conv2d_native, x, weight, styles, noise, strength, bias, fir, *others, layer=layer
     )
@@ -374,8 +375,8 @@ def _backward_native(
     if memory_format(x) is torch.channels_last and down == 1:
         if up == 1 and not want_weight and modulated_layer_native.fits(x, weight):
             layer_backward = modulated_layer_native.backward
-        elif winograd_native.fits(x, weight, up, backward=True):
-            layer_backward = partial(winograd_native.backward, up=up, fir=fir)
+        elif winograd_native.fits(x, weight, up, fir):
+            layer_backward = partial(winograd_native.backward, up=up)
     return modulated_conv2d_passes.backward(
         modulated_conv2d_native, x, grad, grad_rgb, weight, *others, layer_backward=layer_backward
     )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every backend of modulated_conv2d shares: its geometry, its vectors, weights made ready, the convolution.
 
-The convolution is PyTorch's (oneDNN, cuDNN); what a backend brings are the passes over activations around it.
+The convolution is PyTorch's (oneDNN, cuDNN) unless a backend has a layer of its own; what it brings besides are the
+passes over activations around it.
 """
 
 import threading

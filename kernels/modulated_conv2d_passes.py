@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""modulated_conv2d forward and backward, with a backend's passes around PyTorch's convolution.
+"""modulated_conv2d forward and backward: a backend's passes around PyTorch's convolution, or a layer of its own.
 
 Forward:  style -> x or weight; convolution; [FIR]; one epilogue: demodulation, noise, bias, activation, ToRGB's sums.
 Backward: one pass from the output (its activation inverted) to the gradient of the convolution and every sum over

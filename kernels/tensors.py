@@ -244,7 +244,7 @@ class _Scratch(threading.local):
 
 
 _scratch = _Scratch()
-MOST_SCRATCH = 2**23  # floats that a thread keeps at most
+MOST_SCRATCH = 2**24  # floats that a thread keeps at most
 
 
 def scratch(like: Tensor, size: int) -> Tensor:

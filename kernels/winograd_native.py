@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import Parameter
 
 from faceedit.kernels import modulated_conv2d_native, native
 from faceedit.kernels.fir_epilogue import fir_epilogue_op
@@ -20,24 +20,30 @@ from faceedit.kernels.tensors import empty, empty_float, scratch
 Operands = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
 
 LEAST_TILES = 16  # of 4 x 4 pixels: with fewer, reading the transformed weight takes as long as is won
-LEAST_TILES_TRAINED = 256  # where the weight changes between calls, and is transformed at each
-UP_LEAST_TILES, UP_INPUTS, UP_INPUTS_BACK = 256, 128, 64  # more channels: PyTorch's convolution and the FIR are faster
+LEAST_TILES_CHANGING = 256  # where the weight may be another one at each call, and is transformed at each
+UP_LEAST_TILES, UP_INPUTS = 256, 64  # more channels: PyTorch's convolution and the FIR are as fast
+UP_TAPS = (0.125, 0.375, 0.375, 0.125)  # what is part of the weight; exact in float32
 SLOW = "baseline"  # the instruction set whose vectors are too short to win anything
+ONE_THREAD = 4096  # elements of x
 
 
-def fits(x: Tensor, weight: Tensor, up: int, *, backward: bool) -> bool:
-    """Return whether `forward` or `backward` is what is fastest for a convolution of x, channels_last, without down."""
+def fits(x: Tensor, weight: Tensor, up: int, fir: Tensor | None) -> bool:
+    """Return whether `forward` and `backward` are what is fastest for a convolution of x, channels_last, without down.
+
+    The answer depends on shapes and kinds alone: a second call of the same has the first one's bits.
+    """
     outputs, inputs, size, _ = weight.shape
     if not x.is_cpu or x.dtype is not torch.float32 or size != 3 or inputs % 32 or outputs % 32:
         return False
     n, _, h, w = x.shape
     tiles = n * ((h + 3) // 4) * ((w + 3) // 4)
-    trained = weight.requires_grad or weight.is_inference()
+    # Other tensors without gradient are often new ones: a parameter's detached self, or times its gain.
+    stays = isinstance(weight, Parameter) and not weight.requires_grad and not weight.is_inference()
     if up == 2:
-        fewer = outputs <= inputs <= (UP_INPUTS_BACK if backward else UP_INPUTS)
-        pays = fewer and tiles >= UP_LEAST_TILES and not trained
+        usual = fir is None or tuple(fir.tolist()) == UP_TAPS
+        pays = stays and outputs <= inputs <= UP_INPUTS and tiles >= UP_LEAST_TILES and usual
     else:
-        pays = tiles >= (LEAST_TILES_TRAINED if trained else LEAST_TILES)
+        pays = tiles >= (LEAST_TILES if stays else LEAST_TILES_CHANGING)
     # Tiles that an edge cuts are computed whole.
     return pays and n * h * w >= 12 * tiles and native.module().isa() != SLOW
 
@@ -57,25 +63,26 @@ def _transformed(weight: Tensor) -> Tensor:
     return transformed
 
 
-def _with_fir(weight: Tensor, taps: tuple[float, ...]) -> Tensor:
+def _with_fir(weight: Tensor) -> Tensor:
     """Return the weights (4O,I,3,3) of the four convolutions, rows of the 2x2 square first, of a weight (O,I,3,3)."""
     outputs, inputs = weight.shape[:2]
-    row = weight.new_tensor(taps) * 2.0  # what upsampling loses
-    # y[2q + p] = sum_j x[q + j] c[p - 2j], c[d] = sum_k fir[k] weight[d - 1 + k] for d = -2 .. 3.
-    pairs = F.conv2d(weight.reshape(-1, 1, 3, 3), (row[:, None] * row).flip(0, 1)[None, None], padding=3)
-    pairs = pairs.reshape(outputs, inputs, 6, 6).flip(2, 3)
-    return torch.cat([pairs[:, :, 1 - p :: 2, 1 - q :: 2] for p in (0, 1) for q in (0, 1)])
+    # y[2q + p] = sum_j x[q + j] c[p - 2j], c[d] = sum_k 2 taps[k] weight[d - 1 + k] for d = -2 .. 3. Upsampling halves.
+    c = weight.new_zeros(outputs, inputs, 6, 6)
+    for k, row in enumerate(UP_TAPS):
+        for m, column in enumerate(UP_TAPS):
+            c[:, :, 3 - k : 6 - k, 3 - m : 6 - m] += 4.0 * row * column * weight
+    c = c.flip(2, 3)
+    return torch.cat([c[:, :, 1 - p :: 2, 1 - q :: 2] for p in (0, 1) for q in (0, 1)])
 
 
-def _weight(weight: Tensor, up: int, fir: Tensor | None, x: Tensor, turned: bool) -> Tensor:
+def _weight(weight: Tensor, up: int, turned: bool) -> Tensor:
     """Return the kernel's weight, remembered; turned: of the data gradient."""
-    taps = tuple(fir_taps(fir, x).tolist()) if up == 2 else None
 
     def make(w: Tensor) -> Tensor:
-        w = w if taps is None else _with_fir(w.float(), taps)
+        w = _with_fir(w.float()) if up == 2 else w
         return _transformed(w.transpose(0, 1).flip(2, 3) if turned else w)
 
-    return from_weight(weight, ("winograd", turned, taps), make)
+    return from_weight(weight, ("winograd", up, turned), make)
 
 
 @lru_cache(maxsize=1024)
@@ -96,7 +103,6 @@ def forward(
     settings: tuple[str, float, float, float],
     *,
     up: int,
-    fir: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return y = epilogue(conv(x * style)) and ToRGB's sums; see `fits`.
 
@@ -106,11 +112,11 @@ def forward(
     act, slope, gain, clamp = settings
     n, inputs, h, w = x.shape
     outputs, pixels = weight.shape[0], up * up * h * w
-    transformed = _weight(weight, up, fir, x, False)
+    transformed = _weight(weight, up, False)
     y = empty((n, outputs, up * h, up * w), x, x.dtype, torch.channels_last)
     rgb = None if factors is None else empty_float(x, n, 3, up * h, up * w)
     unbounded = empty_float(x)
-    device, threads, stream = native.target(x)
+    device, threads, stream = native.target(x, ONE_THREAD)
     workspace = scratch(x, _workspace(x.shape, inputs, outputs * up * up, False, threads))
     native.module().winograd(
         (device, threads, stream),
@@ -142,7 +148,7 @@ def forward(
     )
     if unbounded.item() == 0.0:
         return y, rgb
-    return _direct(x, weight, v, operands, factors, settings, up, fir)
+    return _direct(x, weight, v, operands, factors, settings, up)
 
 
 def _direct(
@@ -153,7 +159,6 @@ def _direct(
     factors: Tensor | None,
     settings: tuple[str, float, float, float],
     up: int,
-    fir: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `forward` does by PyTorch's convolution, which keeps a NaN or an infinity where it reaches."""
     geometry = Geometry(3, up, 1)
@@ -163,25 +168,25 @@ def _direct(
     if up == 1:
         return core, modulated_conv2d_native.epilogue(core, core, operands, factors, settings)
     pad = [geometry.fir_pad] * 4
-    y = fir_epilogue_op(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
+    y = fir_epilogue_op(core, fir_taps(None, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
     y = y.contiguous(memory_format=torch.channels_last)
     return y, None if factors is None else modulated_conv2d_native.dots(y, factors)
 
 
 def backward(
-    grad: Tensor, weight: Tensor, v: Vectors, x: Tensor, style: Tensor, wanted: bool, *, up: int, fir: Tensor | None
+    grad: Tensor, weight: Tensor, v: Vectors, x: Tensor, style: Tensor, wanted: bool, *, up: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data is the convolution's.
+    """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data is a convolution of grad.
 
     grad and x are channels_last; see `fits`.
     """
     n, inputs, h, w = x.shape
     outputs = weight.shape[0] * up * up
-    transformed = _weight(weight, up, fir, x, True)
+    transformed = _weight(weight, up, True)
     data = empty(tuple(x.shape), x, x.dtype, torch.channels_last)
     grad_style = empty_float(x, n, inputs) if wanted else None
     unbounded = empty_float(x)
-    device, threads, stream = native.target(x)
+    device, threads, stream = native.target(x, ONE_THREAD)
     workspace = scratch(x, _workspace(x.shape, outputs, inputs, wanted, threads))
     native.module().winograd(
         (device, threads, stream),
@@ -208,7 +213,7 @@ def backward(
     if unbounded.item() == 0.0:
         return data, grad_style
     found, _ = resampled_backward(
-        grad, x, ready(weight, x.dtype, torch.channels_last, False, None), fir, Geometry(3, up, 1), (True, False)
+        grad, x, ready(weight, x.dtype, torch.channels_last, False, None), None, Geometry(3, up, 1), (True, False)
     )
     data = found.contiguous(memory_format=torch.channels_last)
     return data, modulated_conv2d_native.style_backward(x, data, style, wanted)

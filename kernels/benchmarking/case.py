@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Outputs = Tensor | Sequence[Tensor]
 Function = Callable[..., Outputs]
@@ -79,6 +80,11 @@ def draw(*shape: int, seed: int = 0, channels_last: bool = False) -> Tensor:
     """Return standard normal values, the same for the same shape and seed."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return values.contiguous(memory_format=torch.channels_last) if channels_last else values
+
+
+def frozen(weight: Tensor) -> Parameter:
+    """Return a weight as a frozen network holds it."""
+    return Parameter(weight, requires_grad=False)
 
 
 def size_of(*tensors: Tensor | None) -> int:

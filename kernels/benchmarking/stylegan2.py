@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faceedit.kernels.benchmarking.case import draw
+from faceedit.kernels.benchmarking.case import draw, frozen
 from faceedit.kernels.fir_epilogue import fir_epilogue
 from faceedit.kernels.modulated_conv2d import modulated_conv2d
 from faceedit.kernels.upfirdn2d import setup_filter
@@ -73,7 +73,7 @@ class Network:
         moved = (
             replace(
                 layer,
-                weight=layer.weight.to(device, dtype),
+                weight=frozen(layer.weight.to(device, dtype)),
                 affine=layer.affine.to(device),
                 offset=layer.offset.to(device),
                 bias=layer.bias.to(device),
@@ -94,7 +94,7 @@ def build(side: int, base: int, width: int) -> Network:
 
     def add(resolution: int, inputs: int, outputs: int, taps: int, **kind: int | bool) -> None:
         seed = 10 * len(layers)
-        weight = draw(outputs, inputs, taps, taps, seed=seed)
+        weight = frozen(draw(outputs, inputs, taps, taps, seed=seed))
         affine = draw(inputs, width, seed=seed + 1) / math.sqrt(width)
         bias, strength = 0.1 * draw(outputs, seed=seed + 2), torch.tensor(0.1)
         layers.append(Layer(resolution, weight, affine, torch.ones(inputs), bias, strength, **kind))  # type: ignore[arg-type]

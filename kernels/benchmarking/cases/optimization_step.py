@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from faceedit.kernels.benchmarking import stylegan2
-from faceedit.kernels.benchmarking.case import PASSES, Benchmark, Case, draw
+from faceedit.kernels.benchmarking.case import PASSES, Benchmark, Case, draw, frozen
 from faceedit.kernels.benchmarking.cases.noise_regularizer import _pyramid
 from faceedit.kernels.frozen_conv import conv3x3, pays
 from faceedit.kernels.kl import bernoulli_kl
@@ -50,7 +50,7 @@ class Branch:
 
     def to(self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format) -> "Branch":
         """Return it on a device, its convolutions in `dtype` and that memory format."""
-        weights = (weight.to(device, dtype).contiguous(memory_format=memory_format) for weight in self.weights)
+        weights = (frozen(weight.to(device, dtype).contiguous(memory_format=memory_format)) for weight in self.weights)
         return Branch(self.side_px, tuple(weights), self.head.to(device))
 
     def logits(self, image: Tensor, layer: Layer) -> Tensor:
