@@ -174,8 +174,12 @@ constexpr int32_t kProductRows = 4;
 #endif
 constexpr int32_t kProductVectors = 2;
 
-// kProductRows rows of a panel of outputs.
-inline void multiply(const float* from, int64_t step, const float* weight, int64_t inputs, float* to, int64_t outputs) {
+// Inputs that are summed up in registers: rounding errors grow with how many.
+constexpr int64_t kProductInputs = 128;
+
+// kProductRows rows of a panel of outputs: writes their products with so many inputs, or adds these.
+template <bool ADD>
+void multiply(const float* from, int64_t step, const float* weight, int64_t inputs, float* to, int64_t outputs) {
   Vector sum[kProductRows][kProductVectors] = {};
   for (int64_t c = 0; c < inputs; ++c) {
     Vector u[kProductVectors];
@@ -190,9 +194,13 @@ inline void multiply(const float* from, int64_t step, const float* weight, int64
     }
   }
 #pragma GCC unroll 8
-  for (int32_t r = 0; r < kProductRows; ++r)
+  for (int32_t r = 0; r < kProductRows; ++r) {
 #pragma GCC unroll 2
-    for (int32_t k = 0; k < kProductVectors; ++k) store_vector(sum[r][k], to + r * outputs + k * kVectorFloats);
+    for (int32_t k = 0; k < kProductVectors; ++k) {
+      float* out = to + r * outputs + k * kVectorFloats;
+      store_vector(ADD ? load_vector(out) + sum[r][k] : sum[r][k], out);
+    }
+  }
 }
 
 void multiply_panel(const WinogradParams& p, const WinogradPlan& w, int64_t value, int64_t panel, int64_t rows,
@@ -200,9 +208,18 @@ void multiply_panel(const WinogradParams& p, const WinogradPlan& w, int64_t valu
   const int64_t panels = p.outputs / kWinogradPanel;
   const float* weight = p.transformed + (value * panels + panel) * p.inputs * kWinogradPanel;
   from += value * w.value, to += value * w.to + panel * kWinogradPanel;
-  for (int64_t r = 0; r < rows; r += kProductRows)
-    for (int32_t k = 0; k < kWinogradPanel; k += kProductVectors * kVectorFloats)
-      multiply(from + r * w.from, w.from, weight + k, p.inputs, to + r * p.outputs + k, p.outputs);
+  for (int64_t c = 0; c < p.inputs; c += kProductInputs) {
+    const int64_t inputs = p.inputs - c < kProductInputs ? p.inputs - c : kProductInputs;
+    for (int64_t r = 0; r < rows; r += kProductRows) {
+      for (int32_t k = 0; k < kWinogradPanel; k += kProductVectors * kVectorFloats) {
+        const float* values = from + r * w.from + c;
+        const float* taps = weight + c * kWinogradPanel + k;
+        float* out = to + r * p.outputs + k;
+        c == 0 ? multiply<false>(values, w.from, taps, inputs, out, p.outputs)
+               : multiply<true>(values, w.from, taps, inputs, out, p.outputs);
+      }
+    }
+  }
 }
 
 int team_rank() {
