@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from faceedit.kernels.benchmarking.case import Case, Function
+from faceedit.kernels.benchmarking.case import Case, Function, frozen
 from faceedit.kernels.dispatch import backend, machine_reason
 
 BACKEND = {"cpp": "cpu", "cuda": "cuda", "triton": "triton"}
@@ -93,6 +93,8 @@ def _weights(y: Tensor) -> Tensor:
 def step(case: Case, provider: str, device: str, backward: bool) -> Step:
     """Return a provider's call on its own copies of the inputs."""
     inputs = [t.to(device, copy=True, memory_format=torch.preserve_format) for t in case.inputs]
+    for i in case.frozen:
+        inputs[i] = frozen(inputs[i])
     wanted = [inputs[i].requires_grad_() for i in case.differentiable()] if backward else []
     return Step(function_of(case, provider), inputs, wanted)
 

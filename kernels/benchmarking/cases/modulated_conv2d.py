@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from faceedit.kernels.benchmarking.case import Benchmark, Case, draw, frozen, size_of
+from faceedit.kernels.benchmarking.case import Benchmark, Case, draw, size_of
 from faceedit.kernels.modulated_conv2d import modulated_conv2d, reference
 
 
@@ -15,7 +15,7 @@ def _build(inside: int, outside: int, side: int, up: int, kernel: int, dtype: to
     # bfloat16 a tenth off in every formulation.
     x = F.leaky_relu(draw(1, inside, side // up, side // up, channels_last=True), 0.2).mul_(2**0.5).to(dtype)
     weight = draw(outside, inside, kernel, kernel, seed=1)
-    weight = frozen(weight / (inside**0.5 * kernel if to_rgb else 1.0))
+    weight = weight / (inside**0.5 * kernel if to_rgb else 1.0)
     styles, bias, strength = draw(1, inside, seed=2) * 0.3 + 1, draw(outside, seed=3), torch.tensor(0.1)
     noise = draw(1, 1, side, side, seed=4)
     taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
