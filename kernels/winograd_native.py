@@ -24,13 +24,12 @@ LEAST_TILES_CHANGING = 256  # where the weight may be another one at each call, 
 UP_LEAST_TILES, UP_INPUTS = 256, 64  # more channels: PyTorch's convolution and the FIR are as fast
 UP_TAPS = (0.125, 0.375, 0.375, 0.125)  # what is part of the weight; exact in float32
 SLOW = "baseline"  # the instruction set whose vectors are too short to win anything
-ONE_THREAD = 4096  # elements of x
 
 
 def fits(x: Tensor, weight: Tensor, up: int, fir: Tensor | None) -> bool:
     """Return whether `forward` and `backward` are what is fastest for a convolution of x, channels_last, without down.
 
-    The answer depends on shapes and kinds alone: a second call of the same has the first one's bits.
+    The answer depends on shapes, kinds and the filter alone: a second call of the same has the first one's bits.
     """
     outputs, inputs, size, _ = weight.shape
     if not x.is_cpu or x.dtype is not torch.float32 or size != 3 or inputs % 32 or outputs % 32:
@@ -40,8 +39,8 @@ def fits(x: Tensor, weight: Tensor, up: int, fir: Tensor | None) -> bool:
     # Other tensors without gradient are often new ones: a parameter's detached self, or times its gain.
     stays = isinstance(weight, Parameter) and not weight.requires_grad and not weight.is_inference()
     if up == 2:
-        usual = fir is None or tuple(fir.tolist()) == UP_TAPS
-        pays = stays and outputs <= inputs <= UP_INPUTS and tiles >= UP_LEAST_TILES and usual
+        pays = stays and outputs <= inputs <= UP_INPUTS and tiles >= UP_LEAST_TILES
+        pays = pays and (fir is None or tuple(fir.tolist()) == UP_TAPS)
     else:
         pays = tiles >= (LEAST_TILES if stays else LEAST_TILES_CHANGING)
     # Tiles that an edge cuts are computed whole.
@@ -116,7 +115,7 @@ def forward(
     y = empty((n, outputs, up * h, up * w), x, x.dtype, torch.channels_last)
     rgb = None if factors is None else empty_float(x, n, 3, up * h, up * w)
     unbounded = empty_float(x)
-    device, threads, stream = native.target(x, ONE_THREAD)
+    device, threads, stream = native.target(x, 0)
     workspace = scratch(x, _workspace(x.shape, inputs, outputs * up * up, False, threads))
     native.module().winograd(
         (device, threads, stream),
@@ -186,7 +185,7 @@ def backward(
     data = empty(tuple(x.shape), x, x.dtype, torch.channels_last)
     grad_style = empty_float(x, n, inputs) if wanted else None
     unbounded = empty_float(x)
-    device, threads, stream = native.target(x, ONE_THREAD)
+    device, threads, stream = native.target(x, 0)
     workspace = scratch(x, _workspace(x.shape, outputs, inputs, wanted, threads))
     native.module().winograd(
         (device, threads, stream),

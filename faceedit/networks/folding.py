@@ -26,7 +26,8 @@ def for_inference(network: Network) -> Network:
       place is, and 3x3 convolutions of enough pixels are the kernel library's.
     - The pooled branch of torchvision's ASPP keeps the layout of what it pools, its gradient too.
 
-    Anything else stays as it is. Values differ by rounding.
+    Anything else stays as it is. Values differ by rounding. Writes to the copy's weights through `.data` may go unseen:
+    write to the tensors themselves under `torch.no_grad()`.
     """
     folded = copy.deepcopy(network).eval().requires_grad_(False)
     for module in list(folded.modules()):

@@ -99,7 +99,7 @@ def test_values_and_gradients_stay(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vgg", "basic"])
 def test_convolutions_of_enough_pixels_are_the_kernel_librarys(name: str) -> None:
-    """On a CPU, in float32: values and the gradient that reaches the image stay, and no other network's are touched."""
+    """On a CPU, in float32: values and the gradient that reaches the image stay."""
     if native.build_report()["isa"] in ("", "baseline"):
         pytest.skip("no C++ kernels, or a processor whose vectors are too short")
     torch.manual_seed(0)
