@@ -38,11 +38,12 @@ from faceedit.kernels.upfirdn2d import upfirdn2d_op
 Optional4 = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
 Settings = tuple[str, float, float, float]  # act, slope, gain, clamp
 
-# Style, convolution, epilogue and ToRGB in one call: (x, weight, v, operands, factors, settings) -> y, rgb.
-Layer = Callable[[Tensor, Tensor, Vectors, Optional4, Tensor | None, Settings], tuple[Tensor, Tensor | None]]
+# Style, convolution, epilogue and ToRGB in one call: (x, weight, v, operands, factors, settings) -> y, rgb. None: the
+# values ask for PyTorch's convolution after all.
+Layer = Callable[[Tensor, Tensor, Vectors, Optional4, Tensor | None, Settings], tuple[Tensor, Tensor | None] | None]
 
 # Its convolution's data gradient, times the style, and the style's gradient: (grad, weight, v, x, style, wanted).
-LayerBackward = Callable[[Tensor, Tensor, Vectors, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+LayerBackward = Callable[[Tensor, Tensor, Vectors, Tensor, Tensor, bool], tuple[Tensor, Tensor | None] | None]
 
 
 class Passes(Protocol):
@@ -127,8 +128,9 @@ def forward(
     noise, strength, bias = map(as_float, (noise, strength, bias))
     operands = (v.outer, noise, strength, bias)
     keeps_core = not output_tells_input(act, slope, gain)
-    if layer is not None and not keeps_core:
-        y, rgb = layer(x, weight, v, operands, factors, settings)
+    done = layer(x, weight, v, operands, factors, settings) if layer is not None and not keeps_core else None
+    if done is not None:
+        y, rgb = done
         found = [x.new_empty(0) if t is None else t for t in (rgb, v.demodulation, None)]
         return y, found[0], found[1], found[2]
     if is_rgb(weight, geometry):
@@ -365,10 +367,12 @@ def _convolve_backward(
     want_data = want_x or want_styles
     if layer_backward is not None and want_data:
         core_grad = in_format(core_grad, x.dtype, fmt)  # hooks may have given the output back in another format
-        gx, grad_styles = layer_backward(core_grad, weight, v, x, back, want_styles)
-        if not want_weight:
-            return gx, _undivided(grad_styles, divisor, v), None
-        want_data = False
+        done = layer_backward(core_grad, weight, v, x, back, want_styles)
+        if done is not None:
+            gx, grad_styles = done
+            want_data = False
+            if not want_weight:
+                return gx, _undivided(grad_styles, divisor, v), None
     transposed = geometry.up == 2
     if transposed:
         core_grad = _filter(core_grad, fir, geometry.fir_pad_back, 4.0, flip=True)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from faceedit.kernels import modulated_conv2d_native, native
-from faceedit.kernels.fir_epilogue import fir_epilogue_op
-from faceedit.kernels.modulated_conv2d_parts import Geometry, Vectors, fir_taps, from_weight, ready, resampled_backward
+from faceedit.kernels import native
+from faceedit.kernels.modulated_conv2d_parts import Vectors, from_weight
 from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import empty, empty_float, scratch
 
@@ -102,8 +101,8 @@ def forward(
     settings: tuple[str, float, float, float],
     *,
     up: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Return y = epilogue(conv(x * style)) and ToRGB's sums; see `fits`.
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return y = epilogue(conv(x * style)) and ToRGB's sums; None where a NaN or an infinity would have spread.
 
     x is channels_last; operands, factors and settings are those of the epilogue.
     """
@@ -145,37 +144,15 @@ def forward(
         gain=gain,
         clamp=clamp,
     )
-    if unbounded.item() == 0.0:
-        return y, rgb
-    return _direct(x, weight, v, operands, factors, settings, up)
-
-
-def _direct(
-    x: Tensor,
-    weight: Tensor,
-    v: Vectors,
-    operands: Operands,
-    factors: Tensor | None,
-    settings: tuple[str, float, float, float],
-    up: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Return what `forward` does by PyTorch's convolution, which keeps a NaN or an infinity where it reaches."""
-    geometry = Geometry(3, up, 1)
-    w = ready(weight, x.dtype, torch.channels_last, up == 2, None)
-    core = geometry.convolve(modulated_conv2d_native.scale(x, v.inner), w)
-    core = core.contiguous(memory_format=torch.channels_last)
-    if up == 1:
-        return core, modulated_conv2d_native.epilogue(core, core, operands, factors, settings)
-    pad = [geometry.fir_pad] * 4
-    y = fir_epilogue_op(core, fir_taps(None, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
-    y = y.contiguous(memory_format=torch.channels_last)
-    return y, None if factors is None else modulated_conv2d_native.dots(y, factors)
+    return (y, rgb) if unbounded.item() == 0.0 else None
 
 
 def backward(
     grad: Tensor, weight: Tensor, v: Vectors, x: Tensor, style: Tensor, wanted: bool, *, up: int
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | None:
     """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data is a convolution of grad.
+
+    None where a NaN or an infinity would have spread.
 
     grad and x are channels_last; see `fits`.
     """
@@ -209,10 +186,4 @@ def backward(
         gain=1.0,
         clamp=-1.0,
     )
-    if unbounded.item() == 0.0:
-        return data, grad_style
-    found, _ = resampled_backward(
-        grad, x, ready(weight, x.dtype, torch.channels_last, False, None), None, Geometry(3, up, 1), (True, False)
-    )
-    data = found.contiguous(memory_format=torch.channels_last)
-    return data, modulated_conv2d_native.style_backward(x, data, style, wanted)
+    return (data, grad_style) if unbounded.item() == 0.0 else None

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of modulated_conv2d, and their comparison with float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -95,15 +95,27 @@ def check(
     x = tensors[0]
     assert x is not None
     tensors = [x.to(dtype).contiguous(memory_format=fmt), *tensors[1:]]
+    _compare(place, NAMES, call(**options), oracle(**options), tensors)
+
+
+def _compare(
+    place: Place,
+    names: Sequence[str],
+    function: Callable[..., Tensor],
+    expected_of: Callable[..., Tensor],
+    tensors: Sequence[Tensor | None],
+) -> None:
+    """Compare a function's output and its gradients to all tensors with those of another in float64."""
     wide = [None if t is None else t.double().requires_grad_() for t in tensors]
-    expected = oracle(**options)(*wide)
-    weights = draw(*expected.shape, seed=99, low=0.5)
+    expected = expected_of(*wide)
+    seeds = draw(*expected.shape, seed=99, low=0.5)
     leaves = [t for t in wide if t is not None]
-    found = iter(torch.autograd.grad(expected, leaves, weights.double(), materialize_grads=True))
-    y, gradients = run(place, call(**options), tensors, weights)
-    forward, backward = TOLERANCE[dtype]
+    found = iter(torch.autograd.grad(expected, leaves, seeds.double(), materialize_grads=True))
+    y, gradients = run(place, function, tensors, seeds)
+    assert tensors[0] is not None
+    forward, backward = TOLERANCE[tensors[0].dtype]
     assert_close("output", y, expected, relative_l2=forward)
-    for name, leaf, actual in zip(NAMES, wide, gradients, strict=True):
+    for name, leaf, actual in zip(names, wide, gradients, strict=True):
         if leaf is not None:
             assert actual is not None
             assert_close(f"gradient of {name}", actual, next(found), relative_l2=backward)
@@ -129,15 +141,4 @@ def check_frozen(place: Place, tensors: list[Tensor | None], dtype: torch.dtype,
         operands = dict(zip(names[1:], others, strict=True))
         return modulated_conv2d(x, w, **operands, **options)  # type: ignore[arg-type]
 
-    wide = [None if t is None else t.double().requires_grad_() for t in given]
-    expected = with_weight(oracle(**options), weight.double())(*wide)
-    seeds = draw(*expected.shape, seed=99, low=0.5)
-    leaves = [t for t in wide if t is not None]
-    found = iter(torch.autograd.grad(expected, leaves, seeds.double(), materialize_grads=True))
-    y, gradients = run(place, with_weight(layer, frozen), given, seeds)
-    forward, backward = TOLERANCE[dtype]
-    assert_close("output", y, expected, relative_l2=forward)
-    for name, leaf, actual in zip(names, wide, gradients, strict=True):
-        if leaf is not None:
-            assert actual is not None
-            assert_close(f"gradient of {name}", actual, next(found), relative_l2=backward)
+    _compare(place, names, with_weight(layer, frozen), with_weight(oracle(**options), weight.double()), given)
