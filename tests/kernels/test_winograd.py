@@ -87,6 +87,14 @@ def test_every_shape(n: int, i: int, o: int, h: int, w: int, up: int, demodulate
         check_frozen(Place("cpu"), inputs(n=n, i=i, o=o, h=h, w=w, up=up), torch.float32, **options)
 
 
+def test_many_channels_have_the_error_of_a_direct_sum(taken: list[str]) -> None:
+    x, weight, styles = operands(i=512, h=16, w=16)
+    y = modulated_conv2d(x, weight, styles, act="linear")
+    expected = oracle(act="linear")(x.double(), weight.double(), styles.double())
+    assert (y.double() - expected).norm() < 1.3e-6 * expected.norm()
+    assert taken == ["forward"]
+
+
 @pytest.mark.parametrize("present", range(16), ids=lambda bits: f"{bits:04b}")
 @pytest.mark.parametrize("up", [1, 2])
 def test_every_subset_of_operands(present: int, up: int, taken: list[str]) -> None:
