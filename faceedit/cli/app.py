@@ -84,11 +84,15 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
 def configure_environment() -> None:
     """Settings that torch reads once, while it is imported. Values already in the environment win.
 
-    Transparent huge pages halve the time of large activations (page faults dominate otherwise); passive OpenMP waits
-    keep two busy cores from stalling each parallel region for a scheduler quantum.
+    Transparent huge pages halve the time of large activations (page faults dominate otherwise). OpenMP's threads wait
+    awake for some tenths of a millisecond, long enough to get from one layer to the next, and then sleep: asleep at
+    once, they are woken for every layer; awake for longer, they stall each parallel region for a scheduler quantum
+    where other programs keep the cores busy.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

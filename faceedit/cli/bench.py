@@ -64,6 +64,7 @@ def kernels(
     # Read once, while torch is imported; the whole table has one setting, whatever the shell has.
     os.environ["THP_MEM_ALLOC_ENABLE"] = "0" if default_allocator else "1"
     os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["GOMP_SPINCOUNT"] = "0"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that reads peak memory is talkative
     if json is not None:
         check_folder(json)

@@ -80,13 +80,26 @@ def test_no_command_at_all_is_answered_with_the_help(run: Run, group: tuple[str,
     assert "Usage: faceedit" in outcome.err
 
 
-def test_the_environment_is_set_before_torch_is_imported(monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "20000", "THP_MEM_ALLOC_ENABLE": "1"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": None}),
+        ({"OMP_WAIT_POLICY": "passive"}, {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": None}),
+        ({"THP_MEM_ALLOC_ENABLE": "0"}, {"THP_MEM_ALLOC_ENABLE": "0"}),
+    ],
+)
+def test_the_environment_is_set_where_nothing_else_is_asked_for(
+    given: dict[str, str], wanted: dict[str, str | None], monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     run("--version")
-    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
-    assert os.environ["OMP_WAIT_POLICY"] == "active"
-    del os.environ["THP_MEM_ALLOC_ENABLE"]
+    assert {name: os.environ.get(name) for name in wanted} == wanted
 
 
 # edit
