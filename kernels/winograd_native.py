@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A float32 layer of modulated_conv2d on a CPU in one call, with a quarter of the multiplications: csrc/winograd.cpp.
 
-Upsampling: convolution and FIR together are four 3x3 convolutions of the input, one for each pixel of a 2x2 square.
-Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", F(4x4, 3x3), at other points.
+Upsampling of few channels: convolution and FIR together are four 3x3 convolutions of the input, one for each pixel of a
+2x2 square. Of more: the transposed convolution with 49 multiplications in place of 81, then the FIR with the epilogue.
+Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", F(4x4, 3x3), at other points; F(3, 2).
 """
 
 from functools import lru_cache
@@ -11,16 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from faceedit.kernels import native
-from faceedit.kernels.modulated_conv2d_parts import Vectors, from_weight
+from faceedit.kernels import modulated_conv2d_native, native
+from faceedit.kernels.fir_epilogue import fir_epilogue_op
+from faceedit.kernels.modulated_conv2d_parts import Geometry, Vectors, fir_taps, from_weight
 from faceedit.kernels.noise_bias_act import ACTIVATIONS
 from faceedit.kernels.tensors import empty, empty_float, scratch
+from faceedit.kernels.upfirdn2d import upfirdn2d_op
 
 Operands = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # scale, noise, strength, bias
 
 LEAST_TILES = 16  # of 4 x 4 pixels: with fewer, reading the transformed weight takes as long as is won
 LEAST_TILES_CHANGING = 256  # where the weight may be another one at each call, and is transformed at each
-UP_LEAST_TILES, UP_INPUTS = 256, 64  # more channels: PyTorch's convolution and the FIR are as fast
+FOLD_LEAST_TILES, FOLD_INPUTS = 256, 64  # upsampling with the FIR in the weight; more channels: apart from it
+UP_LEAST_PIXELS = 900  # of the input; with fewer, reading the transformed weight takes as long as is won
+UPSAMPLING = Geometry(3, 2, 1)
 UP_TAPS = (0.125, 0.375, 0.375, 0.125)  # what is part of the weight; exact in float32
 SLOW = "baseline"  # the instruction set whose vectors are too short to win anything
 
@@ -34,29 +39,42 @@ def fits(x: Tensor, weight: Tensor, up: int, fir: Tensor | None) -> bool:
     if not x.is_cpu or x.dtype is not torch.float32 or size != 3 or inputs % 32 or outputs % 32:
         return False
     n, _, h, w = x.shape
-    tiles = n * ((h + 3) // 4) * ((w + 3) // 4)
+    tiles = _tiles(x)
     # Other tensors without gradient are often new ones: a parameter's detached self, or times its gain.
     stays = isinstance(weight, Parameter) and not weight.requires_grad and not weight.is_inference()
     if up == 2:
-        pays = stays and outputs <= inputs <= UP_INPUTS and tiles >= UP_LEAST_TILES
-        pays = pays and (fir is None or tuple(fir.tolist()) == UP_TAPS)
+        pays = stays and n * h * w >= UP_LEAST_PIXELS
     else:
         pays = tiles >= (LEAST_TILES if stays else LEAST_TILES_CHANGING)
     # Tiles that an edge cuts are computed whole.
     return pays and n * h * w >= 12 * tiles and native.module().isa() != SLOW
 
 
-def _transformed(weight: Tensor) -> Tensor:
-    """Return a weight (O,I,3,3) as the kernel reads it: four times as large."""
+def _tiles(x: Tensor) -> int:
+    """Return how many tiles of 4 x 4 pixels cover the batch."""
+    n, _, h, w = x.shape
+    return n * ((h + 3) // 4) * ((w + 3) // 4)
+
+
+def _folds(x: Tensor, weight: Tensor, fir: Tensor | None) -> bool:
+    """Return whether the FIR of an upsampling layer is part of its weight."""
+    outputs, inputs = weight.shape[:2]
+    few = outputs <= inputs <= FOLD_INPUTS and _tiles(x) >= FOLD_LEAST_TILES
+    return few and (fir is None or tuple(fir.tolist()) == UP_TAPS)
+
+
+def _transformed(weight: Tensor, split: bool) -> Tensor:
+    """Return a weight (O,I,3,3) as the kernel reads it: four times as large, or split 25/9 times."""
     weight = weight.float().contiguous()
     outputs, inputs = weight.shape[:2]
-    transformed = empty_float(weight, 36 * outputs * inputs)
+    transformed = empty_float(weight, (25 if split else 36) * outputs * inputs)
     native.module().winograd_weight(
         native.target(weight),
         weight=weight.data_ptr(),
         transformed=transformed.data_ptr(),
         outputs=outputs,
         inputs=inputs,
+        split=split,
     )
     return transformed
 
@@ -73,22 +91,35 @@ def _with_fir(weight: Tensor) -> Tensor:
     return torch.cat([c[:, :, 1 - p :: 2, 1 - q :: 2] for p in (0, 1) for q in (0, 1)])
 
 
-def _weight(weight: Tensor, up: int, turned: bool) -> Tensor:
+def _weight(weight: Tensor, folded: bool, split: bool, turned: bool) -> Tensor:
     """Return the kernel's weight, remembered; turned: of the data gradient."""
 
     def make(w: Tensor) -> Tensor:
-        w = _with_fir(w.float()) if up == 2 else w
-        return _transformed(w.transpose(0, 1).flip(2, 3) if turned else w)
+        w = _with_fir(w.float()) if folded else w
+        w = w.transpose(0, 1) if turned else w
+        # A transposed convolution's taps run the other way.
+        return _transformed(w.flip(2, 3) if turned != split else w, split)
 
-    return from_weight(weight, ("winograd", up, turned), make)
+    return from_weight(weight, ("winograd", folded, split, turned), make)
 
 
 @lru_cache(maxsize=1024)
-def _workspace(shape: torch.Size, inputs: int, outputs: int, sums: bool, threads: int) -> int:
+def _workspace(
+    shape: torch.Size, inputs: int, outputs: int, sums: bool, threads: int, split: bool = False, up: int = 1
+) -> int:
     """Return how many floats the kernel needs for its transformed values and sums; shape: the convolution's grid."""
     n, _, h, w = shape
     return native.module().winograd_workspace(
-        native.place(True), grad_style=sums, batch=n, inputs=inputs, outputs=outputs, height=h, width=w, buffers=threads
+        native.place(True),
+        grad_style=sums,
+        batch=n,
+        inputs=inputs,
+        outputs=outputs,
+        height=h,
+        width=w,
+        split=split,
+        up=up,
+        buffers=threads,
     )
 
 
@@ -101,16 +132,24 @@ def forward(
     settings: tuple[str, float, float, float],
     *,
     up: int,
+    fir: Tensor | None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return y = epilogue(conv(x * style)) and ToRGB's sums; None where a NaN or an infinity would have spread.
 
     x is channels_last; operands, factors and settings are those of the epilogue.
     """
+    if up == 2 and not _folds(x, weight, fir):
+        core = _transposed(x, weight, v.inner)
+        if core is None:
+            return None
+        pad = [UPSAMPLING.fir_pad] * 4
+        y = fir_epilogue_op(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
+        return y, None if factors is None else modulated_conv2d_native.dots(y, factors)
     scale, noise, strength, bias = operands
     act, slope, gain, clamp = settings
     n, inputs, h, w = x.shape
     outputs, pixels = weight.shape[0], up * up * h * w
-    transformed = _weight(weight, up, False)
+    transformed = _weight(weight, up == 2, False, False)
     y = empty((n, outputs, up * h, up * w), x, x.dtype, torch.channels_last)
     rgb = None if factors is None else empty_float(x, n, 3, up * h, up * w)
     unbounded = empty_float(x)
@@ -147,8 +186,49 @@ def forward(
     return (y, rgb) if unbounded.item() == 0.0 else None
 
 
+def _transposed(x: Tensor, weight: Tensor, style: Tensor) -> Tensor | None:
+    """Return the transposed convolution of x * style with stride 2, (N,O,2H+1,2W+1); None as `forward`."""
+    n, inputs, h, w = x.shape
+    outputs = weight.shape[0]
+    transformed = _weight(weight, False, True, False)
+    y = empty((n, outputs, 2 * h + 1, 2 * w + 1), x, x.dtype, torch.channels_last)
+    unbounded = empty_float(x)
+    device, threads, stream = native.target(x, 0)
+    workspace = scratch(x, _workspace(x.shape, inputs, outputs, False, threads, True, 2))
+    native.module().winograd(
+        (device, threads, stream),
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        transformed=transformed.data_ptr(),
+        style=style.data_ptr(),
+        unbounded=unbounded.data_ptr(),
+        workspace=workspace.data_ptr(),
+        batch=n,
+        inputs=inputs,
+        outputs=outputs,
+        height=h,
+        width=w,
+        down=1,
+        up=2,
+        split=True,
+        buffers=threads,
+        act=ACTIVATIONS.index("linear"),
+        gain=1.0,
+        clamp=-1.0,
+    )
+    return y if unbounded.item() == 0.0 else None
+
+
 def backward(
-    grad: Tensor, weight: Tensor, v: Vectors, x: Tensor, style: Tensor, wanted: bool, *, up: int
+    grad: Tensor,
+    weight: Tensor,
+    v: Vectors,
+    x: Tensor,
+    style: Tensor,
+    wanted: bool,
+    *,
+    up: int,
+    fir: Tensor | None,
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return data * style, and the sum over pixels of data * x, (N,C), where wanted; data is a convolution of grad.
 
@@ -157,13 +237,17 @@ def backward(
     grad and x are channels_last; see `fits`.
     """
     n, inputs, h, w = x.shape
-    outputs = weight.shape[0] * up * up
-    transformed = _weight(weight, up, True)
+    folded = up == 2 and _folds(x, weight, fir)
+    split = up == 2 and not folded
+    if split:
+        grad = upfirdn2d_op(grad, fir_taps(fir, x), 1, 1, [UPSAMPLING.fir_pad_back] * 4, 4.0, True)
+    outputs = weight.shape[0] * (up * up if folded else 1)
+    transformed = _weight(weight, folded, split, True)
     data = empty(tuple(x.shape), x, x.dtype, torch.channels_last)
     grad_style = empty_float(x, n, inputs) if wanted else None
     unbounded = empty_float(x)
     device, threads, stream = native.target(x, 0)
-    workspace = scratch(x, _workspace(x.shape, outputs, inputs, wanted, threads))
+    workspace = scratch(x, _workspace(x.shape, outputs, inputs, wanted, threads, split))
     native.module().winograd(
         (device, threads, stream),
         x=grad.data_ptr(),
@@ -181,6 +265,7 @@ def backward(
         width=w,
         down=up,
         up=1,
+        split=split,
         buffers=threads,
         act=ACTIVATIONS.index("linear"),
         gain=1.0,

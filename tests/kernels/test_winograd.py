@@ -39,13 +39,22 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
+WAYS = ["plain", "folded", "split"]  # up-sampling with the FIR in the weight, or apart from it
+
+
+def take(way: str, patch: pytest.MonkeyPatch) -> int:
+    """Return the factor of up-sampling, which has one way from now on."""
+    patch.setattr(winograd_native, "_folds", lambda *_: way == "folded")
+    return 1 if way == "plain" else 2
+
+
+@pytest.fixture(params=WAYS)
+def up(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    return take(request.param, monkeypatch)
+
+
 def can_run(x: Tensor, weight: Tensor, up: int, fir: Tensor | None) -> bool:
-    return (
-        fir is None
-        and x.dtype is torch.float32
-        and weight.shape[2] == 3
-        and weight.shape[0] % 32 == weight.shape[1] % 32 == 0
-    )
+    return x.dtype is torch.float32 and weight.shape[2] == 3 and weight.shape[0] % 32 == weight.shape[1] % 32 == 0
 
 
 def operands(**shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,9 +67,8 @@ def operands(**shape: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("up", [1, 2])
 def test_matches_reference(isa: str, up: int, taken: list[str]) -> None:
-    """Sides that tiles of 4 pixels do not divide, two samples of different styles, outputs that are not the inputs."""
+    """Sides that tiles do not divide, two samples of different styles, outputs that are not the inputs."""
     options = {"up": up, "clamp": 2.0}
     shaped = away_from_kinks(inputs(n=2, i=32, o=64, h=9, w=14, up=up), **options)
     check_frozen(Place("cpu", isa=isa), shaped, torch.float32, **options)
@@ -68,35 +76,44 @@ def test_matches_reference(isa: str, up: int, taken: list[str]) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_weights_larger_than_a_cache_are_all_threads_work(isa: str, taken: list[str]) -> None:
-    check_frozen(Place("cpu", isa=isa), inputs(n=2, i=192, o=192, h=32, w=37), torch.float32, act="linear", gain=1.4)
+@pytest.mark.parametrize(("way", "width"), [("plain", 192), ("split", 288)])
+def test_weights_larger_than_a_cache_are_all_threads_work(
+    isa: str, way: str, width: int, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = take(way, monkeypatch)
+    shaped = inputs(n=2, i=width, o=width, h=32 // up, w=37 // up, up=up)
+    check_frozen(Place("cpu", isa=isa), shaped, torch.float32, act="linear", gain=1.4, up=up)
     assert taken == ["forward", "backward"]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     st.integers(1, 3), st.sampled_from([32, 64, 96]), st.sampled_from([32, 64, 96]), st.integers(1, 13),
-    st.integers(1, 13), st.sampled_from([1, 2]), st.booleans(),
+    st.integers(1, 13), st.sampled_from(WAYS), st.booleans(),
 )  # fmt: skip
-def test_every_shape(n: int, i: int, o: int, h: int, w: int, up: int, demodulate: bool) -> None:
+def test_every_shape(n: int, i: int, o: int, h: int, w: int, way: str, demodulate: bool) -> None:
     if h * w * i == i:
         w = 2  # one pixel is planar and channels_last alike
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(winograd_native, "fits", can_run)
+        up = take(way, patch)
         options = {"act": "linear", "gain": 1.4, "up": up, "demodulate": demodulate}
         check_frozen(Place("cpu"), inputs(n=n, i=i, o=o, h=h, w=w, up=up), torch.float32, **options)
 
 
-def test_many_channels_have_the_error_of_a_direct_sum(taken: list[str]) -> None:
+@pytest.mark.parametrize(("way", "bound"), [("plain", 1.3e-6), ("split", 6e-7)])
+def test_many_channels_have_the_error_of_a_direct_sum(
+    way: str, bound: float, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up = take(way, monkeypatch)
     x, weight, styles = operands(i=512, h=16, w=16)
-    y = modulated_conv2d(x, weight, styles, act="linear")
-    expected = oracle(act="linear")(x.double(), weight.double(), styles.double())
-    assert (y.double() - expected).norm() < 1.3e-6 * expected.norm()
+    y = modulated_conv2d(x, weight, styles, act="linear", up=up)
+    expected = oracle(act="linear", up=up)(x.double(), weight.double(), styles.double())
+    assert (y.double() - expected).norm() < bound * expected.norm()
     assert taken == ["forward"]
 
 
 @pytest.mark.parametrize("present", range(16), ids=lambda bits: f"{bits:04b}")
-@pytest.mark.parametrize("up", [1, 2])
 def test_every_subset_of_operands(present: int, up: int, taken: list[str]) -> None:
     has_noise, has_strength, has_bias, has_rgb = (bool(present >> bit & 1) for bit in range(4))
     all_of_them = inputs(n=3, i=32, o=32, h=5, w=7, up=up, rgb=has_rgb)
@@ -107,9 +124,18 @@ def test_every_subset_of_operands(present: int, up: int, taken: list[str]) -> No
 
 
 @pytest.mark.parametrize(("act", "slope", "gain", "clamp"), [("relu", 0.2, 1.4, -1.0), ("lrelu", 0.1, 1.4, 2.0)])
-def test_activations(act: str, slope: float, gain: float, clamp: float, taken: list[str]) -> None:
-    shaped = away_from_kinks(inputs(n=2, i=32, o=32, h=9, w=6), clamp=clamp)
-    check_frozen(Place("cpu"), shaped, torch.float32, act=act, slope=slope, gain=gain, clamp=clamp)
+def test_activations(act: str, slope: float, gain: float, clamp: float, up: int, taken: list[str]) -> None:
+    shaped = away_from_kinks(inputs(n=2, i=32, o=32, h=9, w=6, up=up), up=up, clamp=clamp)
+    check_frozen(Place("cpu"), shaped, torch.float32, act=act, slope=slope, gain=gain, clamp=clamp, up=up)
+
+
+@pytest.mark.parametrize("taps", [[0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 0.0, 0.0]])
+def test_any_filter_where_it_is_apart_from_the_weight(
+    taps: list[float], taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take("split", monkeypatch)
+    shaped = inputs(n=2, i=32, o=64, h=9, w=6, up=2)
+    check_frozen(Place("cpu"), shaped, torch.float32, act="linear", gain=1.4, up=2, fir=torch.tensor(taps))
     assert taken == ["forward", "backward"]
 
 
@@ -119,15 +145,19 @@ def test_a_smooth_activation_keeps_its_input_and_so_its_convolution(taken: list[
     assert taken == ["backward"]
 
 
-@pytest.mark.parametrize("size", [(32, 32), (192, 192)], ids=["a core's", "all threads'"])
+@pytest.mark.parametrize(
+    ("way", "width"), [("plain", 32), ("plain", 192), ("folded", 32), ("split", 32), ("split", 288)]
+)
 def test_where_it_is_chosen_a_result_depends_neither_on_threads_nor_on_the_batch(
-    size: tuple[int, int], taken: list[str]
+    way: str, width: int, taken: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, weight, styles = operands(n=3, i=size[0], o=size[1], h=30, w=41)
+    """Weights beside a core's blocks, and those that are all threads' work."""
+    up = take(way, monkeypatch)
+    x, weight, styles = operands(n=3, i=width, o=width, h=30, w=41)
     leaves = [x.requires_grad_(), styles.requires_grad_()]
 
     def results(first: int, last: int) -> list[Tensor]:
-        y = modulated_conv2d(leaves[0][first:last], weight, leaves[1][first:last])
+        y = modulated_conv2d(leaves[0][first:last], weight, leaves[1][first:last], up=up)
         gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
         return [y.detach(), *(g[first:last] for g in gradients)]
 
@@ -155,7 +185,6 @@ def gradients(x: Tensor, weight: Tensor, styles: Tensor, seed: Tensor, **options
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("act", ["linear", "lrelu", "relu"])
-@pytest.mark.parametrize("up", [1, 2])
 def test_what_is_not_finite_stays_where_it_is(up: int, act: str, value: float, taken: list[str]) -> None:
     """A tile would spread it. What else there is, in the same sample too, has the values of a direct sum."""
     x, weight, styles = operands(n=2)
@@ -187,19 +216,18 @@ def test_what_only_a_tile_takes_out_of_range(taken: list[str]) -> None:
     assert taken == ["forward"]
 
 
-def test_a_direct_sum_is_used_instead_with_torgb_and_a_frozen_style(taken: list[str]) -> None:
+def test_a_direct_sum_is_used_instead_with_torgb_and_a_frozen_style(up: int, taken: list[str]) -> None:
     x, weight, styles = operands(n=2)
     x[1, 0, 0, 0] = float("inf")
     factors, rgb_styles = torch.ones(3, 32), torch.ones(2, 32)
-    for up in (1, 2):
-        y, rgb = modulated_conv2d(x, weight, styles, up=up, rgb_weight=factors, rgb_styles=rgb_styles)
-        with kernels.backend("eager"):
-            wanted, colours = modulated_conv2d(x, weight, styles, up=up, rgb_weight=factors, rgb_styles=rgb_styles)
-        torch.testing.assert_close(y[0], wanted[0])
-        torch.testing.assert_close(rgb[0], colours[0], rtol=1e-4, atol=1e-4)
-        assert torch.equal(rgb.isfinite(), colours.isfinite())
-        assert y.is_contiguous(memory_format=torch.channels_last)
-    assert taken == ["forward"] * 2
+    y, rgb = modulated_conv2d(x, weight, styles, up=up, rgb_weight=factors, rgb_styles=rgb_styles)
+    with kernels.backend("eager"):
+        wanted, colours = modulated_conv2d(x, weight, styles, up=up, rgb_weight=factors, rgb_styles=rgb_styles)
+    torch.testing.assert_close(y[0], wanted[0])
+    torch.testing.assert_close(rgb[0], colours[0], rtol=1e-4, atol=1e-4)
+    assert torch.equal(rgb.isfinite(), colours.isfinite())
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert taken == ["forward"]
 
 
 def test_a_weight_that_was_written_to_is_transformed_again(taken: list[str]) -> None:
@@ -229,9 +257,9 @@ def test_a_style_without_gradient_is_not_summed_for(
     asked: list[bool] = []
     real = winograd_native._workspace
 
-    def workspace(shape: torch.Size, inputs: int, outputs: int, sums: bool, threads: int) -> int:
+    def workspace(shape: torch.Size, inputs: int, outputs: int, sums: bool, *others: Any) -> int:
         asked.append(sums)
-        return real(shape, inputs, outputs, sums, threads)
+        return real(shape, inputs, outputs, sums, *others)
 
     monkeypatch.setattr(winograd_native, "_workspace", workspace)
     x, weight, styles = operands()
@@ -264,14 +292,15 @@ def test_where_it_is_what_is_fastest() -> None:
         assert fits(1, 64, 64, plain=True)
         assert fits(1, 64, 64, up=2, outputs=32)
         assert fits(1, 64, 64, up=2, outputs=32, fir=usual)
+        assert fits(1, 64, 64, up=2, outputs=32, fir=usual * 2)
+        assert fits(1, 512, 32, up=2, outputs=256)
         with native.isa("baseline"):
             assert not fits(1, 512, 16)
     for refused in (
         fits(1, 512, 8), fits(1, 64, 32, trained=True), fits(1, 24, 64), fits(1, 64, 64, outputs=40),
         fits(1, 64, 32, plain=True),  # which may be a new one at each call
         fits(1, 64, 64, dtype=torch.bfloat16), fits(1, 64, 64, dtype=torch.float64), fits(1, 64, 64, device="meta"),
-        fits(64, 64, 5), fits(1, 128, 64, up=2, outputs=64), fits(1, 64, 64, up=2, outputs=32, trained=True),
-        fits(1, 64, 64, up=2, outputs=32, fir=usual * 2),
+        fits(64, 64, 5), fits(1, 512, 16, up=2), fits(1, 128, 64, up=2, outputs=64, trained=True),
     ):  # fmt: skip
         assert not refused
 
@@ -321,6 +350,10 @@ def test_core_names_the_argument() -> None:
         ({"inputs": 32, "down": 2}, "the channels of x must be a multiple of 16"),
         ({"outputs": 48}, "outputs must be a multiple of 32, the channels of y of 16"),
         ({"outputs": 32, "up": 2}, "outputs must be a multiple of 32, the channels of y of 16"),
+        ({"split": True}, "split needs up or down"),
+        ({"split": True, "up": 2, "act": 1}, "split has no epilogue"),
+        ({"split": True, "up": 2, "bias": 64}, "split has no epilogue"),
+        ({"split": True, "down": 2, "inputs": 24}, "the channels of x must be a multiple of 16"),
         ({"act": 4}, "act must be piecewise linear"),
         ({"noise_stride": 5}, "noise must have the pixels of y"),
         ({"rgb": 64}, "rgb needs rgb_factors"),
