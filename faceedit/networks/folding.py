@@ -2,18 +2,20 @@
 """Fewer passes over features where the weights no longer change: normalisation, bias and activation join others."""
 
 import copy
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.segmentation.deeplabv3 import ASPPPooling
 
 from faceedit.kernels import frozen_conv, noise_bias_act
 
 Network = TypeVar("Network", bound=nn.Module)
+
+# By name: to import torchvision takes half a second, which networks without its blocks need not wait for.
+_RESIDUAL_BLOCKS = ("torchvision.models.resnet.BasicBlock", "torchvision.models.resnet.Bottleneck")
+_POOLED_BRANCH = "torchvision.models.segmentation.deeplabv3.ASPPPooling"
 
 
 def for_inference(network: Network) -> Network:
@@ -23,28 +25,22 @@ def for_inference(network: Network) -> Network:
     - In an nn.Sequential a convolution's bias and the ReLU after it are one pass, and a BatchNorm2d that is left, as
       one behind the ReLU, is another; so are the bias and the ReLU at the end of torchvision's residual blocks, where
       all their normalisations were folded. On a CPU, where the convolution adds the bias itself, what can be done in
-      place is, and 3x3 convolutions of enough pixels are the kernel library's.
+      place is.
+    - On a CPU 3x3 convolutions of enough pixels, wherever they stand, are the kernel library's.
     - The pooled branch of torchvision's ASPP keeps the layout of what it pools, its gradient too.
 
     Anything else stays as it is. Values differ by rounding. Writes to the copy's weights through `.data` may go unseen:
     write to the tensors themselves under `torch.no_grad()`.
     """
-    folded = copy.deepcopy(network).eval().requires_grad_(False)
-    for module in list(folded.modules()):
-        _fold_batch_norms(module)
-    for module in list(folded.modules()):
-        if isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, ASPPPooling.forward):
-            _join(module)  # another forward may read what lies between two layers
-    made: dict[nn.Module, nn.Module] = {}  # of a block that stands in several places
-    for module in list(folded.modules()):
-        for name, child in _children(module):
-            if type(child) in (BasicBlock, Bottleneck) and _has_only_biases(cast(Any, child)):
-                made[child] = made.get(child) or ResidualBlock(cast(Any, child))
-            elif type(child) is ASPPPooling:
-                made[child] = made.get(child) or PooledBranch(cast(nn.Sequential, child))
-            if child in made:
-                setattr(module, name, made[child])
-    return folded.to(memory_format=torch.channels_last)
+    with torch.inference_mode(False):  # weights made in that mode would pass no gradient to an input
+        folded = copy.deepcopy(network).eval().requires_grad_(False)
+        for module in list(folded.modules()):
+            _fold_batch_norms(module)
+        for module in list(folded.modules()):
+            if isinstance(module, nn.Sequential) and _is_plain_sequence(module):
+                _join(module)  # another forward may read what lies between two layers
+        _replace(folded)
+        return folded.to(memory_format=torch.channels_last)
 
 
 def adds_bias(x: Tensor) -> bool:
@@ -54,19 +50,27 @@ def adds_bias(x: Tensor) -> bool:
 
 def is_quick(conv: nn.Conv2d, x: Tensor) -> bool:
     """Whether `frozen_conv.conv3x3` is what convolves x fastest."""
-    plain = conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
-    return plain and conv.padding_mode == "zeros" and frozen_conv.pays(x, conv.weight)
+    return _is_plain3x3(conv) and frozen_conv.pays(x, conv.weight)
 
 
-class ConvBiasReLU(nn.Conv2d):
-    """A convolution with bias, then ReLU: conv and one pass. Its parameters are those of a convolution."""
+class QuickConv(nn.Conv2d):
+    """A convolution, the kernel library's where that is quicker. Its parameters are those of a convolution."""
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> "ConvBiasReLU":
+    def of(cls, conv: nn.Conv2d) -> Self:
         """The same convolution, whose parameters it shares."""
         joined = copy.copy(conv)
         joined.__class__ = cls
-        return cast(ConvBiasReLU, joined)
+        return cast(Self, joined)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_quick(self, x):
+            return frozen_conv.conv3x3(x, self.weight, self.bias, "linear")
+        return super().forward(x)
+
+
+class ConvBiasReLU(QuickConv):
+    """A convolution with bias, then ReLU: conv and one pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         if is_quick(self, x):
@@ -146,6 +150,23 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in module._modules.items() if child is not None]
 
 
+def _name(thing: Any) -> str:
+    """Of a class or function, with its module's."""
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def _is_plain_sequence(layers: nn.Sequential) -> bool:
+    """Whether its layers are what it computes, one after the other."""
+    forward = type(layers).forward
+    return forward is nn.Sequential.forward or _name(forward) == f"{_POOLED_BRANCH}.forward"
+
+
+def _is_plain3x3(conv: nn.Conv2d) -> bool:
+    """Whether `frozen_conv.conv3x3` is the same convolution."""
+    plain = conv.kernel_size == (3, 3) and conv.stride == conv.padding == conv.dilation == (1, 1) and conv.groups == 1
+    return plain and conv.padding_mode == "zeros"
+
+
 def _has_statistics(norm: nn.Module) -> bool:
     """Whether it is a BatchNorm2d that in evaluation mode does not depend on the batch."""
     return isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None
@@ -180,6 +201,28 @@ def _fold_batch_norms(module: nn.Module) -> None:
             setattr(module, previous[0], fuse_conv_bn_eval(previous[1], norm).requires_grad_(False))
             setattr(module, name, nn.Identity())
         previous = (name, child)
+
+
+def _replace(network: nn.Module) -> None:
+    """Put what is quicker in the place of torchvision's blocks, and then of the convolutions that are left."""
+    for quicker in (_quicker_block, _quicker_convolution):  # blocks are known by their plain convolutions
+        made: dict[nn.Module, nn.Module | None] = {}  # of a module that stands in several places
+        for module in list(network.modules()):
+            for name, child in _children(module):
+                if child not in made:
+                    made[child] = quicker(child)
+                if (replacement := made[child]) is not None:
+                    setattr(module, name, replacement)
+
+
+def _quicker_block(block: nn.Module) -> nn.Module | None:
+    if _name(type(block)) in _RESIDUAL_BLOCKS and _has_only_biases(block):
+        return ResidualBlock(block)
+    return PooledBranch(cast(nn.Sequential, block)) if _name(type(block)) == _POOLED_BRANCH else None
+
+
+def _quicker_convolution(conv: nn.Module) -> nn.Module | None:
+    return QuickConv.of(conv) if type(conv) is nn.Conv2d and _is_plain3x3(conv) else None
 
 
 def _join(layers: nn.Sequential) -> None:

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.command_line import PACKAGE_ROOT
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -22,7 +27,12 @@ from faceedit.networks import folding
 from faceedit.networks.attribute_cnn import AttributeCNN, AttributeCNNConfig
 from faceedit.networks.attribute_tree import AttributeTreeClassifier, AttributeTreeConfig
 from faceedit.networks.fcn import FCNConfig, FCNParser
-from faceedit.networks.folding import ChannelAffine, ConvBiasReLU, ResidualBlock, for_inference
+from faceedit.networks.folding import ChannelAffine, ConvBiasReLU, QuickConv, ResidualBlock, for_inference
+from faceedit.networks.parser import ParserConfig, ParserNet
+
+
+class _OwnConv(nn.Conv2d):
+    """A convolution that may do anything."""
 
 
 def _way_round(width: int, stride: int) -> nn.Sequential:
@@ -119,6 +129,72 @@ def test_convolutions_of_enough_pixels_are_the_kernel_librarys(name: str) -> Non
     assert (gradient - expected).norm() < 2e-3 * expected.norm()
     folded[0].weight.requires_grad_() if name == "vgg" else folded[0].inner[0].weight.requires_grad_()
     assert calls(lambda: folded(x))["modulated_conv2d"] == 1
+
+
+def _parser(*widths: int) -> ParserNet:
+    return ParserNet(ParserConfig(size_px=64, num_classes=5, widths=widths, blocks=(1,) * len(widths)))
+
+
+@pytest.mark.usefixtures("way")
+def test_the_face_parser_keeps_values_and_gradients() -> None:
+    torch.manual_seed(0)
+    network = lived_in(_parser(4, 6, 4, 6, 4)).double()
+    folded = for_inference(network)
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.ReLU) for module in folded.modules())
+    assert type(folded.head) is QuickConv
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64, requires_grad=True)
+    wanted, found = network(x), folded(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    seed = torch.randn_like(wanted)
+    expected, gradient = (torch.autograd.grad((y * seed).sum(), x)[0] for y in (wanted, found))
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_convolutions_outside_sequences_are_the_kernel_librarys_too() -> None:
+    """The face parser's, whose sums stand between them: the gradient's convolutions read what sums must not change."""
+    if native.build_report()["isa"] in ("", "baseline"):
+        pytest.skip("no C++ kernels, or a processor whose vectors are too short")
+    torch.manual_seed(0)
+    network = lived_in(_parser(32, 32))
+    folded = for_inference(network)
+    x = torch.randn(2, 3, 64, 64).requires_grad_()
+    found = calls(lambda: folded(x))
+    assert found["modulated_conv2d"] == 2 * 3  # two of each residual block: one a level, and the decoder's
+    assert found["convolution"] == 5  # the stem's of 12 channels, one of stride 2, two of one pixel, the head's of 20
+    wanted = network.double()(x.double())
+    y = folded(x)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
+    seed = torch.randn_like(wanted)
+    expected, gradient = (torch.autograd.grad((o * s).sum(), x)[0] for o, s in ((wanted, seed), (y, seed.float())))
+    # A few signs next to 0 are a matter of rounding.
+    assert (gradient - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_convolutions_are_replaced_once_and_only_those_of_three_by_three() -> None:
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    folded: Any = for_inference(nn.ModuleList([shared, nn.ModuleList([shared]), nn.Conv2d(4, 4, 3), _OwnConv(4, 4, 1)]))
+    assert type(folded[0]) is QuickConv
+    assert folded[1][0] is folded[0]
+    assert [type(layer) for layer in folded[2:]] == [nn.Conv2d, _OwnConv]
+    assert type(shared) is nn.Conv2d
+
+
+def test_torchvision_is_not_imported_for_networks_without_its_blocks(tmp_path: Path) -> None:
+    program = (
+        "import sys; from torch import nn; from faceedit.networks.folding import for_inference;"
+        " for_inference(nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())); sys.exit('torchvision' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)}
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=False).returncode == 0
+
+
+def test_copies_made_in_inference_mode_pass_gradients() -> None:
+    with torch.inference_mode():
+        folded = for_inference(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)))
+    assert not any(tensor.is_inference() for tensor in folded.state_dict().values())
+    x = torch.randn(1, 3, 5, 5, requires_grad=True)
+    assert torch.autograd.grad(folded(x).sum(), x)[0].abs().max() > 0
 
 
 def test_the_original_stays_as_it_is() -> None:
