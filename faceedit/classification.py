@@ -9,6 +9,7 @@ from torch import Tensor
 
 from faceedit.devices import resolve_device
 from faceedit.networks.classifier import AttributeClassifier
+from faceedit.networks.folding import for_inference
 
 STARTER = "attribute-classifier-starter"
 
@@ -30,4 +31,4 @@ def load_classifier(device: str = "cpu") -> AttributeClassifier | None:
         return None
     network = load_network(STARTER, resolve_device(device), kind="attribute-classifier")
     assert isinstance(network, AttributeClassifier)
-    return network
+    return for_inference(network)

@@ -25,6 +25,7 @@ from faceedit.devices import resolve_device
 from faceedit.errors import FaceCutOffError, FaceError, FaceTooSmallError, NoFaceError, OutOfRangeError, WeightsError
 from faceedit.labels import CELEBAMASK_HQ, flip_soft
 from faceedit.landmarks import landmarks_from_mask
+from faceedit.networks.folding import for_inference
 
 CROP_PX = 256
 """Side of the aligned crop that is parsed and edited."""
@@ -349,4 +350,4 @@ def load_parser(device: str = "cpu", weights: str = "parser-starter") -> FacePar
             f"load_parser: weights must label the {CELEBAMASK_HQ.num_classes} classes of {CELEBAMASK_HQ.name}, got "
             f"{classes}{named and f' of {named}'} in {weights}; use a parser of that label scheme"
         )
-    return FaceParser(network, weights)
+    return FaceParser(for_inference(network), weights)

@@ -41,7 +41,7 @@ class ResidualBlock(nn.Module):
         self.second = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.second(self.first(x)))
+        return F.relu(x + self.second(self.first(x)), inplace=True)
 
 
 class GlobalContext(nn.Module):

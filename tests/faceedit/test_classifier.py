@@ -3,8 +3,10 @@ import pytest
 import torch
 
 from faceedit.attributes import CELEBA, MAGGAN
+from faceedit.classification import STARTER, load_classifier
 from faceedit.errors import UnknownAttributeError
 from faceedit.networks.classifier import AttributeClassifier, AttributeClassifierConfig
+from faceedit.registry import load_network
 
 TINY = AttributeClassifierConfig(attributes=MAGGAN, size_px=16, base_width=2, stages=3, hidden_width=8)
 
@@ -53,6 +55,17 @@ def test_probabilities_resize():
     larger = image.repeat_interleave(4, -1).repeat_interleave(4, -2)
     assert network.probabilities(larger).shape == (2, 13)
     assert not network.probabilities(larger).requires_grad
+
+
+def test_the_loaded_classifier_is_the_file_in_fewer_passes():
+    classifier, network = load_classifier(), load_network(STARTER)
+    assert isinstance(classifier, AttributeClassifier)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in classifier.modules())
+    assert classifier.config == network.config
+    image = torch.rand(2, 3, 150, 150, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = network.probabilities(image)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(classifier.probabilities(image), wanted, rtol=0, atol=1e-5)  # float32: rounding
 
 
 def test_rejects_mistakes():
