@@ -11,13 +11,13 @@ import torch
 from skimage import data
 from support.drawn_faces import DrawnFace, PaletteParser, draw_face, palette_parser
 
-from faceedit.alignment import portrait_alignment
+from faceedit.alignment import portrait_alignment, rough_alignment
 from faceedit.detection import FaceBox, FaceSearch, Proposals
 from faceedit.errors import FaceCutOffError, FaceTooSmallError, NoFaceError, OutOfRangeError, WeightsError
 from faceedit.labels import CELEBAMASK_HQ, CELEBAMASK_HQ_ZLL, flip_soft
 from faceedit.networks.parser import ParserConfig, ParserNet
-from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, image_tensor, inside_photo, load_parser
-from faceedit.registry import save_weights
+from faceedit.parsing import CROP_PX, AlignedFace, FaceParser, image_tensor, inside_photo, label_map, load_parser
+from faceedit.registry import load_network, save_weights
 
 
 def moved(box: FaceBox, dx: float = 0, dy: float = 0, grow: float = 1.0) -> FaceBox:
@@ -205,6 +205,25 @@ def test_a_tight_crop_is_still_parsed_and_nothing_is_invented_outside(drawn: Dra
     assert (face.labels[outside] == 0).all()
 
 
+@pytest.mark.parametrize("angle_deg", [0.0, 20.0])
+def test_what_lies_inside_the_photo(angle_deg: float) -> None:
+    alignment = rough_alignment((50, -10, 120, 120), (150, 240), CROP_PX, angle_deg=angle_deg)
+    steps = np.arange(CROP_PX)
+    x, y = np.moveaxis(alignment.to_photo(np.stack(np.meshgrid(steps, steps), -1)), -1, 0)
+    expected = (x >= -0.5) & (x <= 239.5) & (y >= -0.5) & (y <= 149.5)
+    assert 0.1 < expected.mean() < 0.9
+    assert np.array_equal(inside_photo(alignment), expected)
+
+
+def test_of_equally_likely_classes_the_first_is_the_label() -> None:
+    mask = torch.randint(0, 3, (1, 19, 40, 40), generator=torch.Generator().manual_seed(0)).float()
+    expected = [next(c for c in range(19) if pixel[c] == max(pixel)) for pixel in mask[0].flatten(1).T.tolist()]
+    labels = label_map(mask)
+    assert labels.dtype == np.uint8
+    assert labels.ravel().tolist() == expected
+    assert len(set(expected)) > 2
+
+
 def test_a_negative_index_is_out_of_range(drawn: DrawnFace, parser: FaceParser) -> None:
     with pytest.raises(OutOfRangeError, match="0 is the largest"):
         parser.find_face(drawn.pixels, -1)
@@ -233,3 +252,19 @@ def test_a_parser_of_other_classes_is_refused(classes: int, named: str, got: str
     save_weights(path, "parser", config, ParserNet(config).state_dict(), label_scheme=named, **facts)
     with pytest.raises(WeightsError, match=f"the 19 classes of celebamask-hq, got {got} in .*p.safetensors"):
         load_parser("cpu", str(path))
+
+
+def test_the_loaded_parser_is_the_file_in_fewer_passes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path, config = tmp_path / "p.safetensors", ParserConfig(widths=(4,) * 5, blocks=(1,) * 5)
+    facts = {"licence": "MIT", "training_data": "none", "source": "tests"}
+    save_weights(path, "parser", config, ParserNet(config).state_dict(), **facts)
+    with torch.inference_mode():
+        network = load_parser("cpu", str(path)).network
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+    assert not any(parameter.is_inference() for parameter in network.parameters())
+    assert network.config == config
+    image = torch.rand(2, 3, 64, 64) * 2 - 1
+    wanted = load_network(path)(image)
+    assert wanted.std() > 0.01
+    torch.testing.assert_close(network(image), wanted, rtol=1e-4, atol=1e-5)  # float32: rounding
