@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// For three taps the points are 0, +-a, +-1/a and infinity with a = 2^-1/2: errors are half of what the usual 0, +-1, +-2
-// give, about those of a direct sum. For two they are 0, +-1 and infinity, with sums and differences alone.
+// For three taps the points are 0, +-a, +-1/a and infinity with a = 2^-1/2: errors are half of what the usual 0, +-1
+// and +-2 give, about those of a direct sum. For two they are 0, +-1 and infinity, with sums and differences alone.
 #include "winograd.h"
 
 #include "sums.h"
@@ -97,24 +97,31 @@ inline Tile tile_at(const WinogradPlan& w, int64_t index) {
 
 // One of the convolutions of a call: a single one, or split the four that rows and columns of either kind ask for.
 struct Pass {
-  bool odd_row, odd_column;                 // of what has every second row and column
+  bool odd_row, odd_column;                  // of what has every second row and column
   int64_t rows, columns, x_rows, x_columns;  // on its grid
-  int64_t before_row, before_column;        // how far tiles of x lie ahead of those of y
+  int64_t before_row, before_column;         // how far tiles of x begin ahead of those of y
   int64_t x_phase, x_phases, y_phase, y_phases;
   bool adds, ends;  // to what the passes before have written; the last of them
 };
 
 inline Pass pass_at(const WinogradParams& p, int32_t index) {
-  if (!p.split)
-    return {false, false, p.height, p.width, p.height, p.width, 1, 1, 0, p.down * p.down, 0, p.up * p.up, false, true};
-  const bool up = p.up == 2;
-  const int64_t row = index / 2, column = index % 2, phase = up ? 0 : index;
-  // Of 2 n + 1 rows n + 1 are even. Those of y see one row of x more than is behind them.
-  const int64_t rows = p.height + 1 - row, columns = p.width + 1 - column;
-  Pass pass{row == 1, column == 1, p.height, p.width, rows, columns, 0, 0, phase, 1, index - phase, 1, index > 0, index == 3};
-  if (up) {
-    pass.rows = rows, pass.columns = columns, pass.x_rows = p.height, pass.x_columns = p.width;
-    pass.before_row = 1 - row, pass.before_column = 1 - column, pass.adds = false, pass.ends = true;
+  Pass pass{};
+  pass.rows = pass.x_rows = p.height, pass.columns = pass.x_columns = p.width;
+  if (!p.split) {
+    pass.before_row = pass.before_column = 1, pass.ends = true;
+    pass.x_phases = p.down * p.down, pass.y_phases = p.up * p.up;
+    return pass;
+  }
+  pass.odd_row = index / 2 == 1, pass.odd_column = index % 2 == 1;
+  pass.x_phases = pass.y_phases = 1;
+  // Of 2 n + 1 rows n + 1 are even.
+  const int64_t rows = p.height + !pass.odd_row, columns = p.width + !pass.odd_column;
+  if (p.up == 2) {  // even ones see the row of x before theirs too
+    pass.rows = rows, pass.columns = columns, pass.y_phase = index, pass.ends = true;
+    pass.before_row = !pass.odd_row, pass.before_column = !pass.odd_column;
+  } else {
+    pass.x_rows = rows, pass.x_columns = columns, pass.x_phase = index;
+    pass.adds = index > 0, pass.ends = index == 3;
   }
   return pass;
 }
@@ -193,7 +200,8 @@ void sum_rgb(const WinogradParams& p, int64_t sample, int64_t pixel, int64_t pix
   }
 }
 
-// Writes a tile's pixels from its values, and its part of grad_style to `sums`; returns 0, or NaN where a sum is not finite.
+// Writes a tile's pixels from its values, and its part of grad_style to `sums`; returns 0, or NaN where a sum is not
+// finite.
 template <int ACT, int ROWS, int COLUMNS>
 Vector write_tile(const WinogradParams& p, const WinogradPlan& w, const Pass& pass, const Tile& tile, const float* from,
                   float* sums) {
@@ -301,8 +309,8 @@ void multiply_rows(const float* from, int64_t step, const float* weight, int64_t
 }
 
 // The products of one value of all tiles with one panel of a weight's values.
-void multiply_panel(const WinogradParams& p, const WinogradPlan& w, const float* weight, int64_t rows, const float* from,
-                    float* to) {
+void multiply_panel(const WinogradParams& p, const WinogradPlan& w, const float* weight, int64_t rows,
+                    const float* from, float* to) {
   for (int64_t c = 0; c < p.inputs; c += kProductInputs) {
     const int64_t inputs = p.inputs - c < kProductInputs ? p.inputs - c : kProductInputs;
     for (int64_t k = 0; k < kWinogradPanel; k += kProductVectors * kVectorFloats) {
@@ -420,8 +428,10 @@ void transform_weights(const WinogradWeightParams& p, int threads) {
         for (int32_t k = 0; k < kValues; ++k) {
           Vector u[kValues];
           transform_weight<SPLIT>(down[k], 1, u, 1);
-          for (int32_t l = 0; l < kValues; ++l)
-            store_vector(u[l], p.transformed + (((k * kValues + l) * panels + panel) * p.inputs + i) * kWinogradPanel + o);
+          for (int32_t l = 0; l < kValues; ++l) {
+            const int64_t row = ((k * kValues + l) * panels + panel) * p.inputs + i;
+            store_vector(u[l], p.transformed + row * kWinogradPanel + o);
+          }
         }
       }
     }

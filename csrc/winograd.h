@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A float32 layer around a 3 x 3 convolution, channels_last, by Winograd's minimal filtering F(4x4, 3x3): tiles of 6 x 6
-// inputs become 36 values in which the convolution is a product of matrices, with a quarter of the multiplications. Styles
-// go in with the tiles, the epilogue or the styles' gradient come out with them. CPU only.
+// A float32 layer around a 3 x 3 convolution, channels_last, by Winograd's minimal filtering F(4x4, 3x3): tiles of 6 x
+// 6 inputs become 36 values in which the convolution is a product of matrices, with a quarter of the multiplications.
+// Styles go in with the tiles, the epilogue or the styles' gradient come out with them. CPU only.
 //
 // A transposed convolution of stride 2 gives rows of two kinds, which see two taps or one, and columns likewise: four
 // convolutions, by F(3, 2) where there are two taps; 49 multiplications of 81. Its data gradient is the sum of four.
