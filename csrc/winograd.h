@@ -115,8 +115,9 @@ inline WinogradPlan plan_winograd(const WinogradParams& p) {
   w.blocks = (w.tiles + w.block_tiles - 1) / w.block_tiles;
   // Odd multiples of a line, so that rows and values do not all fall into the same sets of a cache.
   w.from = p.inputs + 16;
-  w.value = w.block_tiles * w.from + 48;
-  w.to = w.block_tiles * p.outputs + 48;
+  const int64_t rows = (w.block_tiles + kWinogradRows - 1) / kWinogradRows * kWinogradRows;
+  w.value = rows * w.from + 48;
+  w.to = rows * p.outputs + 48;
   w.floats = w.values * (w.value + w.to);
   return w;
 }

@@ -26,7 +26,7 @@ def pays(x: Tensor, weight: Tensor) -> bool:
         return False
     from faceedit.kernels import winograd_native
 
-    return memory_format(x) is torch.channels_last and winograd_native.fits(x, weight, 1, None)
+    return memory_format(x) is torch.channels_last and winograd_native.fits(x, weight, 1)
 
 
 def _is_made_a_graph() -> bool:

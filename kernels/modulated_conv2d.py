@@ -211,7 +211,7 @@ def _native(
     if memory_format(x) is torch.channels_last and down == 1:
         if up == 1 and modulated_layer_native.fits(x, weight):
             layer = modulated_layer_native.forward
-        elif winograd_native.fits(x, weight, up, fir):
+        elif winograd_native.fits(x, weight, up):
             layer = partial(winograd_native.forward, up=up, fir=fir)
     return modulated_conv2d_passes.forward(
         modulated_conv2d_native, x, weight, styles, noise, strength, bias, fir, *others, layer=layer
@@ -375,7 +375,7 @@ def _backward_native(
     if memory_format(x) is torch.channels_last and down == 1:
         if up == 1 and not want_weight and modulated_layer_native.fits(x, weight):
             layer_backward = modulated_layer_native.backward
-        elif winograd_native.fits(x, weight, up, fir):
+        elif winograd_native.fits(x, weight, up):
             layer_backward = partial(winograd_native.backward, up=up, fir=fir)
     return modulated_conv2d_passes.backward(
         modulated_conv2d_native, x, grad, grad_rgb, weight, *others, layer_backward=layer_backward

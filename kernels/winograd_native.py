@@ -30,10 +30,10 @@ UP_TAPS = (0.125, 0.375, 0.375, 0.125)  # what is part of the weight; exact in f
 SLOW = "baseline"  # the instruction set whose vectors are too short to win anything
 
 
-def fits(x: Tensor, weight: Tensor, up: int, fir: Tensor | None) -> bool:
+def fits(x: Tensor, weight: Tensor, up: int) -> bool:
     """Return whether `forward` and `backward` are what is fastest for a convolution of x, channels_last, without down.
 
-    The answer depends on shapes, kinds and the filter alone: a second call of the same has the first one's bits.
+    The answer depends on shapes and kinds alone: a second call of the same has the first one's bits.
     """
     outputs, inputs, size, _ = weight.shape
     if not x.is_cpu or x.dtype is not torch.float32 or size != 3 or inputs % 32 or outputs % 32:

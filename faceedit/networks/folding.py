@@ -26,7 +26,7 @@ def for_inference(network: Network) -> Network:
       one behind the ReLU, is another; so are the bias and the ReLU at the end of torchvision's residual blocks, where
       all their normalisations were folded. On a CPU, where the convolution adds the bias itself, what can be done in
       place is.
-    - On a CPU 3x3 convolutions of enough pixels, wherever they stand, are the kernel library's.
+    - On a CPU 3x3 convolutions of enough pixels are the kernel library's: those above, and without gradient any.
     - The pooled branch of torchvision's ASPP keeps the layout of what it pools, its gradient too.
 
     Anything else stays as it is. Values differ by rounding. Writes to the copy's weights through `.data` may go unseen:
@@ -54,7 +54,11 @@ def is_quick(conv: nn.Conv2d, x: Tensor) -> bool:
 
 
 class QuickConv(nn.Conv2d):
-    """A convolution, the kernel library's where that is quicker. Its parameters are those of a convolution."""
+    """A convolution, the kernel library's where that is quicker. Its parameters are those of a convolution.
+
+    With gradient it is PyTorch's: the kernel library's reads its own output on the way back, and what follows may write
+    over it, as an activation in place does.
+    """
 
     @classmethod
     def of(cls, conv: nn.Conv2d) -> Self:
@@ -64,7 +68,7 @@ class QuickConv(nn.Conv2d):
         return cast(Self, joined)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_quick(self, x):
+        if not (x.requires_grad and torch.is_grad_enabled()) and is_quick(self, x):
             return frozen_conv.conv3x3(x, self.weight, self.bias, "linear")
         return super().forward(x)
 
@@ -151,8 +155,8 @@ def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _name(thing: Any) -> str:
-    """Of a class or function, with its module's."""
-    return f"{thing.__module__}.{thing.__qualname__}"
+    """Of a class or function, with its module's; of another callable anything."""
+    return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', '')}"
 
 
 def _is_plain_sequence(layers: nn.Sequential) -> bool:

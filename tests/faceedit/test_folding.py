@@ -152,23 +152,36 @@ def test_the_face_parser_keeps_values_and_gradients() -> None:
 
 
 def test_convolutions_outside_sequences_are_the_kernel_librarys_too() -> None:
-    """The face parser's, whose sums stand between them: the gradient's convolutions read what sums must not change."""
+    """The face parser's, whose sums stand between them. With gradient only those that a ReLU was joined to."""
     if native.build_report()["isa"] in ("", "baseline"):
         pytest.skip("no C++ kernels, or a processor whose vectors are too short")
     torch.manual_seed(0)
     network = lived_in(_parser(32, 32))
     folded = for_inference(network)
-    x = torch.randn(2, 3, 64, 64).requires_grad_()
+    x = torch.randn(2, 3, 64, 64)
     found = calls(lambda: folded(x))
     assert found["modulated_conv2d"] == 2 * 3  # two of each residual block: one a level, and the decoder's
     assert found["convolution"] == 5  # the stem's of 12 channels, one of stride 2, two of one pixel, the head's of 20
     wanted = network.double()(x.double())
-    y = folded(x)
+    torch.testing.assert_close(folded(x).double(), wanted, rtol=1e-4, atol=1e-4)
+    x.requires_grad_()
+    assert calls(lambda: folded(x))["modulated_conv2d"] == 3
+    wanted, y = network(x.double()), folded(x)
     torch.testing.assert_close(y.double(), wanted, rtol=1e-4, atol=1e-4)
     seed = torch.randn_like(wanted)
     expected, gradient = (torch.autograd.grad((o * s).sum(), x)[0] for o, s in ((wanted, seed), (y, seed.float())))
     # A few signs next to 0 are a matter of rounding.
     assert (gradient - expected).norm() < 2e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("after", [nn.ReLU(inplace=True), nn.LeakyReLU(0.1, inplace=True)])
+def test_what_follows_a_convolution_may_write_over_it(after: nn.Module) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1, bias=False), after)
+    folded = for_inference(network)
+    x = torch.randn(1, 32, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    expected, gradient = (torch.autograd.grad(net(x).square().sum(), x)[0] for net in (network, folded))
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_convolutions_are_replaced_once_and_only_those_of_three_by_three() -> None:
