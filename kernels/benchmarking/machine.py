@@ -6,18 +6,21 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from faceedit.kernels import native
-from faceedit.kernels.benchmarking.timing import CpuClock, CudaClock
+from faceedit.kernels.benchmarking.timing import Clock, CpuClock, CudaClock
 
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES", "GOMP_SPINCOUNT", "KMP_AFFINITY", "LD_PRELOAD", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE", "TORCHINDUCTOR_FREEZING", "TRITON_INTERPRET",
 )  # fmt: skip
+TRIES = 8
+LONGEST_PRODUCT_S = 1.0  # of matrices: from 1/8 of it on, no larger ones are tried
 
 
 def _lines(path: str) -> list[str]:
@@ -96,20 +99,31 @@ def _version(package: str) -> str | None:
 def measure_rates(device: str, dtypes: Iterable[torch.dtype], small: bool = False) -> dict[str, Any]:
     """Return the copy bandwidth (bytes read and written a second) and the matrix rate by dtype (operations a second).
 
-    Both are the best of several tries on operands too large for the caches; `small` uses toy operands.
+    Both are the best of several tries on operands too large for the caches, but for a dtype that the processor does not
+    multiply: there PyTorch takes minutes for such a product, and smaller ones tell as much. `small` uses toy operands.
     """
     clock = CudaClock(cold=False) if device == "cuda" else CpuClock()
-    tries = 8
     source = torch.ones((1 << 10) if small else (1 << 26), device=device)
     target = torch.empty_like(source)
     target.copy_(source)
-    seconds = min(clock.sample(lambda: target.copy_(source), 1) for _ in range(tries))
-    rates: dict[str, Any] = {"copy_bytes_per_s": 2 * source.numel() * source.element_size() / seconds, "matrix": {}}
+    seconds = min(clock.sample(lambda: target.copy_(source), 1) for _ in range(TRIES))
     side = 32 if small else (8192 if device == "cuda" else 2048)
-    for dtype in dtypes:
+    return {
+        "copy_bytes_per_s": 2 * source.numel() * source.element_size() / seconds,
+        "matrix": {str(dtype).removeprefix("torch."): _matrix_rate(clock, device, dtype, side) for dtype in dtypes},
+    }
+
+
+def _matrix_rate(clock: Clock, device: str, dtype: torch.dtype, most: int) -> float:
+    side = min(most, 256)
+    while True:
         a = torch.randn(side, side, device=device).to(dtype)  # zeros and ones draw less power and clock higher
         product = torch.empty_like(a)
-        torch.mm(a, a, out=product)
-        seconds = min(clock.sample(lambda a=a, out=product: torch.mm(a, a, out=out), 1) for _ in range(tries))  # type: ignore[misc]
-        rates["matrix"][str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds
-    return rates
+        multiply = partial(torch.mm, a, a, out=product)
+        multiply()
+        seconds = clock.sample(multiply, 1)
+        if side == most or 8 * seconds > LONGEST_PRODUCT_S:
+            break
+        side *= 2
+    tries = min(TRIES, int(LONGEST_PRODUCT_S / seconds))
+    return 2 * side**3 / min([seconds, *(clock.sample(multiply, 1) for _ in range(tries))])

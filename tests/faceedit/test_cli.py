@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import save_file
 from support.command_line import BAD_FILES, PACKAGE_ROOT, SET, Outcome, Run, read, subprocess_run
@@ -527,7 +527,8 @@ def test_bench_writes_its_file_after_every_layer(run: Run, tmp_path: Path, monke
         written.append(json.loads(path.read_text()))
 
     monkeypatch.setattr(bench, "write_text", watched)
-    monkeypatch.setattr(machine, "measure_rates", partial(machine.measure_rates, small=True))
+    rates = machine.measure_rates("cpu", [torch.float32, torch.bfloat16], small=True)
+    monkeypatch.setattr(machine, "measure_rates", lambda *_, **__: rates)
     outcome = run(
         "bench", "kernels", "--op", "bernoulli_kl", "--layer", "1x40", "--provider", "eager", "--provider", "cpp",
         "--rounds", 1, "--seconds", 0, "--device", "cpu", "--json", tmp_path / "rows.json",

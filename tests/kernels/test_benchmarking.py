@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from faceedit.kernels import native, noise_bias_act
-from faceedit.kernels.benchmarking import SMALL, Benchmark, Case, benchmarks, draw, report, suite
+from faceedit.kernels.benchmarking import SMALL, Benchmark, Case, benchmarks, draw, machine, report, suite
 from faceedit.kernels.benchmarking.providers import missing, relative_error, step
 from faceedit.kernels.benchmarking.timing import MOST_ROUNDS, Call, Spread, interleave, ratio
 from faceedit.kernels.tensors import reused
@@ -271,6 +271,27 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
         return (torch.empty(1 << 19, dtype=torch.uint8),)
 
     assert suite.peak_memory(call, "cpu") == 2 << 20  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rate", "side", "samples"),
+    [(1e12, 2048, 4 + 8), (1e9, 512, 2 + 3), (5e7, 256, 1 + 1)],  # a slow one is multiplied by small matrices, seldom
+)
+def test_a_slow_dtype_has_its_matrix_rate_soon(
+    rate: float, side: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def sample(call: Any, repeats: int) -> float:
+        seen.append(call.args[0].shape[0])
+        return 2 * seen[-1] ** 3 / rate
+
+    clock = machine.CpuClock()
+    monkeypatch.setattr(clock, "sample", sample)
+    monkeypatch.setattr(torch, "mm", lambda *_, **__: None)
+    assert machine._matrix_rate(clock, "cpu", torch.float32, 2048) == pytest.approx(rate)
+    assert seen[-1] == side
+    assert len(seen) == samples
 
 
 def test_a_provider_that_cannot_run_says_why() -> None:
