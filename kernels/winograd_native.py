@@ -7,6 +7,7 @@ Source: Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks"
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,9 +105,7 @@ def _weight(weight: Tensor, folded: bool, split: bool, turned: bool) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _workspace(
-    shape: torch.Size, inputs: int, outputs: int, sums: bool, threads: int, split: bool = False, up: int = 1
-) -> int:
+def _workspace(shape: torch.Size, inputs: int, outputs: int, sums: bool, threads: int, split: bool, up: int) -> int:
     """Return how many floats the kernel needs for its transformed values and sums; shape: the convolution's grid."""
     n, _, h, w = shape
     return native.module().winograd_workspace(
@@ -121,6 +120,57 @@ def _workspace(
         up=up,
         buffers=threads,
     )
+
+
+def _run(
+    x: Tensor,
+    y: Tensor,
+    transformed: Tensor,
+    grid: torch.Size,
+    inputs: int,
+    outputs: int,
+    *,
+    down: int = 1,
+    up: int = 1,
+    split: bool = False,
+    act: str = "linear",
+    gain: float = 1.0,
+    clamp: float = -1.0,
+    grad_style: Tensor | None = None,
+    **others: Any,
+) -> bool:
+    """Write y and what else the kernel makes; return False where a NaN or an infinity would have spread.
+
+    grid: the shape of the convolution's input or result, whichever is smaller; others: fields of WinogradParams.
+    """
+    n, _, h, w = grid
+    unbounded = empty_float(x)
+    device, threads, stream = native.target(x, 0)
+    sums = grad_style is not None
+    workspace = scratch(x, _workspace(grid, inputs, outputs, sums, threads, split, up))
+    native.module().winograd(
+        (device, threads, stream),
+        x=x.data_ptr(),
+        y=y.data_ptr(),
+        transformed=transformed.data_ptr(),
+        grad_style=native.address(grad_style),
+        unbounded=unbounded.data_ptr(),
+        workspace=workspace.data_ptr(),
+        batch=n,
+        inputs=inputs,
+        outputs=outputs,
+        height=h,
+        width=w,
+        down=down,
+        up=up,
+        split=split,
+        buffers=threads,
+        act=ACTIVATIONS.index(act),
+        gain=gain,
+        clamp=clamp,
+        **others,
+    )
+    return unbounded.item() == 0.0
 
 
 def forward(
@@ -138,85 +188,30 @@ def forward(
 
     x is channels_last; operands, factors and settings are those of the epilogue.
     """
+    n, inputs, h, w = x.shape
+    outputs = weight.shape[0]
     if up == 2 and not _folds(x, weight, fir):
-        core = _transposed(x, weight, v.inner)
-        if core is None:
+        transformed = _weight(weight, False, True, False)
+        core = empty((n, outputs, 2 * h + 1, 2 * w + 1), x, x.dtype, torch.channels_last)
+        if not _run(x, core, transformed, x.shape, inputs, outputs, up=2, split=True, style=v.inner.data_ptr()):
             return None
         pad = [UPSAMPLING.fir_pad] * 4
         y = fir_epilogue_op(core, fir_taps(fir, x), 1, 1, pad, 4.0, False, *operands, None, *settings)
         return y, None if factors is None else modulated_conv2d_native.dots(y, factors)
     scale, noise, strength, bias = operands
     act, slope, gain, clamp = settings
-    n, inputs, h, w = x.shape
-    outputs, pixels = weight.shape[0], up * up * h * w
     transformed = _weight(weight, up == 2, False, False)
     y = empty((n, outputs, up * h, up * w), x, x.dtype, torch.channels_last)
     rgb = None if factors is None else empty_float(x, n, 3, up * h, up * w)
-    unbounded = empty_float(x)
-    device, threads, stream = native.target(x, 0)
-    workspace = scratch(x, _workspace(x.shape, inputs, outputs * up * up, False, threads))
-    native.module().winograd(
-        (device, threads, stream),
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        transformed=transformed.data_ptr(),
-        style=v.inner.data_ptr(),
-        scale=native.address(scale),
-        noise=native.address(noise),
-        strength=native.address(strength),
-        bias=native.address(bias),
-        rgb_factors=native.address(factors),
-        rgb=native.address(rgb),
-        unbounded=unbounded.data_ptr(),
-        workspace=workspace.data_ptr(),
-        batch=n,
-        inputs=inputs,
-        outputs=outputs * up * up,
-        height=h,
-        width=w,
-        down=1,
-        up=up,
-        noise_stride=pixels if noise is not None and noise.shape[0] == n else 0,
-        buffers=threads,
-        act=ACTIVATIONS.index(act),
-        slope=slope,
-        gain=gain,
-        clamp=clamp,
-    )
-    return (y, rgb) if unbounded.item() == 0.0 else None
-
-
-def _transposed(x: Tensor, weight: Tensor, style: Tensor) -> Tensor | None:
-    """Return the transposed convolution of x * style with stride 2, (N,O,2H+1,2W+1); None as `forward`."""
-    n, inputs, h, w = x.shape
-    outputs = weight.shape[0]
-    transformed = _weight(weight, False, True, False)
-    y = empty((n, outputs, 2 * h + 1, 2 * w + 1), x, x.dtype, torch.channels_last)
-    unbounded = empty_float(x)
-    device, threads, stream = native.target(x, 0)
-    workspace = scratch(x, _workspace(x.shape, inputs, outputs, False, threads, True, 2))
-    native.module().winograd(
-        (device, threads, stream),
-        x=x.data_ptr(),
-        y=y.data_ptr(),
-        transformed=transformed.data_ptr(),
-        style=style.data_ptr(),
-        unbounded=unbounded.data_ptr(),
-        workspace=workspace.data_ptr(),
-        batch=n,
-        inputs=inputs,
-        outputs=outputs,
-        height=h,
-        width=w,
-        down=1,
-        up=2,
-        split=True,
-        buffers=threads,
-        act=ACTIVATIONS.index("linear"),
-        gain=1.0,
-        clamp=-1.0,
-    )
-    return y if unbounded.item() == 0.0 else None
+    finite = _run(
+        x, y, transformed, x.shape, inputs, outputs * up * up, up=up,
+        style=v.inner.data_ptr(), scale=native.address(scale),
+        noise=native.address(noise), strength=native.address(strength), bias=native.address(bias),
+        noise_stride=up * up * h * w if noise is not None and noise.shape[0] == n else 0,
+        rgb_factors=native.address(factors), rgb=native.address(rgb),
+        act=act, slope=slope, gain=gain, clamp=clamp,
+    )  # fmt: skip
+    return (y, rgb) if finite else None
 
 
 def backward(
@@ -236,39 +231,16 @@ def backward(
 
     grad and x are channels_last; see `fits`.
     """
-    n, inputs, h, w = x.shape
+    n, inputs, _, _ = x.shape
     folded = up == 2 and _folds(x, weight, fir)
     split = up == 2 and not folded
     if split:
         grad = upfirdn2d_op(grad, fir_taps(fir, x), 1, 1, [UPSAMPLING.fir_pad_back] * 4, 4.0, True)
     outputs = weight.shape[0] * (up * up if folded else 1)
-    transformed = _weight(weight, folded, split, True)
     data = empty(tuple(x.shape), x, x.dtype, torch.channels_last)
     grad_style = empty_float(x, n, inputs) if wanted else None
-    unbounded = empty_float(x)
-    device, threads, stream = native.target(x, 0)
-    workspace = scratch(x, _workspace(x.shape, outputs, inputs, wanted, threads, split))
-    native.module().winograd(
-        (device, threads, stream),
-        x=grad.data_ptr(),
-        y=data.data_ptr(),
-        transformed=transformed.data_ptr(),
-        scale=style.data_ptr(),
-        other=x.data_ptr(),
-        grad_style=native.address(grad_style),
-        unbounded=unbounded.data_ptr(),
-        workspace=workspace.data_ptr(),
-        batch=n,
-        inputs=outputs,
-        outputs=inputs,
-        height=h,
-        width=w,
-        down=up,
-        up=1,
-        split=split,
-        buffers=threads,
-        act=ACTIVATIONS.index("linear"),
-        gain=1.0,
-        clamp=-1.0,
-    )
-    return (data, grad_style) if unbounded.item() == 0.0 else None
+    finite = _run(
+        grad, data, _weight(weight, folded, split, True), x.shape, outputs, inputs, down=up, split=split,
+        scale=style.data_ptr(), other=x.data_ptr(), grad_style=grad_style,
+    )  # fmt: skip
+    return (data, grad_style) if finite else None

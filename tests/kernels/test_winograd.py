@@ -346,7 +346,7 @@ def test_the_filter_is_exactly_part_of_the_weight() -> None:
 def test_small_layers_have_blocks_for_many_threads(side: int, blocks: int) -> None:
     """A core would hold 168 tiles of 32 channels, and a layer of 32 px has 64."""
     shape = torch.Size((1, 32, side, side))
-    one, many = (winograd_native._workspace(shape, 32, 32, False, threads) for threads in (1, 64))
+    one, many = (winograd_native._workspace(shape, 32, 32, False, threads, False, 1) for threads in (1, 64))
     assert many >= blocks * one
 
 
