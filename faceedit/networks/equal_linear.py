@@ -26,7 +26,7 @@ class EqualLinear(nn.Module):
         self, in_width: int, out_width: int, *, rate: float = 1.0, init: float = 0.0, activate: bool = False
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_width, in_width) / rate)
+        self.weight = nn.Parameter(nn.init.normal_(torch.empty(out_width, in_width), std=1 / rate))
         self.bias = nn.Parameter(torch.full((out_width,), init / rate))
         self.gain, self.rate, self.activate = rate / math.sqrt(in_width), rate, activate
 

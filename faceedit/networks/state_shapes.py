@@ -12,7 +12,10 @@ _CALLS_A_TENSOR, _CALLS_BESIDES = 30, 1000  # of torch; constructors of all kind
 
 
 class _AtMost(TorchFunctionMode):
-    """Lets this thread call torch `calls` times."""
+    """Lets this thread call torch `calls` times, and skips what fills a tensor at the start.
+
+    Values do not matter here, and on "meta" PyTorch imports its compiler, for seconds, to make normal ones.
+    """
 
     def __init__(self, calls: int) -> None:
         super().__init__()
@@ -22,7 +25,10 @@ class _AtMost(TorchFunctionMode):
         self.left -= 1
         if self.left < 0:
             raise ValueError(f"state_shapes: network must be built in {self.calls} steps, got more; it is too deep")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def state_shapes(network: Callable[[Any], nn.Module], config: Any, tensors: int) -> dict[str, tuple[int, ...]]:

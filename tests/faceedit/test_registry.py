@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from support.command_line import PACKAGE_ROOT
 
 from faceedit import registry
 from faceedit.attributes import MAGGAN
@@ -58,6 +62,20 @@ def test_packaged_row_is_true(row):
     assert (registry.PACKAGED / row.card).is_file(), "every packaged network needs its card"
     network = registry.load_network(row.name)
     assert all(value.isfinite().all() for value in network.state_dict().values() if value.is_floating_point())
+
+
+def test_loading_packaged_weights_does_not_import_pytorchs_compiler(tmp_path):
+    # It takes seconds, of the few that a whole edit has. Arithmetic on the device "meta" imports it, and torchvision.
+    names = [row.name for row in PACKAGED if row.header.kind != "deeplab-parser"]
+    program = (
+        "import sys; from faceedit import registry;"
+        " [registry.load_network(name) for name in sys.argv[1:]]; sys.exit('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *names],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(PACKAGE_ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_packaged_weights_are_small_and_declared():
