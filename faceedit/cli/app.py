@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from faceedit import __version__
 from faceedit.cli import batch, bench, doctor, editing, faces, projection, synthesis, train, weights
+from faceedit.cli.memory import keep_freed_memory
 from faceedit.cli.output import print_error
 from faceedit.errors import INTERRUPTED, FaceEditError
 
@@ -70,11 +71,13 @@ def _print_version(requested: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand != "bench":  # whose times are compared with those of PyTorch's own allocator
+        keep_freed_memory()
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

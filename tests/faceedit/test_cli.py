@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -100,6 +101,43 @@ def test_the_environment_is_set_where_nothing_else_is_asked_for(
         monkeypatch.setenv(name, value)
     run("--version")
     assert {name: os.environ.get(name) for name in wanted} == wanted
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="freed memory is kept with glibc's malloc only")
+@pytest.mark.parametrize(
+    ("given", "keeps"),
+    [
+        ({}, True),
+        ({"MALLOC_TRIM_THRESHOLD_": "131072"}, False),
+        ({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}, False),
+    ],
+)
+def test_freed_memory_is_kept_where_no_allocator_is_configured(given: dict[str, str], keeps: bool) -> None:
+    # What is freed after a block of 64 MB was touched is still resident, or is not.
+    program = (
+        "import ctypes, resource; from faceedit.cli.memory import keep_freed_memory; kept = keep_freed_memory();"
+        " libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; libc.malloc.argtypes = [ctypes.c_size_t];"
+        " libc.free.argtypes = [ctypes.c_void_p]; size = 1 << 26; block = libc.malloc(size);"
+        " ctypes.memset(block, 1, size); libc.free(block);"
+        " pages = int(open('/proc/self/statm').read().split()[1]);"
+        " print(kept, pages * resource.getpagesize() > size)"
+    )
+    configured = {name for name in os.environ if name.startswith("MALLOC_")} | {"LD_PRELOAD", "GLIBC_TUNABLES"}
+    environment = {name: value for name, value in os.environ.items() if name not in configured}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"PYTHONPATH": str(PACKAGE_ROOT)} | given, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == [str(keeps)] * 2
+
+
+def test_benchmarks_run_with_the_allocator_as_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(sys.modules["faceedit.cli.app"], "keep_freed_memory", lambda: calls.append("kept"))
+    run("bench", "kernels", "--op", "none")
+    assert not calls
+    run("weights", "list")
+    assert calls == ["kept"]
 
 
 # edit
