@@ -77,7 +77,7 @@ class Bundle:
 
 STARTER = Bundle(
     encoder="e4e-starter",
-    config={"blend": "targets"},
+    config={"blend": "targets", "spread_weight": 0.03},
     caution="the starter generator has seen drawings only: hair and whole faces will look drawn; a bundle with an FFHQ "
     "generator gives photographic ones (docs/maskfacegan.md), --editor maggan dyes hair with what ships",
 )

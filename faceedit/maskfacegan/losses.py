@@ -44,6 +44,14 @@ def size(probabilities: Tensor, masks: EditMasks, scales: Tensor) -> Tensor:
     return bernoulli_kl(made[:, None], wanted[:, None]) * (scales > 0)
 
 
+def spread(ws: Tensor) -> Tensor:
+    """Mean squared distance of the layers' codes (N,L,W) from their mean: 0 in W, where the generator was trained.
+
+    Not in the paper; e4e's encoder is held near W by a norm of the same kind (Tov et al. 2021, arXiv:2102.02766).
+    """
+    return (ws - ws.mean(1, keepdim=True)).square().mean((1, 2))
+
+
 def noise(maps: Sequence[Tensor], config: MaskFaceGANConfig) -> Tensor:
     """L_R: autocorrelation of neighbours at every scale of every map (paper, eq. 11, squared)."""
     return noise_regularizer(maps, stop=config.noise_stop_px)

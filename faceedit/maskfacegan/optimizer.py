@@ -293,6 +293,8 @@ class _Run:
             terms["perceptual"] = config.perceptual_weight, self.perception(image, masks)
         else:
             terms["appearance"] = config.appearance_weight, losses.appearance(image, self.source, masks)
+        if config.spread_weight > 0:
+            terms["spread"] = config.spread_weight, losses.spread(state.ws)
         parsed: Tensor | None = None
         if phase.is_constrained:
             semantics = None if self.semantics is None else self._aside(partial(self.semantics, image))

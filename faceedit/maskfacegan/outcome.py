@@ -12,7 +12,7 @@ from torch import Tensor
 from faceedit.errors import FaceEditError
 
 Stage = Literal["source", "latent", "noise", "blend"]
-TERMS = ("appearance", "semantics", "shape", "size", "perceptual", "noise")
+TERMS = ("appearance", "semantics", "shape", "size", "perceptual", "spread", "noise")
 
 
 class EditCancelledError(FaceEditError):

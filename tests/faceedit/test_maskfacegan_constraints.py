@@ -15,6 +15,7 @@ from torch import Tensor
 from faceedit.kernels import noise_regularizer
 from faceedit.labels import MASKFACEGAN
 from faceedit.maskfacegan.config import MaskFaceGANConfig
+from faceedit.maskfacegan.losses import spread
 from faceedit.maskfacegan.optimizer import optimize
 from faceedit.maskfacegan.outcome import EditOutcome
 from faceedit.maskfacegan.plan import make_plan
@@ -134,6 +135,20 @@ def test_kept_attributes_stay_as_they_were() -> None:
     (outcome,) = optimize(standins(), SOURCE, [make_plan({"Wavy_Hair": 1}, keep=["Black_Hair"], config=config)], config)
     assert isinstance(outcome, EditOutcome)
     assert probability(outcome, "Black_Hair") > 0.5 > changed
+
+
+def test_spread_term_draws_the_codes_of_the_layers_together() -> None:
+    networks, apart = standins(), torch.tensor([0.3, -0.3])[None, :, None]
+    start = apart.expand(1, 2, networks.generator.config.w_width)
+    spreads = []
+    for weight in (1.0, 0.0):
+        config = replace(CONFIG, spread_weight=weight)
+        (outcome,) = optimize(networks, SOURCE, [make_plan({"Smiling": 1})], config, start=start)
+        assert isinstance(outcome, EditOutcome)
+        assert ("spread" in outcome.losses) == (weight > 0)
+        spreads.append(spread(outcome.ws).item())
+    held, free = spreads
+    assert held < 0.1 * free
 
 
 # Noise

@@ -130,7 +130,7 @@ def test_defaults_are_the_published_ones() -> None:
         "latent_rate": 1e-3, "noise_steps": 501, "noise_rate": 0.1, "noise_stop_px": 8, "mean_samples": 50_000,
         "appearance_weight": 2.0, "semantic_weight": 0.005, "shape_weight": 0.5, "size_weight": 1.0,
         "noise_weight": 1.0, "perceptual_weight": 0.03, "global_noise_appearance_weight": 0.03, "epsilon": 0.05,
-        "start": "mean", "compat": False, "dynamic": True, "blend": "skin",
+        "spread_weight": 0.0, "start": "mean", "compat": False, "dynamic": True, "blend": "skin",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert preset("default") == config
