@@ -268,9 +268,9 @@ def setup_filter(
     """
     check_number("setup_filter", "gain", gain)
     # Numbers are scaled on the CPU: on "meta" arithmetic would import PyTorch's compiler, which takes seconds.
-    where = taps.device if isinstance(taps, Tensor) else torch.get_default_device()
+    is_tensor = isinstance(taps, Tensor)
     try:
-        fir = torch.as_tensor(taps, dtype=torch.float32, device=None if isinstance(taps, Tensor) else "cpu")
+        fir = torch.as_tensor(taps, dtype=torch.float32, device=device if is_tensor else "cpu")
     except (TypeError, ValueError) as error:
         raise type(error)(f"setup_filter: taps must be numbers, got {short(taps)}; [1] changes nothing") from None
     if fir.dim() not in (1, 2) or fir.numel() == 0:
@@ -279,7 +279,8 @@ def setup_filter(
         fir = fir / fir.sum()
     if flip:
         fir = fir.flip(tuple(range(fir.dim())))
-    return (fir * gain ** (fir.dim() / 2)).to(where if device is None else device)
+    fir = fir * gain ** (fir.dim() / 2)
+    return fir if is_tensor else fir.to(torch.get_default_device() if device is None else device)
 
 
 def filter2d(x: Tensor, fir: Tensor, pad: int | Sequence[int] = 0, *, gain: float = 1.0, flip: bool = False) -> Tensor:

@@ -32,8 +32,8 @@ class MaskFaceGANConfig:
     Terms: λ_M, λ_C, λ_S, λ_P, λ_R of the paper as appearance, semantic, shape, size and noise weight;
       perceptual_weight, the appearance term of a global edit; global_noise_appearance_weight, λ_M of its noise stage.
       Images count in [0, 1], as published. λ_S acts on hair alone, λ_P where a size is asked for. spread_weight, of how
-      far the codes of an image's layers lie apart in the latent stage: 0 as published; more keeps a generator that has
-      seen little within what it knows.
+      far the codes of an image's layers lie apart in the latent stage of a local edit: 0 as published; more keeps a
+      generator that has seen little within what it knows.
     epsilon: smoothing of the targets: 1 asks for a probability of 1 - epsilon, 0 for epsilon. Smaller is stronger.
     Masks: dynamic, False: masks never follow the edit; blend, what of the generated image comes into the photo, "skin":
       skin and target (the paper), "target": the target as the input has it, "targets": where either image has it;

@@ -45,9 +45,10 @@ def size(probabilities: Tensor, masks: EditMasks, scales: Tensor) -> Tensor:
 
 
 def spread(ws: Tensor) -> Tensor:
-    """Mean squared distance of the layers' codes (N,L,W) from their mean: 0 in W, where the generator was trained.
+    """Mean squared distance of the layers' codes (N,L,W) from their mean: 0 in W, where all layers have one code.
 
-    Not in the paper; e4e's encoder is held near W by a norm of the same kind (Tov et al. 2021, arXiv:2102.02766).
+    Not in the paper. e4e's encoder is held near W in this way, by offsets from one code (Tov et al. 2021,
+    arXiv:2102.02766).
     """
     return (ws - ws.mean(1, keepdim=True)).square().mean((1, 2))
 

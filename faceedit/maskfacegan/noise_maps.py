@@ -31,7 +31,7 @@ class NoiseMaps:
         parts = values.split([self._count * px * px for px in self._sides])
         return [part.view(self._count, 1, px, px) for part, px in zip(parts, self._sides, strict=True)]
 
-    def spread(self, edits: Tensor) -> Tensor:
+    def expand(self, edits: Tensor) -> Tensor:
         """What is given once an edit (N), for each value."""
         return edits if self._owners is None else edits.index_select(0, self._owners)
 

@@ -293,7 +293,7 @@ class _Run:
             terms["perceptual"] = config.perceptual_weight, self.perception(image, masks)
         else:
             terms["appearance"] = config.appearance_weight, losses.appearance(image, self.source, masks)
-        if config.spread_weight > 0:
+        if config.spread_weight > 0 and not self.is_global:
             terms["spread"] = config.spread_weight, losses.spread(state.ws)
         parsed: Tensor | None = None
         if phase.is_constrained:
@@ -308,7 +308,7 @@ class _Run:
                 terms["shape"] = config.shape_weight, losses.shape(parsed, masks)
             if parsed is not None and self.has_size:
                 terms["size"] = config.size_weight, losses.size(parsed, masks, self.scales)
-        self._descend(image, terms, state.ws, lambda: state.ws.detach().flatten(1).sum(1)[None], _spread_over_codes)
+        self._descend(image, terms, state.ws, lambda: state.ws.detach().flatten(1).sum(1)[None], _expand_to_codes)
         if phase.updates_masks and parsed is not None:
             masks.relax(parsed.detach())
 
@@ -342,7 +342,7 @@ class _Run:
         }
         if config.compat:  # behind autograd's back: the backward pass sees other values than the forward pass did
             normalize_noise_(noise.of(noise.values.data))
-        self._descend(image, terms, noise.values, noise.sums, noise.spread)
+        self._descend(image, terms, noise.values, noise.sums, noise.expand)
         if not config.compat:
             normalize_noise_(noise.of(noise.values.detach()))
 
@@ -355,11 +355,11 @@ class _Run:
         terms: Terms,
         wanted: Tensor,
         sums: Callable[[], Tensor],
-        spread: Callable[[Tensor], Tensor],
+        expand: Callable[[Tensor], Tensor],
     ) -> None:
         """Keep image and terms for observers and take a step of Adam. Edits that are not finite stay where they are.
 
-        sums: of each edit's part of `wanted`, (parts, N); spread: what an edit has (N) for each value of `wanted`.
+        sums: of each edit's part of `wanted`, (parts, N); expand: what an edit has (N) for each value of `wanted`.
         """
         state = self.state
         total = torch.stack([weight * term for weight, term in terms.values()]).sum(0)
@@ -375,7 +375,7 @@ class _Run:
             # A gradient that is not finite shows in what it moved, and that in its sum.
             state.is_finite &= sums().isfinite().all(0)
             now = wanted.detach()
-            torch.where(spread(state.is_finite), now, before, out=now)
+            torch.where(expand(state.is_finite), now, before, out=now)
             newly_lost = ~state.is_finite & (state.lost_at < 0)
             state.lost_at.copy_(torch.where(newly_lost, state.counter, state.lost_at))
             state.counter += 1
@@ -386,7 +386,7 @@ class _Run:
         return torch.optim.Adam([wanted], lr=rate, capturable=capturable, fused=True if is_cuda else None)
 
 
-def _spread_over_codes(edits: Tensor) -> Tensor:
+def _expand_to_codes(edits: Tensor) -> Tensor:
     return edits[:, None, None]
 
 

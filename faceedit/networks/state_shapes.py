@@ -12,9 +12,9 @@ _CALLS_A_TENSOR, _CALLS_BESIDES = 30, 1000  # of torch; constructors of all kind
 
 
 class _AtMost(TorchFunctionMode):
-    """Lets this thread call torch `calls` times, and skips what fills a tensor at the start.
+    """Lets this thread call torch `calls` times, and skips what fills a tensor with values, as torch.nn.init does.
 
-    Values do not matter here, and on "meta" PyTorch imports its compiler, for seconds, to make normal ones.
+    They do not matter here, and `Tensor.normal_` imports PyTorch's compiler on "meta", which takes seconds.
     """
 
     def __init__(self, calls: int) -> None:
@@ -26,7 +26,7 @@ class _AtMost(TorchFunctionMode):
         if self.left < 0:
             raise ValueError(f"state_shapes: network must be built in {self.calls} steps, got more; it is too deep")
         kwargs = kwargs or {}
-        if getattr(func, "__module__", "") == nn.init.__name__:
+        if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == nn.init.__name__:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def run(
     parser.weights = "parser-starter"
     for module in ("faceedit.parsing", "faceedit.pipeline"):
         monkeypatch.setattr(f"{module}.load_parser", lambda *_: parser)
+    monkeypatch.setattr(sys.modules["faceedit.cli.app"], "keep_freed_memory", lambda: False)  # it cannot be undone
     terminate = signal.getsignal(signal.SIGTERM)
 
     def call(*arguments: object) -> Outcome:

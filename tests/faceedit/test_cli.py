@@ -24,6 +24,7 @@ from support.drawn_faces import DrawnFace
 
 from faceedit.atomic import replacing
 from faceedit.cli import bench
+from faceedit.cli.memory import keep_freed_memory
 from faceedit.config import to_dict
 from faceedit.kernels.benchmarking import machine
 from faceedit.labels import CELEBAMASK_HQ, HELEN, convert_labels
@@ -113,14 +114,14 @@ def test_the_environment_is_set_where_nothing_else_is_asked_for(
     ],
 )
 def test_freed_memory_is_kept_where_no_allocator_is_configured(given: dict[str, str], keeps: bool) -> None:
-    # What is freed after a block of 64 MB was touched is still resident, or is not.
+    # A block of 64 MB is resident after it was freed, or is not.
     program = (
         "import ctypes, resource; from faceedit.cli.memory import keep_freed_memory; kept = keep_freed_memory();"
         " libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p; libc.malloc.argtypes = [ctypes.c_size_t];"
-        " libc.free.argtypes = [ctypes.c_void_p]; size = 1 << 26; block = libc.malloc(size);"
-        " ctypes.memset(block, 1, size); libc.free(block);"
-        " pages = int(open('/proc/self/statm').read().split()[1]);"
-        " print(kept, pages * resource.getpagesize() > size)"
+        " libc.free.argtypes = [ctypes.c_void_p]; size = 1 << 26;"
+        " resident = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize();"
+        " before = resident(); block = libc.malloc(size); ctypes.memset(block, 1, size); libc.free(block);"
+        " print(kept, resident() - before > size // 2)"
     )
     configured = {name for name in os.environ if name.startswith("MALLOC_")} | {"LD_PRELOAD", "GLIBC_TUNABLES"}
     environment = {name: value for name, value in os.environ.items() if name not in configured}
@@ -131,12 +132,19 @@ def test_freed_memory_is_kept_where_no_allocator_is_configured(given: dict[str, 
     assert done.stdout.split() == [str(keeps)] * 2
 
 
-def test_benchmarks_run_with_the_allocator_as_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LD_PRELOAD", "another.so")
+    assert not keep_freed_memory()
+
+
+def test_only_commands_that_make_the_same_tensors_over_and_over_keep_freed_memory(
+    run: Run, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[str] = []
     monkeypatch.setattr(sys.modules["faceedit.cli.app"], "keep_freed_memory", lambda: calls.append("kept"))
-    run("bench", "kernels", "--op", "none")
+    run("bench", "kernels", "--op", "none").refused(2, "none")
     assert not calls
-    run("weights", "list")
+    run("edit", photo).refused(2, "--output")
     assert calls == ["kept"]
 
 

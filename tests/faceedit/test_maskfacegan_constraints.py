@@ -14,6 +14,7 @@ from torch import Tensor
 
 from faceedit.kernels import noise_regularizer
 from faceedit.labels import MASKFACEGAN
+from faceedit.maskfacegan.bundle import STARTER
 from faceedit.maskfacegan.config import MaskFaceGANConfig
 from faceedit.maskfacegan.losses import spread
 from faceedit.maskfacegan.optimizer import optimize
@@ -149,6 +150,12 @@ def test_spread_term_draws_the_codes_of_the_layers_together() -> None:
         spreads.append(spread(outcome.ws).item())
     held, free = spreads
     assert held < 0.1 * free
+
+
+def test_spread_term_is_for_local_edits_and_the_starters() -> None:
+    outcome = edit({"Male": 0}, replace(CONFIG, spread_weight=1.0))
+    assert set(outcome.losses) == {"perceptual", "semantics"}
+    assert STARTER.configuration("default").spread_weight > 0
 
 
 # Noise

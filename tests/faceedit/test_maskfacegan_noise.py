@@ -44,7 +44,7 @@ def test_gradients_become_one_vector(noise: NoiseMaps) -> None:
 def test_an_edit_is_told_from_the_others(noise: NoiseMaps) -> None:
     count = len(noise.maps[0])
     edits = torch.arange(float(count))
-    spread = noise.spread(edits).expand_as(noise.values)
+    spread = noise.expand(edits).expand_as(noise.values)
     for part in noise.of(spread.contiguous()):
         assert torch.equal(part, edits.view(-1, 1, 1, 1).expand_as(part))
     noise.maps[-1][count - 1, 0, 2, 3] = float("nan")

@@ -270,6 +270,15 @@ def test_opcheck(fmt: torch.memory_format, dtype: torch.dtype) -> None:
         torch.library.opcheck(OP, arguments)
 
 
+def test_setup_filter_is_on_the_device_that_is_asked_for_or_is_the_default() -> None:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0])
+    with torch.device("meta"):
+        assert setup_filter([1, 3, 3, 1]).device.type == setup_filter(taps).device.type == "meta"
+        for fir in (setup_filter([1, 3, 3, 1], device="cpu"), setup_filter(taps, device="cpu")):
+            torch.testing.assert_close(fir, taps.cpu() / 8)
+    assert setup_filter(taps, device="meta").device.type == setup_filter([1], device="meta").device.type == "meta"
+
+
 @pytest.mark.slow
 def test_compiles_without_a_graph_break() -> None:
     fir = setup_filter([1, 3, 3, 1])

@@ -34,5 +34,5 @@ def _build_reset(channels: int, side: int, dtype: torch.dtype) -> Case:
 LAYERS = {f"{channels}@{side}": (channels, side) for channels, side in ((64, 128), (128, 64), (256, 32), (256, 128))}
 BENCHMARKS = [
     Benchmark("gru_gate", _build_gru, LAYERS, (5, 12), {"forward": 4.0}),
-    Benchmark("reset_gate", _build_reset, LAYERS, (5, 12)),
+    Benchmark("reset_gate", _build_reset, LAYERS, (5, 12), {"forward": 4.0}),
 ]
