@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.compare import assert_close
 from support.exporting import check_export
-from support.kernel_cases import DTYPES, FORMATS, PLACES, Place, check_against_oracle, draw, run
+from support.kernel_cases import DTYPES, FORMATS, PLACES, TOLERANCE, Place, check_against_oracle, draw, run
 from torch import Tensor
 
 from faceedit import kernels
@@ -71,6 +73,50 @@ def call(setting: tuple[Any, ...], **options: Any) -> Callable[..., Tensor]:
 
 def oracle(setting: tuple[Any, ...], act: str, gain: float = 1.0, clamp: float = -1.0) -> Callable[..., Tensor]:
     return lambda x, *operands: reference(x, FIR, *setting, *operands, act, 0.2, gain, clamp)
+
+
+@needs_cpp
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.tuples(st.integers(0, 3), st.integers(1, 70), st.integers(1, 19), st.integers(1, 19)),
+    st.sampled_from([AFTER_CONV, SKIP, DOWN]), st.sampled_from(DTYPES), st.sets(st.sampled_from(NAMES[1:])),
+    st.sampled_from(["nchw", "nhwc", "sliced", "transposed", "offset", "expanded"]),
+)  # fmt: skip
+def test_any_shape_stride_and_choice_of_operands(
+    shape: tuple[int, int, int, int], setting: tuple[Any, ...], dtype: torch.dtype, left_out: set[str], layout: str
+) -> None:
+    n, c, h, w = shape
+    twice = 2 if setting is SKIP else 1
+    x, *operands = inputs(setting, n, c, h * twice, w * twice, dtype, torch.contiguous_format)
+    if layout == "nhwc":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "sliced":
+        x = x.repeat_interleave(2, 1)[:, ::2]
+    elif layout == "transposed":
+        x = x.transpose(2, 3).contiguous().transpose(2, 3)
+    elif layout == "offset":  # a storage offset of one element: no vector load is aligned
+        x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    elif layout == "expanded" and n:
+        x = x[:1].expand(x.shape)
+    chosen = [None if name in left_out else t for name, t in zip(NAMES[1:], operands, strict=True)]
+    if chosen[1] is None:
+        chosen[2] = None  # a strength is of a noise map
+    results = []
+    for dtype_of, compute in (
+        (None, call(setting, act="linear", gain=0.5)),
+        (torch.double, oracle(setting, "linear", 0.5)),
+    ):
+        leaves = [None if t is None else t.detach().to(dtype_of or t.dtype).requires_grad_() for t in (x, *chosen)]
+        with kernels.backend("cpu" if dtype_of is None else "eager"):
+            y = compute(*leaves)
+            weights = draw(*y.shape, seed=9).to(dtype).to(y.dtype)
+            results.append([y, *torch.autograd.grad(y, [t for t in leaves if t is not None], weights)])
+    for actual, wanted in zip(*results, strict=True):
+        assert actual.shape == wanted.shape
+        # Sums over terms of either sign may cancel: the bound is on the largest value, not on each.
+        if actual.numel():
+            bound = TOLERANCE[dtype][1] * max(float(wanted.detach().abs().max()), 1.0)
+            assert (actual.double() - wanted).abs().max() <= bound
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=["nchw", "nhwc"])
