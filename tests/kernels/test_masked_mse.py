@@ -183,20 +183,22 @@ def test_any_shape_and_stride(shape: tuple[int, int, int, int], normalize: str, 
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_empty_mask_gives_zero_and_no_gradient(place: Place) -> None:
-    a, b = images(2, 3, 5, 5, torch.float32, torch.contiguous_format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_empty_mask_gives_zero_and_no_gradient(place: Place, dtype: torch.dtype) -> None:
+    a, b = images(2, 3, 5, 5, dtype, torch.contiguous_format)
     loss, gradients = run(place, lambda a, b: masked_mse(a, b, a.new_zeros(1, 1, 5, 5), normalize="mask"), [a, b])
     assert torch.equal(loss.cpu(), torch.zeros(2))
     assert all(g is not None and not g.any() for g in gradients)
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_one_pixel_mask(place: Place) -> None:
-    a, b = images(1, 3, 6, 7, torch.float32, torch.contiguous_format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_pixel_mask(place: Place, dtype: torch.dtype) -> None:
+    a, b = images(1, 3, 6, 7, dtype, torch.contiguous_format)
     mask = torch.zeros(1, 1, 6, 7)
     mask[0, 0, 4, 2] = 1
     loss, _ = run(place, lambda a, b: masked_mse(a, b, mask.to(a.device), normalize="mask"), [a, b])
-    assert_close("loss", loss, ((a - b)[:, :, 4, 2] ** 2).mean(1), relative_l2=1e-6)
+    assert_close("loss", loss, ((a.double() - b.double())[:, :, 4, 2] ** 2).mean(1), relative_l2=1e-6)
 
 
 @pytest.mark.parametrize("place", PLACES)
