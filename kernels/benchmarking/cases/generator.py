@@ -50,6 +50,7 @@ def _build(side: int, base: int, width: int, batch: int, wanted: str, dtype: tor
 LAYERS = {
     "256": (256, 16384, 512, 1, "ws"),
     "256 noise": (256, 16384, 512, 1, "noise"),
+    "256 both": (256, 16384, 512, 1, "both"),
     "256 N4": (256, 16384, 512, 4, "ws"),
     "1024": (1024, 32768, 512, 1, "ws"),
     "1024 noise": (1024, 32768, 512, 1, "noise"),
