@@ -95,14 +95,12 @@ FE_HD void store(float value, Float16* out) {
 #endif
 }
 
-// exp by range reduction and a degree-7 polynomial: at most 2 ulp, exact at the ends (0 and inf), NaN stays NaN.
+// exp of x in [-105, 89] by range reduction and a degree-7 polynomial: at most 2 ulp; NaN stays NaN.
 // Own code because compilers vectorise the library's expf only under fast-math.
-FE_HD float exponential(float x) {
-  const float low = x < -105.0f ? -105.0f : x;
-  const float bounded = low > 89.0f ? 89.0f : low;
+FE_HD float exponential_within(float x) {
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const float turns = (bounded * 1.44269504088896341f + magic) - magic;
-  const float r = (bounded - turns * 0.693359375f) + turns * 2.12194440e-4f;
+  const float shifted = x * 1.44269504088896341f + magic, turns = shifted - magic;
+  const float r = (x - turns * 0.693359375f) + turns * 2.12194440e-4f;
   float poly = 1.9841269841e-4f;
   poly = poly * r + 1.3888888889e-3f;
   poly = poly * r + 8.3333333333e-3f;
@@ -110,24 +108,51 @@ FE_HD float exponential(float x) {
   poly = poly * r + 1.6666666667e-1f;
   poly = poly * r + 0.5f;
   poly = poly * r * r + r + 1.0f;
-  // 2^turns in two factors: turns spans [-151, 128], which one float exponent cannot hold.
-  const int32_t whole = static_cast<int32_t>(turns == turns ? turns : 0.0f);
-  const int32_t half = whole / 2;
+  // 2^turns in two factors: turns spans [-151, 128], which one float exponent cannot hold. The integer is read from the
+  // low bits of `shifted`: converting a NaN would be undefined, and its bits may be any, since NaN times them is NaN.
+  const int32_t whole = static_cast<int32_t>(float_to_bits(shifted) - float_to_bits(magic)), half = whole >> 1;
   const float first = bits_to_float(static_cast<uint32_t>(half + 127) << 23);
   const float second = bits_to_float(static_cast<uint32_t>(whole - half + 127) << 23);
   return poly * first * second;
 }
 
-// From exp(-|x|), which cannot overflow: the tail keeps its relative precision down to the smallest numbers.
+// Exact at the ends: 0 and inf.
+FE_HD float exponential(float x) {
+  const float low = x < -105.0f ? -105.0f : x;
+  return exponential_within(low > 89.0f ? 89.0f : low);
+}
+
+// exp(-|x|), which cannot overflow.
+FE_HD float exponential_decay(float x) {
+  const float below = bits_to_float(float_to_bits(x) | 0x80000000u);
+  return exponential_within(below < -105.0f ? -105.0f : below);
+}
+
+// The tail keeps its relative precision down to the smallest numbers.
 FE_HD float sigmoid(float x) {
-  const float e = exponential(x < 0.0f ? x : -x);
+  const float e = exponential_decay(x);
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-FE_HD float hyperbolic_tangent(float x) {
+// sigmoid(x) and sigmoid(-x) of one exponential; their product is the slope of both.
+struct Sigmoids {
+  float open, shut;
+};
+
+FE_HD Sigmoids sigmoids(float x) {
+  const float e = exponential_decay(x), sum = 1.0f + e, small = e / sum, large = 1.0f / sum;
+  return {x < 0.0f ? small : large, x < 0.0f ? large : small};
+}
+
+// tanh and its slope 1 - tanh^2, which is 4 e / (1 + e)^2 without a subtraction: to full relative precision where tiny.
+struct Tangent {
+  float value, slope;
+};
+
+FE_HD Tangent hyperbolic_tangent_and_slope(float x) {
   const float magnitude = x < 0.0f ? -x : x;
-  const float e = exponential(-2.0f * magnitude);
-  const float tail = 1.0f - 2.0f * e / (1.0f + e);
+  const float e = exponential_decay(2.0f * x), sum = 1.0f + e;
+  const float tail = 1.0f - 2.0f * e / sum;
   // Near zero the subtraction above cancels: odd polynomial (minimax on |x| < 0.625) instead.
   const float square = x * x;
   float poly = -5.70498872745e-3f;
@@ -136,19 +161,22 @@ FE_HD float hyperbolic_tangent(float x) {
   poly = poly * square + 1.33314422036e-1f;
   poly = poly * square - 3.33332819422e-1f;
   const float centre = x + x * square * poly;
-  return magnitude < 0.625f ? centre : (x < 0.0f ? -tail : tail);
+  return {magnitude < 0.625f ? centre : (x < 0.0f ? -tail : tail), 4.0f * e / (sum * sum)};
 }
 
-// The slopes of the two, to full relative precision where they are tiny: 1 - sigmoid(x) is sigmoid(-x), which the
-// subtraction loses for large x, and 1 - tanh(x)^2 is 4 e / (1 + e)^2.
+FE_HD float hyperbolic_tangent(float x) { return hyperbolic_tangent_and_slope(x).value; }
+
+FE_HD float hyperbolic_tangent_slope(float x) { return hyperbolic_tangent_and_slope(x).slope; }
+
+// To full relative precision where it is tiny: 1 - sigmoid(x) is sigmoid(-x), which the subtraction loses for large x.
 FE_HD float sigmoid_slope(float x) {
-  const float e = exponential(x < 0.0f ? x : -x), sum = 1.0f + e;
+  const float e = exponential_decay(x), sum = 1.0f + e;
   return e / (sum * sum);
 }
 
-FE_HD float hyperbolic_tangent_slope(float x) {
-  const float e = exponential(x < 0.0f ? 2.0f * x : -2.0f * x), sum = 1.0f + e;
-  return 4.0f * e / (sum * sum);
+FE_HD float silu_slope(float x) {
+  const Sigmoids gate = sigmoids(x);
+  return gate.open * (1.0f + x * gate.shut);
 }
 
 template <int ACT>
@@ -167,7 +195,7 @@ FE_HD float activation_slope(float z, float slope) {
   if (ACT == kLeakyRelu) return z < 0.0f ? slope : 1.0f;
   if (ACT == kTanh) return hyperbolic_tangent_slope(z);
   if (ACT == kSigmoid) return sigmoid_slope(z);
-  if (ACT == kSilu) return sigmoid(z) * (1.0f + z * sigmoid(-z));
+  if (ACT == kSilu) return silu_slope(z);
   return 1.0f;
 }
 
@@ -265,9 +293,9 @@ FE_HD float slope_from_output(int32_t act, float y, float slope, float gain, flo
 FE_HD float normalise(float x, float mean, float scale, float rest) { return (x - mean) * scale + rest; }
 
 // dL/dx of a normalised element: `grad` reaches the normalised value `u`; mean_grad and slope_grad are the means of grad
-// and of grad * u over the plane, or 0 where the statistics are constants.
+// and of grad * u over the plane, or 0 where the statistics are constants. An infinite u then changes nothing.
 FE_HD float normalise_gradient(float grad, float u, float scale, float mean_grad, float slope_grad) {
-  return scale * (grad - (u * slope_grad + mean_grad));
+  return scale * (grad - ((slope_grad == 0.0f ? 0.0f : u * slope_grad) + mean_grad));
 }
 
 // Mean and summed squared deviations of a set of values, and the union of two sets: no difference of large numbers.
@@ -367,17 +395,21 @@ struct GateGradients {
 };
 
 FE_HD float gru_gate(float h, float z, float c) {
-  return sigmoid(-z) * h + sigmoid(z) * hyperbolic_tangent(c);
+  const Sigmoids gate = sigmoids(z);
+  return gate.shut * h + gate.open * hyperbolic_tangent(c);
 }
 
 FE_HD GateGradients gru_gate_slopes(float h, float z, float c) {
-  return {sigmoid(-z), (hyperbolic_tangent(c) - h) * sigmoid_slope(z), sigmoid(z) * hyperbolic_tangent_slope(c)};
+  const Sigmoids gate = sigmoids(z);
+  const Tangent candidate = hyperbolic_tangent_and_slope(c);
+  return {gate.shut, (candidate.value - h) * (gate.open * gate.shut), gate.open * candidate.slope};
 }
 
 FE_HD float reset_gate(float h, float z) { return sigmoid(z) * h; }
 
 FE_HD GateGradients reset_gate_slopes(float h, float z) {
-  return {sigmoid(z), h * sigmoid_slope(z), 0.0f};
+  const Sigmoids gate = sigmoids(z);
+  return {gate.open, h * (gate.open * gate.shut), 0.0f};
 }
 
 }  // namespace FE_ISA
