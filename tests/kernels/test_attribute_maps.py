@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.compare import assert_close
-from support.exporting import check_export
+from support.exporting import check_export, check_onnx
 from support.kernel_cases import DTYPES, FORMATS, PLACES, Place, check_against_oracle, draw, run
 from torch import Tensor
 from torch.nn import functional as F
@@ -172,6 +172,21 @@ def test_compiles_without_a_graph_break() -> None:
 def test_exports_to_standard_operators() -> None:
     small, large = inputs(2, 3, 4, 5, 6, torch.float32), inputs(5, 3, 4, 5, 6, torch.float32)
     check_export(attribute_maps, OP, small, large, per_sample={0, 1})
+
+
+def test_folded_into_a_convolution_it_exports_to_standard_operators() -> None:
+    """With as many parts as attributes or fewer it is PyTorch's own operators from the start; the batch is fixed."""
+    attr, probs, relation = inputs(2, 3, 4, 5, 6, torch.float32)
+
+    class Layer(torch.nn.Module):
+        def forward(self, attr: Tensor, probs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return conv_attribute_maps(attr, probs, relation[:, : probs.shape[1]], weight, bias, padding=1)
+
+    for parts, keeps in ((3, False), (4, True)):
+        operands = (attr, probs[:, :parts], draw(7, 3, 3, 3, seed=4), draw(7, seed=5))
+        program = torch.export.export(Layer(), operands)
+        assert any(node.target is OP for node in program.graph.nodes) == keeps
+        check_onnx(program, Layer(), [operands])
 
 
 def test_vmap_equals_a_loop() -> None:

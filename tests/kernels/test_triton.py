@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import op_cases
 from support.command_line import PACKAGE_ROOT
 from support.triton_cases import CASES
 
@@ -46,6 +47,13 @@ def test_every_triton_op_has_its_cases() -> None:
 def test_interpreter_matches_the_oracle() -> None:
     lines = run_cases("numbers", TRITON_INTERPRET="1")
     assert [line.split()[1] for line in lines if line.startswith("ran ")] == CASES
+
+
+def test_interpreter_matches_the_oracle_at_drawn_sizes() -> None:
+    lines = run_cases("drawn", TRITON_INTERPRET="1")
+    ran = {line.split()[1]: int(line.split()[2]) for line in lines if line.startswith("drew ")}
+    assert set(ran) == {*op_cases.OPERATIONS} - {"conv_attribute_maps"}  # that is attribute_maps or a convolution
+    assert all(count > 0 for count in ran.values()), ran
 
 
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:

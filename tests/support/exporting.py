@@ -22,8 +22,6 @@ def check_export(
           inputs whose axis 0 is the batch. function returns one tensor or several.
     """
 
-    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-
     class Layer(torch.nn.Module):
         def forward(self, *tensors: Tensor) -> Any:
             return function(*tensors)
@@ -32,6 +30,14 @@ def check_export(
     shapes = (tuple({0: batch} if i in per_sample else None for i in range(len(inputs))),)
     program = torch.export.export(Layer(), tuple(inputs), dynamic_shapes=shapes)
     assert any(node.target is op for node in program.graph.nodes), f"{op} is not in the exported graph"
+    check_onnx(program, function, (inputs, larger))
+
+
+def check_onnx(
+    program: torch.export.ExportedProgram, function: Callable[..., Any], samples: Sequence[Sequence[Tensor]]
+) -> None:
+    """Lower an exported program to standard ONNX operators and compare both with `function` on each sample."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     lowered = program.run_decompositions(kernels.decomposition_table())
     assert all("faceedit" not in str(node.target) for node in lowered.graph.nodes)
     saved = io.BytesIO()
@@ -39,7 +45,7 @@ def check_export(
     model = onnx.load_from_string(saved.getvalue())
     assert {node.domain for node in model.graph.node} <= {""}, "only standard ONNX operators"
     session = onnxruntime.InferenceSession(saved.getvalue(), providers=["CPUExecutionProvider"])
-    for tensors in (inputs, larger):
+    for tensors in samples:
         feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
         expected = function(*tensors)
         expected = [expected] if isinstance(expected, Tensor) else list(expected)

@@ -6,6 +6,7 @@ Triton, `ROWS`, how many that must be, and `compile_all() -> None`, which calls 
 
 TRITON_INTERPRET=1 python -m support.triton_cases numbers noise_bias_act     (from tests/)
 TRITON_INTERPRET=0 python -m support.triton_cases compile noise_bias_act
+TRITON_INTERPRET=1 python -m support.triton_cases drawn                      (every op at drawn sizes)
 """
 
 import re

@@ -4,9 +4,13 @@
 import importlib
 import sys
 
-from support.triton_cases import CASES
+from support.triton_cases import CASES, _drawn
 
 what, *names = sys.argv[1:]
+if what == "drawn":
+    for operation, count in sorted(_drawn.run().items()):
+        print("drew", operation, count)
+    sys.exit()
 for name in names or CASES:
     module = importlib.import_module(f"support.triton_cases.{name}")
     if what == "numbers":
