@@ -134,7 +134,7 @@ FE_HD float sigmoid(float x) {
   return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-// sigmoid(x) and sigmoid(-x) of one exponential; their product is the slope of both.
+// sigmoid(x) and sigmoid(-x) of one exponential; their product is sigmoid's slope at x and at -x.
 struct Sigmoids {
   float open, shut;
 };
@@ -293,7 +293,8 @@ FE_HD float slope_from_output(int32_t act, float y, float slope, float gain, flo
 FE_HD float normalise(float x, float mean, float scale, float rest) { return (x - mean) * scale + rest; }
 
 // dL/dx of a normalised element: `grad` reaches the normalised value `u`; mean_grad and slope_grad are the means of grad
-// and of grad * u over the plane, or 0 where the statistics are constants. An infinite u then changes nothing.
+// and of grad * u over the plane, or 0 where the statistics are constants. Then u does not count, not even an infinite
+// one, whose product with 0 would be NaN.
 FE_HD float normalise_gradient(float grad, float u, float scale, float mean_grad, float slope_grad) {
   return scale * (grad - ((slope_grad == 0.0f ? 0.0f : u * slope_grad) + mean_grad));
 }

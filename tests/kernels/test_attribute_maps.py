@@ -174,8 +174,8 @@ def test_exports_to_standard_operators() -> None:
     check_export(attribute_maps, OP, small, large, per_sample={0, 1})
 
 
-def test_folded_into_a_convolution_it_exports_to_standard_operators() -> None:
-    """With as many parts as attributes or fewer it is PyTorch's own operators from the start; the batch is fixed."""
+def test_conv_attribute_maps_exports_to_standard_operators() -> None:
+    """The batch is fixed. With as many parts as attributes or fewer it is PyTorch's own operators from the start."""
     attr, probs, relation = inputs(2, 3, 4, 5, 6, torch.float32)
 
     class Layer(torch.nn.Module):

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for every op alike: operands on two devices are refused, a native first gradient may be differentiated
-again, infinities make no NaN of their own, and TorchInductor's code calls the kernels."""
+"""What holds for every op alike.
+
+Operands on two devices are refused, gradients through a native forward pass may be differentiated again, infinities
+come out as in float64, sizes may be any, and compiled graphs call the kernels.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from support.compare import assert_close, compare
 from support.kernel_cases import PLACES, Place
 from support.op_cases import CASES, Case, as_inputs, at, cases, check_drawn, drawn_cases, inputs_of, results_of, uneven
@@ -61,73 +64,85 @@ def _second_gradients(op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> li
 
 
 # noise_regularizer's gradient is refused a second time, which its own tests hold.
-TWICE = [case for case in CASES if case.has_gradient and case.operation != "noise_regularizer"]
+TWICE = [case for case in CASES if case.has_gradient and not case.composed and case.operation != "noise_regularizer"]
+# In fp32: a second gradient adds up what two passes rounded.
+SECOND = 2e-5
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", TWICE, ids=str)
-def test_second_gradients_of_native_first_ones_agree_with_float64(case: Case, place: Place) -> None:
+def test_second_gradients_through_a_native_forward_pass_agree_with_float64(case: Case, place: Place) -> None:
     inputs = inputs_of(case)
     expected = _second_gradients(case.op, as_inputs(inputs, torch.float64))
     placed = as_inputs(inputs, place.device)
     with at(place):
         found = _second_gradients(case.op, placed)
     for index, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
-        assert_close(f"second gradient of input {index}", actual, wanted, relative_l2=2e-5)
+        assert_close(f"second gradient of input {index}", actual, wanted, relative_l2=SECOND)
 
 
 FINITE = {"adain of a linear layer": [1], "spade over batch norm": [3, 4]}
 
 
-def _with(value: float, where: int, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _with(value: float, where: int, element: int, inputs: Sequence[Tensor]) -> list[Tensor]:
     found = as_inputs(inputs)
     with torch.no_grad():
-        found[where].view(-1)[found[where].numel() // 2] = value
+        found[where].view(-1)[element] = value
     return found
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("case", [case for case in CASES if case.result != torch.int32], ids=str)
-def test_infinities_make_no_nan_that_float64_has_not(case: Case, place: Place) -> None:
+def test_infinities_come_out_as_in_float64(case: Case, place: Place) -> None:
     """In activations, masks and targets; weights, statistics and the scale that follows them must be finite."""
     trained = range(len(case.activations), len(case.activations) + len(case.parameters))
     finite = [*trained, *FINITE.get(case.name, ())]
-    filled = [index for index, tensor in enumerate(inputs_of(case)) if tensor.numel() and index not in finite]
-    for where, value in itertools.product(filled, (float("inf"), -float("inf"))):
-        inputs = _with(value, where, inputs_of(case))
-        expected = results_of(case, as_inputs(inputs, torch.float64))
-        with at(place):
-            found = results_of(case, as_inputs(inputs, place.device))
-        for index, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
-            name = f"result {index} where input {where} has {value}"
-            made = actual.cpu().isnan() & ~wanted.isnan()
-            assert not made.any(), f"{name}: {int(made.sum())} NaN are the kernel's own"
-            both = actual.cpu().isfinite() & wanted.isfinite()
-            assert compare(actual.cpu()[both], wanted[both]).relative_l2 < 2e-5, name
+    sizes = {index: tensor.numel() for index, tensor in enumerate(inputs_of(case)) if index not in finite}
+    values = (float("inf"), -float("inf"))
+    for (where, size), value in itertools.product(sizes.items(), values):
+        for element in sorted({size // 2, size - 2} & set(range(size))):  # a corner, and inside a row that is not whole
+            inputs = _with(value, where, element, inputs_of(case))
+            expected = results_of(case, as_inputs(inputs, torch.float64))
+            with at(place):
+                found = results_of(case, as_inputs(inputs, place.device))
+            for index, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+                name = f"result {index} where input {where} has {value} at {element}"
+                made = actual.cpu().isnan() & ~wanted.isnan()
+                assert not made.any(), f"{name}: {int(made.sum())} NaN are the kernel's own"
+                kept = ~wanted.isnan()
+                assert compare(actual.cpu()[kept], wanted[kept]).pattern_differs == 0, name
+                assert compare(actual.cpu()[kept], wanted[kept]).relative_l2 < SECOND, name
 
 
 @pytest.mark.parametrize("place", PLACES)
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=drawn_cases())
-def test_drawn_sizes_agree_with_float64(place: Place, case: Case) -> None:
-    check_drawn(case, place)
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_drawn_sizes_agree_with_float64(name: str, place: Place) -> None:
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @given(drawn_cases(name))
+    def check(case: Case) -> None:
+        check_drawn(case, place)
+
+    check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", [name for name in COMPILED if name != "noise_regularizer"])  # its levels are unrolled
 def test_a_graph_compiled_for_sizes_that_are_symbols_serves_others(name: str) -> None:
     torch._dynamo.reset()
+    sizes = {"c": 8, "parts": 7, "attributes": 9, "h": 14, "w": 10}  # no two alike: equal ones share a symbol
     small, large = (
-        next(case for case in found if case.name == name)
-        for found in (CASES, cases(c=6, parts=4, attributes=7, h=12, w=10))
+        next(case for case in cases(**{key: size + more for key, size in sizes.items()}) if case.name == name)
+        for more in (0, 4)
     )
     compiled = torch.compile(small.op, fullgraph=True, dynamic=True, backend="aot_eager")
-    for case in (small, large):
+    for case, may_compile in ((small, True), (large, False)):
         results = []
         for call in (small.op, compiled):
             inputs = inputs_of(case)
-            y = call(*inputs)
-            gradients = torch.autograd.grad(y.square().sum(), [t for t in inputs if t.requires_grad])
+            with torch._dynamo.config.patch(error_on_recompile=not may_compile), kernels.backend("cpu"):
+                y = call(*inputs)
+                gradients = torch.autograd.grad(y.square().sum(), [t for t in inputs if t.requires_grad])
             results.append([y.detach(), *gradients])
+        assert kernels.last_backend(case.kernel) == "cpu"
         for ours, traced in zip(*results, strict=True):
             assert_close("compiled", traced, ours.double(), relative_l2=1e-6)

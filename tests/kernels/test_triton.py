@@ -51,9 +51,8 @@ def test_interpreter_matches_the_oracle() -> None:
 
 def test_interpreter_matches_the_oracle_at_drawn_sizes() -> None:
     lines = run_cases("drawn", TRITON_INTERPRET="1")
-    ran = {line.split()[1]: int(line.split()[2]) for line in lines if line.startswith("drew ")}
-    assert set(ran) == {*op_cases.OPERATIONS} - {"conv_attribute_maps"}  # that is attribute_maps or a convolution
-    assert all(count > 0 for count in ran.values()), ran
+    drawn = [line.removeprefix("drew ") for line in lines if line.startswith("drew ")]
+    assert drawn == [case.name for case in op_cases.CASES if not case.composed]
 
 
 def test_kernels_compile_for_gpus_that_are_not_here(tmp_path: Path) -> None:

@@ -87,12 +87,8 @@ def check_against_oracle(
     names: Sequence[str],
     dtype: torch.dtype,
     seed: int = 99,
-    tolerance: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Compare output and gradients of `function` at `place` with autograd of `oracle` in float64.
-
-    tolerance: TOLERANCE's of the dtype, where none is given.
-    """
+    """Compare output and gradients of `function` at `place` with autograd of `oracle` in float64."""
     wide = [t if t is None or not t.is_floating_point() else t.double().requires_grad_() for t in inputs]
     expected = oracle(*wide)
     # Positive, so that no reduction cancels to a value made of rounding errors; rounded to the output's dtype, so that
@@ -103,7 +99,7 @@ def check_against_oracle(
     found = iter(torch.autograd.grad(expected, leaves, weights.double(), materialize_grads=True))
     expected_gradients = [next(found) if t is not None and t.requires_grad else None for t in wide]
     y, gradients = run(place, function, inputs, weights)
-    forward, backward = tolerance or TOLERANCE[dtype]
+    forward, backward = TOLERANCE[dtype]
     assert_close("output", y, expected, relative_l2=forward)
     for name, actual, wanted in zip(names, gradients, expected_gradients, strict=True):
         if wanted is not None:

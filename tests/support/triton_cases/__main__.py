@@ -8,8 +8,8 @@ from support.triton_cases import CASES, _drawn
 
 what, *names = sys.argv[1:]
 if what == "drawn":
-    for operation, count in sorted(_drawn.run().items()):
-        print("drew", operation, count)
+    for name in _drawn.run():
+        print("drew", name)
     sys.exit()
 for name in names or CASES:
     module = importlib.import_module(f"support.triton_cases.{name}")
